@@ -1,0 +1,119 @@
+//! The command line's grammar.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
+use dmsnap::{ChunkSize, SnapshotOptions, Store};
+
+/// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
+#[derive(Debug, Parser)]
+#[command(name = "dmsnap", version, about)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Make a snapshot and print its handles as JSON
+    Create(Create),
+    /// Take down what handles name: dm device, COW loop, origin loop
+    Cleanup {
+        /// How long to wait while the device is busy, such as 15s or 200ms
+        #[arg(long, default_value = "15s", value_parser = duration)]
+        deadline: Duration,
+        /// A file with the JSON that create printed; - reads stdin
+        #[arg(default_value = "-")]
+        file: String,
+    },
+    /// Remove a dm device by name or path; its autoclear loop devices go with it
+    Remove {
+        /// How long to wait while the device is busy, such as 15s or 200ms
+        #[arg(long, default_value = "15s", value_parser = duration)]
+        deadline: Duration,
+        /// If it is busy, have the kernel remove it at the last close
+        #[arg(long)]
+        defer: bool,
+        /// Name, /dev/mapper/NAME or /dev/dm-N
+        name: PathBuf,
+    },
+    /// List our snapshots
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show one of our snapshots
+    Status {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The dm device's name
+        name: String,
+    },
+}
+
+#[derive(Debug, Arguments)]
+pub(crate) struct Create {
+    /// What keeps the writes, and what happens when the COW file is full
+    #[arg(long, value_enum, default_value = "persistent")]
+    store: StoreArg,
+    /// The unit of copying, in 512-byte sectors: a power of two
+    #[arg(long, value_name = "N", default_value = "8", value_parser = chunk_size)]
+    chunk_sectors: ChunkSize,
+    /// Have the COW file bypass the page cache
+    #[arg(long)]
+    direct_io: bool,
+    /// Let the guest's discards give space back to the COW file's file system
+    #[arg(long)]
+    discard: bool,
+    /// The shared, read-only image
+    pub(crate) origin: PathBuf,
+    /// The file that takes this snapshot's writes
+    pub(crate) cow: PathBuf,
+    /// The dm device's name
+    pub(crate) name: String,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum StoreArg {
+    /// P: survives detaching; when full, it is invalid for good
+    Persistent,
+    /// PO: survives detaching; when full, writes fail and it stays valid
+    PersistentOverflow,
+    /// N: fastest, gone with the device
+    Transient,
+}
+
+impl Create {
+    pub(crate) fn options(&self) -> SnapshotOptions {
+        let store = match self.store {
+            StoreArg::Persistent => Store::Persistent,
+            StoreArg::PersistentOverflow => Store::PersistentOverflow,
+            StoreArg::Transient => Store::Transient,
+        };
+        let mut options = SnapshotOptions::new();
+        options
+            .store(store)
+            .chunk_size(self.chunk_sectors)
+            .direct_io(self.direct_io)
+            .discard(self.discard);
+        options
+    }
+}
+
+fn chunk_size(text: &str) -> Result<ChunkSize, String> {
+    let sectors = text.parse().map_err(|error| format!("{error}"))?;
+    ChunkSize::new(sectors).map_err(|refusal| refusal.to_string())
+}
+
+/// `15s`, `1.5s` or `200ms`.
+fn duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = match text.strip_suffix("ms") {
+        Some(number) => (number, 0.001),
+        None => (text.strip_suffix('s').unwrap_or(text), 1.0),
+    };
+    let seconds = number.parse::<f64>().map_err(|error| error.to_string())? * unit;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}

@@ -1,0 +1,153 @@
+//! `dmsnap`: the library's jobs for operators and scripts.
+//!
+//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage.
+
+mod args;
+mod output;
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::process::ExitCode;
+
+use clap::Parser;
+use dmsnap::{Handles, Outcome, Retry, SnapshotInfo};
+
+use args::{Args, Command};
+
+fn main() -> ExitCode {
+    match run(Args::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => output::failure(&error),
+    }
+}
+
+/// Anything that ends the command.
+#[derive(Debug, thiserror::Error)]
+enum Failure {
+    #[error(transparent)]
+    Snapshot(#[from] dmsnap::Error),
+    #[error(transparent)]
+    Refused(#[from] dmsnap::Refusal),
+    #[error("cannot read handles from {from}")]
+    Handles {
+        from: String,
+        source: serde_json::Error,
+    },
+    #[error("cannot read {from}")]
+    Input { from: String, source: io::Error },
+    #[error("cannot write to stdout")]
+    Output(#[source] io::Error),
+    /// Some snapshots could not be read; the others were printed.
+    #[error("cannot read {0} of the snapshots")]
+    Unreadable(usize),
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Create(create) => {
+            let made = create
+                .options()
+                .create(&create.origin, &create.cow, &create.name)?;
+            for warning in made.warnings() {
+                output::note(warning);
+            }
+            print_json(made.handles())
+        }
+        Command::Cleanup { file, deadline } => {
+            let handles = read_handles(&file)?;
+            Ok(dmsnap::cleanup_with(&handles, &Retry::until(deadline))?)
+        }
+        Command::Remove {
+            deadline,
+            defer,
+            name,
+        } => {
+            let outcome = if defer {
+                dmsnap::remove_deferred(name)?
+            } else {
+                dmsnap::remove_with(name, &Retry::until(deadline))?
+            };
+            print(outcome_text(outcome))
+        }
+        Command::List { json } => list(json),
+        Command::Status { json, name } => {
+            let info = dmsnap::status(&name.parse()?)?;
+            if json {
+                print_json(&output::Entry::from(&info))
+            } else {
+                print(output::table(&[&info]))
+            }
+        }
+    }
+}
+
+fn list(json: bool) -> Result<(), Failure> {
+    let mut readable: Vec<SnapshotInfo> = Vec::new();
+    let mut unreadable = 0;
+    for snapshot in dmsnap::list()? {
+        match snapshot {
+            Ok(info) => readable.push(info),
+            Err(error) => {
+                output::note(output::chain(&error));
+                unreadable += 1;
+            }
+        }
+    }
+    if json {
+        let entries: Vec<_> = readable.iter().map(output::Entry::from).collect();
+        print_json(&entries)?;
+    } else {
+        print(output::table(&readable.iter().collect::<Vec<_>>()))?;
+    }
+    if unreadable > 0 {
+        return Err(Failure::Unreadable(unreadable));
+    }
+    Ok(())
+}
+
+fn outcome_text(outcome: Outcome) -> String {
+    match outcome {
+        Outcome::Removed => "removed\n".to_owned(),
+        Outcome::AlreadyGone => "already gone\n".to_owned(),
+        Outcome::Deferred { open_count } => {
+            format!("deferred until its {open_count} users close it\n")
+        }
+    }
+}
+
+fn read_handles(file: &str) -> Result<Handles, Failure> {
+    let from = || if file == "-" { "stdin" } else { file }.to_owned();
+    let mut text = String::new();
+    let read = if file == "-" {
+        io::stdin().read_to_string(&mut text).map(drop)
+    } else {
+        fs::read_to_string(file).map(|whole| text = whole)
+    };
+    read.map_err(|source| Failure::Input {
+        from: from(),
+        source,
+    })?;
+    serde_json::from_str(&text).map_err(|source| Failure::Handles {
+        from: from(),
+        source,
+    })
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| Failure::Output(error.into()))?;
+    text.push('\n');
+    print(text)
+}
+
+/// A reader that has seen enough closes the pipe; that is no failure.
+fn print(text: String) -> Result<(), Failure> {
+    let mut stdout = io::stdout().lock();
+    match stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+    {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
+        _ => Ok(()),
+    }
+}

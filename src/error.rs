@@ -1,0 +1,294 @@
+//! Errors, cut by what the caller can do about them.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use crate::policy::{self, Verdict};
+use crate::refusal::Refusal;
+
+/// The result of everything here.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What went wrong, and what that leaves the caller with.
+///
+/// Each level of the chain (`source`) prints its own part once, so that a reporter that joins the chain with
+/// `": "` gives `left behind /dev/mapper/vm-42: cannot resume /dev/mapper/vm-42: Device or resource busy (os
+/// error 16)`.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The request itself is wrong. No loop or dm device was touched.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// A step failed, and everything before it was undone.
+    #[error("cannot {step} {}", .on.display())]
+    #[non_exhaustive]
+    Failed {
+        /// What was being done.
+        step: Step,
+        /// To which file or device.
+        on: PathBuf,
+        /// What the kernel answered.
+        source: Cause,
+    },
+    /// A step failed, and so did undoing it: here is what remains.
+    #[error("left behind {}", Objects(.left))]
+    #[non_exhaustive]
+    Debris {
+        /// What could not be removed, each with the reason.
+        left: Vec<Leftover>,
+        /// The first failure.
+        source: Box<Error>,
+    },
+}
+
+impl Error {
+    pub(crate) fn failed(step: Step, on: impl Into<PathBuf>, errno: Errno) -> Self {
+        Self::Failed {
+            step,
+            on: on.into(),
+            source: Cause { errno, note: None },
+        }
+    }
+
+    /// Adds what was found out about a failure after it happened.
+    pub(crate) fn noted(mut self, text: impl Into<String>) -> Self {
+        if let Self::Failed { source, .. } = &mut self {
+            source.note = Some(text.into());
+        }
+        self
+    }
+
+    /// The number of the first failure's errno, through the chain; `None` for a refusal.
+    #[must_use]
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused(_) => None,
+            Self::Failed { source, .. } => Some(source.errno()),
+            Self::Debris { source, .. } => source.errno(),
+        }
+    }
+
+    /// What the first failure means, as [`Verdict`] has it; `None` for a refusal.
+    #[must_use]
+    pub fn verdict(&self) -> Option<Verdict> {
+        match self {
+            Self::Refused(_) => None,
+            Self::Failed { step, source, .. } => Some(policy::verdict(*step, source.errno)),
+            Self::Debris { source, .. } => source.verdict(),
+        }
+    }
+
+    /// What remains in the kernel or on disk; empty unless this is [`Error::Debris`].
+    #[must_use]
+    pub fn left(&self) -> &[Leftover] {
+        match self {
+            Self::Debris { left, .. } => left,
+            _ => &[],
+        }
+    }
+
+    /// This failure, with what undoing it could not remove.
+    pub(crate) fn leaving(self, left: Vec<Leftover>) -> Self {
+        if left.is_empty() {
+            self
+        } else {
+            Self::Debris {
+                left,
+                source: Box::new(self),
+            }
+        }
+    }
+}
+
+/// What the kernel answered, printed as [`std::io::Error`] prints it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Cause {
+    errno: Errno,
+    note: Option<String>,
+}
+
+impl Cause {
+    /// The errno's number.
+    #[must_use]
+    pub fn errno(&self) -> i32 {
+        self.errno as i32
+    }
+
+    /// What was found out beyond the errno, such as who holds a busy device.
+    #[must_use]
+    pub fn note(&self) -> Option<&str> {
+        self.note.as_deref()
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        io::Error::from_raw_os_error(self.errno()).fmt(f)?;
+        match &self.note {
+            Some(note) => write!(f, ": {note}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Cause {}
+
+/// One thing that could not be removed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Leftover {
+    /// The device or file that remains.
+    pub object: PathBuf,
+    /// Why it could not be removed.
+    pub error: Error,
+}
+
+impl Leftover {
+    pub(crate) fn new(object: impl AsRef<Path>, error: Error) -> Self {
+        Self {
+            object: object.as_ref().to_owned(),
+            error,
+        }
+    }
+}
+
+struct Objects<'a>(&'a [Leftover]);
+
+impl fmt::Display for Objects<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (nth, leftover) in self.0.iter().enumerate() {
+            let joint = if nth == 0 { "" } else { ", " };
+            write!(f, "{joint}{}", leftover.object.display())?;
+        }
+        Ok(())
+    }
+}
+
+macro_rules! steps {
+    ($($(#[$doc:meta])* $step:ident = $text:literal,)*) => {
+        /// One thing asked of the kernel.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[non_exhaustive]
+        pub enum Step {
+            $($(#[$doc])* $step,)*
+        }
+
+        impl Step {
+            #[cfg(test)]
+            pub(crate) const ALL: &[Self] = &[$(Self::$step),*];
+        }
+
+        impl fmt::Display for Step {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str(match self { $(Self::$step => $text,)* })
+            }
+        }
+    };
+}
+
+steps! {
+    /// `open` of the origin image or the COW file.
+    OpenFile = "open",
+    /// `fstat` of the origin image, the COW file or a device node.
+    InspectFile = "inspect",
+    /// `flock` of the origin image or the COW file.
+    LockFile = "lock",
+    /// `pread` of the COW file's header.
+    ReadFile = "read",
+    /// `open` of `/dev/loop-control`.
+    OpenLoopControl = "open loop control",
+    /// `LOOP_CTL_GET_FREE`.
+    FindLoop = "find a free loop device through",
+    /// `open` of a loop device.
+    OpenLoop = "open loop device",
+    /// `LOOP_CONFIGURE`.
+    AttachLoop = "attach",
+    /// `LOOP_GET_STATUS64`, `fstat` or `BLKGETDISKSEQ` of a loop device.
+    InspectLoop = "inspect loop device",
+    /// `BLKGETSIZE64`.
+    SizeLoop = "read the size of",
+    /// `LOOP_CLR_FD`.
+    DetachLoop = "detach",
+    /// `open` of `/dev/mapper/control`.
+    OpenMapper = "open device-mapper control",
+    /// `DM_GET_TARGET_VERSION`.
+    TargetVersion = "find the snapshot target through",
+    /// `DM_DEV_CREATE`.
+    Create = "create",
+    /// `DM_TABLE_LOAD`.
+    Load = "load the table of",
+    /// `DM_DEV_SUSPEND` without its flag.
+    Resume = "resume",
+    /// `DM_DEV_REMOVE`.
+    Remove = "remove",
+    /// `DM_DEV_STATUS`.
+    Query = "query",
+    /// `DM_TABLE_STATUS` or `DM_TABLE_DEPS`.
+    Status = "read the status of",
+    /// `DM_LIST_DEVICES`.
+    List = "list the devices of",
+    /// Making `/dev/mapper/<name>`.
+    Link = "make",
+    /// Removing `/dev/mapper/<name>`.
+    Unlink = "unlink",
+    /// `getrandom`, for a uuid.
+    Random = "draw a uuid for",
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    fn chain(error: &Error) -> String {
+        let mut text = error.to_string();
+        let mut next = error.source();
+        while let Some(source) = next {
+            text = format!("{text}: {source}");
+            next = source.source();
+        }
+        text
+    }
+
+    #[test]
+    fn the_chain_names_debris_step_object_and_cause_once() {
+        let cause = || Error::failed(Step::Resume, "/dev/mapper/vm-42", Errno::EBUSY);
+        let undo = Error::failed(Step::DetachLoop, "/dev/loop7", Errno::EIO);
+        let error = cause().leaving(vec![Leftover::new("/dev/loop7", undo)]);
+        assert_eq!(
+            chain(&error),
+            "left behind /dev/loop7: cannot resume /dev/mapper/vm-42: Device or resource busy (os error 16)"
+        );
+        assert_eq!(error.errno(), Some(16));
+        assert_eq!(
+            chain(&error.left()[0].error),
+            "cannot detach /dev/loop7: Input/output error (os error 5)"
+        );
+        assert!(cause().leaving(Vec::new()).left().is_empty());
+    }
+
+    #[test]
+    fn a_note_follows_the_errno() {
+        let error =
+            Error::failed(Step::Remove, "/dev/mapper/vm", Errno::EBUSY).noted("open count 2");
+        assert_eq!(
+            chain(&error),
+            "cannot remove /dev/mapper/vm: Device or resource busy (os error 16): open count 2"
+        );
+    }
+
+    #[test]
+    fn a_refusal_prints_itself_alone() {
+        let error = Error::from(Refusal::ChunkSize { sectors: 3 });
+        assert_eq!(
+            chain(&error),
+            "cannot use chunks of 3 sectors: need a power of two from 1 to 2097152"
+        );
+        assert_eq!((error.errno(), error.verdict()), (None, None));
+    }
+}

@@ -1,0 +1,133 @@
+//! The persistent store's header, in chunk 0 (`struct disk_header`, `drivers/md/dm-snap-persistent.c`).
+
+use crate::units::ChunkSize;
+
+/// How much of a COW file is read before it is used. The header needs 16 bytes; the rest tells a blank file from
+/// a disk image whose boot block happens to be zero.
+pub(crate) const PROBE_BYTES: usize = 4096;
+
+/// `SnAp`, little-endian.
+const MAGIC: u32 = 0x7041_6e53;
+
+/// The one version there is.
+const VERSION: u32 = 1;
+
+/// What a COW file begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// Zeroes: the kernel will write a new store.
+    Blank,
+    /// A store.
+    Store(Header),
+    /// A store whose header no kernel writes.
+    Damaged(HeaderFault),
+    /// Something else.
+    Foreign,
+}
+
+/// A well-formed header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    /// Cleared by the kernel when the snapshot overflows or its writes fail.
+    pub(crate) valid: bool,
+    /// The chunk size it was made with, which wins over the table's.
+    pub(crate) chunk: ChunkSize,
+}
+
+/// A header field with a value that no kernel writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HeaderFault {
+    pub(crate) field: &'static str,
+    pub(crate) value: u32,
+}
+
+/// Judges the first bytes of a COW file, up to [`PROBE_BYTES`] of them.
+///
+/// The kernel itself looks at the magic alone: zero there means "write a new store", whatever follows.
+pub(crate) fn probe(start: &[u8]) -> Probe {
+    if start.iter().all(|byte| *byte == 0) {
+        return Probe::Blank;
+    }
+    let Some([magic, valid, version, chunk]) = fields(start) else {
+        return Probe::Foreign;
+    };
+    if magic != MAGIC {
+        return Probe::Foreign;
+    }
+    let damaged = |field, value| Probe::Damaged(HeaderFault { field, value });
+    match (version, valid, ChunkSize::new(u64::from(chunk))) {
+        (VERSION, 0 | 1, Ok(chunk)) => Probe::Store(Header {
+            valid: valid == 1,
+            chunk,
+        }),
+        (VERSION, 0 | 1, Err(_)) => damaged("chunk_size", chunk),
+        (VERSION, _, _) => damaged("valid", valid),
+        (_, _, _) => damaged("version", version),
+    }
+}
+
+fn fields(start: &[u8]) -> Option<[u32; 4]> {
+    let word = |nth: usize| {
+        Some(u32::from_le_bytes(
+            start.get(nth * 4..nth * 4 + 4)?.try_into().ok()?,
+        ))
+    };
+    Some([word(0)?, word(1)?, word(2)?, word(3)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(fields: [u32; 4]) -> Vec<u8> {
+        let mut start: Vec<u8> = fields
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect();
+        start.resize(PROBE_BYTES, 0);
+        start
+    }
+
+    #[test]
+    fn only_zeroes_are_blank() {
+        assert_eq!(probe(&[0; PROBE_BYTES]), Probe::Blank);
+        assert_eq!(probe(&[]), Probe::Blank);
+        let mut image = vec![0; PROBE_BYTES];
+        image[0x438] = 0x53;
+        assert_eq!(
+            probe(&image),
+            Probe::Foreign,
+            "an ext4 superblock behind an empty boot block"
+        );
+        assert_eq!(probe(&[1]), Probe::Foreign);
+    }
+
+    #[test]
+    fn a_store_is_known_by_magic_version_and_chunk_size() {
+        let chunk = ChunkSize::DEFAULT;
+        assert_eq!(&header([MAGIC, 1, 1, 8])[..4], b"SnAp");
+        assert_eq!(
+            probe(&header([MAGIC, 1, 1, 8])),
+            Probe::Store(Header { valid: true, chunk })
+        );
+        assert_eq!(
+            probe(&header([MAGIC, 0, 1, 8])),
+            Probe::Store(Header {
+                valid: false,
+                chunk
+            })
+        );
+        for (fields, field, value) in [
+            ([MAGIC, 1, 2, 8], "version", 2),
+            ([MAGIC, 1, 1, 24], "chunk_size", 24),
+            ([MAGIC, 7, 1, 8], "valid", 7),
+        ] {
+            assert_eq!(
+                probe(&header(fields)),
+                Probe::Damaged(HeaderFault { field, value })
+            );
+        }
+        assert_eq!(probe(&header([MAGIC, 1, 1, 8])[..15]), Probe::Foreign);
+        assert_eq!(probe(&header([MAGIC + 1, 1, 1, 8])), Probe::Foreign);
+    }
+}

@@ -1,0 +1,9 @@
+//! The COW file: the exception store's on-disk format and its sizes.
+//!
+//! Files only, no ioctl. A COW file may come from anywhere: nothing read from it is trusted.
+
+mod header;
+mod sizing;
+
+pub(crate) use header::{PROBE_BYTES, Probe, probe};
+pub(crate) use sizing::{least_bytes, worst_case};

@@ -1,0 +1,49 @@
+//! How long a COW file must be.
+//!
+//! A persistent store of chunks of B bytes is a header chunk, then areas: one metadata chunk of E = B / 16
+//! exceptions and up to E data chunks each (`drivers/md/dm-snap-persistent.c`, `area_location`).
+
+use crate::table::Store;
+use crate::units::{ChunkSize, Sectors};
+
+/// Bytes of one exception on disk: two 64-bit chunk numbers.
+const EXCEPTION_BYTES: u64 = 16;
+
+/// The least COW size that takes one write: for a persistent store its header, its first metadata area and a
+/// chunk of data. With two chunks the kernel builds the snapshot, and the first write overflows it.
+pub(crate) fn least_bytes(store: Store, chunk: ChunkSize) -> u64 {
+    let chunks = if store.is_persistent() { 3 } else { 1 };
+    chunks * chunk.bytes()
+}
+
+/// The COW size at which every chunk of the origin can be overwritten: what lvm2's `_cow_max_size` gives too.
+///
+/// The chunk behind the last full metadata area is needed: the kernel zeroes the next area before it commits the
+/// last exception of the current one, and a store that cannot is invalid, even as `PO`.
+pub(crate) fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64> {
+    let data = origin.count().div_ceil(chunk.sectors().count());
+    let per_area = chunk.bytes() / EXCEPTION_BYTES;
+    let metadata = if store.is_persistent() {
+        2 + data / per_area
+    } else {
+        0
+    };
+    data.checked_add(metadata)?.checked_mul(chunk.bytes())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_match_what_kernels_were_seen_to_need() {
+        let (chunk, store) = (ChunkSize::DEFAULT, Store::Persistent);
+        let origin = Sectors::from_bytes_floor(8 << 20);
+        assert_eq!(worst_case(origin, store, chunk), Some(2058 * 4096));
+        assert_eq!(worst_case(origin, Store::Transient, chunk), Some(8 << 20));
+        assert_eq!(worst_case(Sectors::new(9), store, chunk), Some(4 * 4096));
+        assert_eq!(worst_case(Sectors::new(u64::MAX), store, chunk), None);
+        assert_eq!(least_bytes(store, chunk), 3 * 4096);
+        assert_eq!(least_bytes(Store::Transient, chunk), 4096);
+    }
+}

@@ -1,0 +1,295 @@
+//! The seam between the stories and the kernel: one method per kernel call, each answering with its bare errno.
+//!
+//! [`Machine`] is the real one. The stories are generic over [`Host`], so that a test can fail the n-th call for
+//! every n and look at what stays behind.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+
+use crate::alias;
+use crate::dm_message::{Address, Listed};
+use crate::handles::FileId;
+use crate::loop_device::{LoopControl, LoopDevice, LoopStatus};
+use crate::mapper::{Device, Mapper};
+use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::sys;
+use crate::table::TargetLine;
+
+/// What `fstat` says of an image or a COW file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileFacts {
+    pub(crate) id: FileId,
+    pub(crate) kind: FileKind,
+    pub(crate) mode: u32,
+    /// Meaningful for regular files only.
+    pub(crate) size_bytes: u64,
+    pub(crate) mtime_ns: i64,
+}
+
+/// What kind of file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FileKind {
+    Regular,
+    BlockDevice(DeviceNumber),
+    Other(&'static str),
+}
+
+/// Every kernel call that a story makes.
+pub(crate) trait Host {
+    type File;
+    type Loop;
+
+    fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
+    fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
+    fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
+    fn read_start(&self, file: &Self::File, buffer: &mut [u8]) -> Result<usize, Errno>;
+
+    fn open_loop_control(&self) -> Result<(), Errno>;
+    fn find_loop(&self) -> Result<u32, Errno>;
+    fn open_loop(&self, path: &Path, writable: bool) -> Result<Self::Loop, Errno>;
+    fn attach_loop(
+        &self,
+        device: &Self::Loop,
+        backing: &Self::File,
+        flags: u32,
+        path: &Path,
+    ) -> Result<(), Errno>;
+    fn loop_number(&self, device: &Self::Loop) -> Result<DeviceNumber, Errno>;
+    fn loop_diskseq(&self, device: &Self::Loop) -> Option<u64>;
+    fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
+    fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
+    fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
+
+    fn open_mapper(&self) -> Result<(), Errno>;
+    fn target_version(&self) -> Result<[u32; 3], Errno>;
+    fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
+    fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
+    fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
+    fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno>;
+
+    fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno>;
+    fn remove_alias(&self, path: &Path, number: DeviceNumber) -> Result<bool, Errno>;
+    fn sweep_alias(&self, path: &Path) -> Result<bool, Errno>;
+    fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno>;
+
+    fn random(&self) -> Result<u128, Errno>;
+    fn now(&self) -> Duration;
+    fn sleep(&self, pause: Duration);
+}
+
+/// The machine we run on. Its two control nodes are opened on first use and stay open with the process.
+#[derive(Debug)]
+pub(crate) struct Machine {
+    loops: OnceLock<LoopControl>,
+    mapper: OnceLock<Mapper>,
+    start: OnceLock<Instant>,
+}
+
+/// The one machine.
+pub(crate) static MACHINE: Machine = Machine {
+    loops: OnceLock::new(),
+    mapper: OnceLock::new(),
+    start: OnceLock::new(),
+};
+
+/// What a control node's methods need, opened if it is not yet. A failed open is tried again by the next call.
+fn opened<T>(cell: &OnceLock<T>, open: impl FnOnce() -> Result<T, Errno>) -> Result<&T, Errno> {
+    match cell.get() {
+        Some(control) => Ok(control),
+        None => {
+            let control = open()?;
+            Ok(cell.get_or_init(|| control))
+        }
+    }
+}
+
+impl Machine {
+    fn loops(&self) -> Result<&LoopControl, Errno> {
+        opened(&self.loops, LoopControl::open)
+    }
+
+    fn mapper(&self) -> Result<&Mapper, Errno> {
+        opened(&self.mapper, Mapper::open)
+    }
+
+    pub(crate) fn list(&self) -> Result<Vec<Listed>, Errno> {
+        self.mapper()?.list()
+    }
+
+    pub(crate) fn table(
+        &self,
+        uuid: &DeviceUuid,
+        inactive: bool,
+    ) -> Result<Option<(String, String)>, Errno> {
+        self.mapper()?.table(uuid, inactive)
+    }
+
+    pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.mapper()?.status(uuid)
+    }
+}
+
+impl Host for Machine {
+    type File = OwnedFd;
+    type Loop = LoopDevice;
+
+    /// `O_NONBLOCK` keeps a FIFO from blocking the open; it has no effect on regular files and block devices
+    /// (open(2)).
+    fn open_file(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
+        let access = if writable {
+            OFlag::O_RDWR
+        } else {
+            OFlag::O_RDONLY
+        };
+        open(
+            path,
+            access | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY,
+            Mode::empty(),
+        )
+    }
+
+    fn inspect_file(&self, file: &OwnedFd) -> Result<FileFacts, Errno> {
+        fstat(file).map(|stat| facts(&stat))
+    }
+
+    fn lock_file(&self, file: &OwnedFd, exclusive: bool) -> Result<(), Errno> {
+        sys::lock(file.as_fd(), exclusive)
+    }
+
+    fn read_start(&self, file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
+        nix::sys::uio::pread(file, buffer, 0)
+    }
+
+    fn open_loop_control(&self) -> Result<(), Errno> {
+        self.loops().map(drop)
+    }
+
+    fn find_loop(&self) -> Result<u32, Errno> {
+        self.loops()?.find_free()
+    }
+
+    fn open_loop(&self, path: &Path, writable: bool) -> Result<LoopDevice, Errno> {
+        LoopDevice::open(path, writable)
+    }
+
+    fn attach_loop(
+        &self,
+        device: &LoopDevice,
+        backing: &OwnedFd,
+        flags: u32,
+        path: &Path,
+    ) -> Result<(), Errno> {
+        device.attach(backing.as_fd(), flags, path)
+    }
+
+    fn loop_number(&self, device: &LoopDevice) -> Result<DeviceNumber, Errno> {
+        device.number()
+    }
+
+    fn loop_diskseq(&self, device: &LoopDevice) -> Option<u64> {
+        device.diskseq()
+    }
+
+    fn loop_status(&self, device: &LoopDevice) -> Result<LoopStatus, Errno> {
+        device.status()
+    }
+
+    fn loop_size_bytes(&self, device: &LoopDevice) -> Result<u64, Errno> {
+        device.size_bytes()
+    }
+
+    fn detach_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
+        device.detach()
+    }
+
+    fn open_mapper(&self) -> Result<(), Errno> {
+        self.mapper().map(drop)
+    }
+
+    fn target_version(&self) -> Result<[u32; 3], Errno> {
+        self.mapper()?.target_version()
+    }
+
+    fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno> {
+        self.mapper()?.create(name, uuid)
+    }
+
+    fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
+        self.mapper()?.load(uuid, line)
+    }
+
+    fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.mapper()?.resume(uuid)
+    }
+
+    fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
+        self.mapper()?.query(address)
+    }
+
+    fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
+        self.mapper()?.remove(address, deferred)
+    }
+
+    fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno> {
+        alias::make(path, number)
+    }
+
+    fn remove_alias(&self, path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
+        alias::remove(path, number)
+    }
+
+    fn sweep_alias(&self, path: &Path) -> Result<bool, Errno> {
+        alias::sweep(path)
+    }
+
+    fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno> {
+        match facts(&nix::sys::stat::stat(path)?).kind {
+            FileKind::BlockDevice(number) => Ok(Some(number)),
+            _ => Ok(None),
+        }
+    }
+
+    fn random(&self) -> Result<u128, Errno> {
+        sys::random()
+    }
+
+    fn now(&self) -> Duration {
+        self.start.get_or_init(Instant::now).elapsed()
+    }
+
+    fn sleep(&self, pause: Duration) {
+        std::thread::sleep(pause);
+    }
+}
+
+fn facts(stat: &FileStat) -> FileFacts {
+    let format = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+    let kind = match format {
+        SFlag::S_IFREG => FileKind::Regular,
+        SFlag::S_IFBLK => FileKind::BlockDevice(DeviceNumber::from_dev_t(stat.st_rdev)),
+        SFlag::S_IFDIR => FileKind::Other("a directory"),
+        SFlag::S_IFIFO => FileKind::Other("a FIFO"),
+        SFlag::S_IFCHR => FileKind::Other("a character device"),
+        _ => FileKind::Other("a socket"),
+    };
+    FileFacts {
+        id: FileId {
+            dev: DeviceNumber::from_dev_t(stat.st_dev),
+            inode: stat.st_ino,
+        },
+        kind,
+        mode: stat.st_mode & 0o7777,
+        size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
+        mtime_ns: stat
+            .st_mtime
+            .saturating_mul(1_000_000_000)
+            .saturating_add(stat.st_mtime_nsec),
+    }
+}

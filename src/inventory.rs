@@ -1,0 +1,201 @@
+//! What there is: our snapshots, read from the kernel's state alone.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::ask::ask;
+use crate::dm_message::{Address, Listed};
+use crate::error::{Error, Result, Step};
+use crate::handles::FileId;
+use crate::host::{Host, MACHINE, Machine};
+use crate::mapper::{Device, MAPPER_CONTROL};
+use crate::name::{DeviceNumber, DeviceUuid, MAPPER_DIR};
+use crate::policy::Verdict;
+use crate::status::SnapshotStatus;
+use crate::table::{SnapshotParams, Target};
+
+/// One of our snapshots, as the kernel has it now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct SnapshotInfo {
+    /// The dm device's name.
+    pub name: String,
+    /// Its uuid.
+    pub uuid: DeviceUuid,
+    /// Its number.
+    pub dev: DeviceNumber,
+    /// How far it got.
+    pub state: State,
+    /// Whether it goes at its last close.
+    pub deferred_remove: bool,
+    /// How many users have it open.
+    pub open_count: u32,
+    /// Store and chunk size; `None` without a table, or with one that is no snapshot's.
+    pub params: Option<SnapshotParams>,
+    /// What the loop device of the origin is bound to.
+    pub origin: Option<LoopFacts>,
+    /// What the loop device of the COW file is bound to.
+    pub cow: Option<LoopFacts>,
+    /// What the kernel says of it; `None` without a live table.
+    pub status: Option<SnapshotStatus>,
+}
+
+/// How far a snapshot got.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
+#[non_exhaustive]
+pub enum State {
+    /// Made, and never given a table: left by a process that died.
+    NoTable,
+    /// Given a table, and never resumed: left by a process that died.
+    Loaded,
+    /// Working.
+    Live,
+    /// Holding back all I/O.
+    Suspended,
+}
+
+/// A loop device and the file behind it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct LoopFacts {
+    /// `/dev/loopN`.
+    pub device: PathBuf,
+    /// The backing file's path, as the kernel has it: with ` (deleted)` behind it once it is unlinked.
+    pub path: Option<PathBuf>,
+    /// The backing file's identity.
+    pub backing: Option<FileId>,
+    /// The number of this binding (Linux 5.15 and later).
+    pub diskseq: Option<u64>,
+}
+
+/// Every snapshot of ours, half-built ones included, in the order of their names.
+///
+/// A snapshot that cannot be read is an `Err` in the list and hides no other. One that goes away meanwhile is
+/// left out.
+///
+/// # Errors
+///
+/// [`Error::Failed`] when device-mapper cannot be asked at all.
+pub fn list() -> Result<Vec<Result<SnapshotInfo>>> {
+    let control = Path::new(MAPPER_CONTROL);
+    ask(Step::OpenMapper, control, || MACHINE.open_mapper())?;
+    let mut devices = ask(Step::List, control, || MACHINE.list())?;
+    devices.sort_by(|one, other| one.name.cmp(&other.name));
+    Ok(devices
+        .iter()
+        .filter_map(|listed| ours(&MACHINE, listed))
+        .collect())
+}
+
+/// The snapshot of that name, which need not be ours as long as its uuid is.
+///
+/// # Errors
+///
+/// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device, or none of ours.
+pub fn status(name: &crate::DeviceName) -> Result<SnapshotInfo> {
+    let control = Path::new(MAPPER_CONTROL);
+    ask(Step::OpenMapper, control, || MACHINE.open_mapper())?;
+    let path = name.mapper_path();
+    let device = ask(Step::Query, &path, || {
+        MACHINE.query(Address::Name(name.as_str()))
+    })?;
+    let uuid = DeviceUuid::new(device.uuid.as_str())?;
+    read(&MACHINE, device, uuid)
+}
+
+/// `None` for a foreign device, and for one that has just gone.
+fn ours(machine: &Machine, listed: &Listed) -> Option<Result<SnapshotInfo>> {
+    let foreign = |uuid: &String| !uuid.starts_with(DeviceUuid::PREFIX);
+    if listed.uuid.as_ref().is_some_and(foreign) {
+        return None;
+    }
+    let path = Path::new(MAPPER_DIR).join(&listed.name);
+    let address = match &listed.uuid {
+        Some(uuid) => Address::Uuid(uuid),
+        None => Address::Name(&listed.name),
+    };
+    let info = ask(Step::Query, &path, || machine.query(address)).and_then(|device| {
+        let uuid = DeviceUuid::new(device.uuid.as_str())?;
+        read(machine, device, uuid)
+    });
+    match info {
+        Err(Error::Refused(_)) => None,
+        Err(error) if error.verdict() == Some(Verdict::Gone) => None,
+        info => Some(info),
+    }
+}
+
+fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotInfo> {
+    let path = Path::new(MAPPER_DIR).join(&device.name);
+    let state = match (device.live_table, device.inactive_table) {
+        (false, false) => State::NoTable,
+        (false, true) => State::Loaded,
+        (true, _) if device.suspended => State::Suspended,
+        (true, _) => State::Live,
+    };
+    let table = match state {
+        State::NoTable => None,
+        _ => ask(Step::Status, &path, || {
+            machine.table(&uuid, !device.live_table)
+        })?,
+    };
+    let params = table.and_then(|(kind, params)| match Target::parse(&kind, &params) {
+        Ok(Target::Snapshot(params) | Target::SnapshotMerge(params)) => Some(params),
+        _ => None,
+    });
+    let status = match device.live_table {
+        true => ask(Step::Status, &path, || machine.status(&uuid))?,
+        false => None,
+    };
+    Ok(SnapshotInfo {
+        name: device.name,
+        uuid,
+        dev: device.number,
+        state,
+        deferred_remove: device.deferred_remove,
+        open_count: device.open_count,
+        origin: params
+            .as_ref()
+            .and_then(|params| loop_facts(machine, params.origin)),
+        cow: params
+            .as_ref()
+            .and_then(|params| loop_facts(machine, params.cow)),
+        params,
+        status: status.map(|(_, text)| {
+            let Ok(status) = text.parse();
+            status
+        }),
+    })
+}
+
+/// `None` when the device is no loop device.
+fn loop_facts(machine: &Machine, number: DeviceNumber) -> Option<LoopFacts> {
+    let sysfs = fs::canonicalize(format!("/sys/dev/block/{number}")).ok()?;
+    let device = Path::new("/dev").join(sysfs.file_name()?);
+    let path = read_path(&sysfs.join("loop/backing_file"));
+    let open = machine.open_loop(&device, false).ok();
+    let backing = open
+        .as_ref()
+        .and_then(|open| machine.loop_status(open).ok())
+        .map(|status| status.backing);
+    let diskseq = open.as_ref().and_then(|open| machine.loop_diskseq(open));
+    sysfs.join("loop").exists().then_some(LoopFacts {
+        device,
+        path,
+        backing,
+        diskseq,
+    })
+}
+
+/// A path as sysfs prints it: raw bytes and a newline.
+fn read_path(file: &Path) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStringExt;
+    let mut bytes = fs::read(file).ok()?;
+    bytes.pop_if(|last| *last == b'\n');
+    Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
+}

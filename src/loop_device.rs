@@ -1,0 +1,127 @@
+//! Loop devices: the control node, attaching, inspecting, detaching.
+//!
+//! The only importer of `loopdev`, which opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
+//! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use nix::errno::Errno;
+use nix::fcntl::{OFlag, open};
+use nix::sys::stat::{Mode, fstat};
+
+use crate::handles::FileId;
+use crate::name::DeviceNumber;
+use crate::sys;
+
+/// The node that names free loop devices.
+pub(crate) const LOOP_CONTROL: &str = "/dev/loop-control";
+
+/// `/dev/loop-control`, open.
+#[derive(Debug)]
+pub(crate) struct LoopControl(loopdev::LoopControl);
+
+impl LoopControl {
+    pub(crate) fn open() -> Result<Self, Errno> {
+        loopdev::LoopControl::open().map(Self).map_err(errno_of)
+    }
+
+    /// The number of a device that was free a moment ago.
+    pub(crate) fn find_free(&self) -> Result<u32, Errno> {
+        sys::loop_find_free(fd_of(&self.0))
+    }
+}
+
+/// A loop device's node, open. Closing it clears the device if it was attached with autoclear and nobody else
+/// holds it.
+#[derive(Debug)]
+pub(crate) enum LoopDevice {
+    /// Open for reading and writing, as an attached COW device must be.
+    Writable(loopdev::LoopDevice),
+    /// Open for reading: makes a device attached through it read-only, and its close wakes no udev watch.
+    ReadOnly(OwnedFd),
+}
+
+/// What a loop device is bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct LoopStatus {
+    pub(crate) backing: FileId,
+    pub(crate) autoclear: bool,
+    pub(crate) direct_io: bool,
+}
+
+impl LoopDevice {
+    pub(crate) fn open(path: &Path, writable: bool) -> Result<Self, Errno> {
+        if writable {
+            loopdev::LoopDevice::open(path)
+                .map(Self::Writable)
+                .map_err(errno_of)
+        } else {
+            open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Self::ReadOnly)
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Writable(device) => fd_of(device),
+            Self::ReadOnly(fd) => fd.as_fd(),
+        }
+    }
+
+    /// Binds `backing` with `LO_FLAGS_*`, in one step.
+    pub(crate) fn attach(
+        &self,
+        backing: BorrowedFd<'_>,
+        flags: u32,
+        path: &Path,
+    ) -> Result<(), Errno> {
+        sys::loop_configure(
+            self.fd(),
+            backing,
+            flags,
+            path.as_os_str().as_encoded_bytes(),
+        )
+    }
+
+    pub(crate) fn detach(&self) -> Result<(), Errno> {
+        match self {
+            Self::Writable(device) => device.detach().map_err(errno_of),
+            Self::ReadOnly(_) => Err(Errno::EBADF),
+        }
+    }
+
+    pub(crate) fn number(&self) -> Result<DeviceNumber, Errno> {
+        Ok(DeviceNumber::from_dev_t(fstat(self.fd())?.st_rdev))
+    }
+
+    pub(crate) fn status(&self) -> Result<LoopStatus, Errno> {
+        let info = sys::loop_status(self.fd())?;
+        Ok(LoopStatus {
+            backing: FileId {
+                dev: DeviceNumber::from_kernel(info.device),
+                inode: info.inode,
+            },
+            autoclear: info.flags & sys::LO_AUTOCLEAR != 0,
+            direct_io: info.flags & sys::LO_DIRECT_IO != 0,
+        })
+    }
+
+    /// The number of this binding; `None` where the kernel has none (before 5.15).
+    pub(crate) fn diskseq(&self) -> Option<u64> {
+        sys::block_diskseq(self.fd()).ok()
+    }
+
+    pub(crate) fn size_bytes(&self) -> Result<u64, Errno> {
+        sys::block_size_bytes(self.fd())
+    }
+}
+
+/// `loopdev` hands out its descriptors raw only.
+fn fd_of(owner: &impl AsRawFd) -> BorrowedFd<'_> {
+    sys::borrow(owner)
+}
+
+fn errno_of(error: io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}

@@ -1,0 +1,240 @@
+//! dm devices: create, load, resume, remove, query, status, list.
+//!
+//! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
+//!
+//! | verb | through | why |
+//! | --- | --- | --- |
+//! | create, load, status, deps | `devicemapper` | it builds and parses target specs well |
+//! | resume, suspend, rename | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
+//! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
+//! | query | `sys.rs` | the crate finds no device by number, and fails on names that are not ASCII |
+//! | list | `sys.rs` | the crate returns no uuids, and one odd name hides every device |
+//! | target version | `sys.rs` | the crate has only the list of loaded targets, which loads no module |
+
+use std::fs::File;
+
+use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
+use nix::errno::Errno;
+
+use crate::dm_message::{self, Address, Head, Listed, Message};
+use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::sys::{self, DM_HEAD_BYTES};
+use crate::table::TargetLine;
+
+/// The node that takes dm ioctls.
+pub(crate) const MAPPER_CONTROL: &str = "/dev/mapper/control";
+
+/// What resume and remove put into their uevents as `DM_COOKIE`, read by the udev rules of dm: make no link below
+/// /dev/mapper (1), run no subsystem (2), disk (4) or other (8) rules, no libdm fallback (0x20), and this event is
+/// the genuine one (0x40). Its low half, a semaphore's id, is 0: nobody waits, and nobody is told.
+///
+/// With it udev never opens a guest's disk (no blkid, no watch) and never owns `/dev/mapper/<name>`: a udevd that
+/// lags behind cannot take away the link of a new device because an old one of that name is gone.
+const QUIET_COOKIE: u32 = 0x6f << 16;
+
+const LIST_DEVICES: u8 = 2;
+const DEV_REMOVE: u8 = 4;
+const DEV_SUSPEND: u8 = 6;
+const DEV_STATUS: u8 = 7;
+const GET_TARGET_VERSION: u8 = 17;
+
+/// From this minor version of the dm interface on, the list of devices has their uuids.
+const LIST_HAS_UUIDS: u32 = 45;
+
+/// What the kernel says of a dm device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub(crate) name: String,
+    /// Empty for a device without one.
+    pub(crate) uuid: String,
+    pub(crate) number: DeviceNumber,
+    pub(crate) open_count: u32,
+    pub(crate) live_table: bool,
+    pub(crate) inactive_table: bool,
+    pub(crate) suspended: bool,
+    pub(crate) deferred_remove: bool,
+}
+
+/// `/dev/mapper/control`, open.
+#[derive(Debug)]
+pub(crate) struct Mapper(Control);
+
+struct Control(DM);
+
+impl std::fmt::Debug for Control {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.0.file().fmt(f)
+    }
+}
+
+impl Mapper {
+    pub(crate) fn open() -> Result<Self, Errno> {
+        DM::new()
+            .map(|dm| Self(Control(dm)))
+            .map_err(|_| why_not_open())
+    }
+
+    fn dm(&self) -> &DM {
+        &self.0.0
+    }
+
+    fn send<B: AsRef<[u8]> + AsMut<[u8]>>(
+        &self,
+        command: u8,
+        message: &mut Message<B>,
+    ) -> Result<(), Errno> {
+        sys::dm_ioctl(sys::borrow(self.dm()), command, message.bytes_mut())
+    }
+
+    pub(crate) fn create(
+        &self,
+        name: &DeviceName,
+        uuid: &DeviceUuid,
+    ) -> Result<DeviceNumber, Errno> {
+        let name = DmName::new(name.as_str()).map_err(errno_of)?;
+        let uuid = DmUuid::new(uuid.as_str()).map_err(errno_of)?;
+        let info = self
+            .dm()
+            .device_create(name, Some(uuid), DmOptions::default())
+            .map_err(errno_of)?;
+        let device = info.device();
+        Ok(DeviceNumber {
+            major: device.major,
+            minor: device.minor,
+        })
+    }
+
+    pub(crate) fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
+        let uuid = DmUuid::new(uuid.as_str()).map_err(errno_of)?;
+        let (start, length) = (line.start.count(), line.length.count());
+        let target = (
+            start,
+            length,
+            line.target.kind().to_owned(),
+            line.target.params(),
+        );
+        self.dm()
+            .table_load(&DevId::Uuid(uuid), &[target], DmOptions::default())
+            .map(drop)
+            .map_err(errno_of)
+    }
+
+    /// Makes the loaded table live. Nothing is mounted or queued yet, so there is nothing to freeze or to flush.
+    pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        let message = Head::to(Address::Uuid(uuid.as_str()));
+        let flags = dm_message::SKIP_LOCKFS | dm_message::NOFLUSH;
+        self.send(
+            DEV_SUSPEND,
+            &mut message.with_flags(flags).with_cookie(QUIET_COOKIE),
+        )
+    }
+
+    /// Removes the device, or has the kernel do so at the last close; says whether that is still to come.
+    pub(crate) fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
+        let flags = if deferred {
+            dm_message::DEFERRED_REMOVE
+        } else {
+            0
+        };
+        let mut message = Head::to(address)
+            .with_flags(flags)
+            .with_cookie(QUIET_COOKIE);
+        self.send(DEV_REMOVE, &mut message)?;
+        Ok(deferred && message.flags() & dm_message::DEFERRED_REMOVE != 0)
+    }
+
+    pub(crate) fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
+        let mut message = Head::to(address);
+        self.send(DEV_STATUS, &mut message)?;
+        let has = |flag| message.flags() & flag != 0;
+        Ok(Device {
+            name: message.name(),
+            uuid: message.uuid(),
+            number: message.number(),
+            open_count: message.open_count(),
+            live_table: has(dm_message::ACTIVE_PRESENT),
+            inactive_table: has(dm_message::INACTIVE_PRESENT),
+            suspended: has(dm_message::SUSPEND),
+            deferred_remove: has(dm_message::DEFERRED_REMOVE),
+        })
+    }
+
+    /// The first line of the device's table: its target and parameters, as the live or the inactive table has
+    /// them; `None` without such a table.
+    pub(crate) fn table(
+        &self,
+        uuid: &DeviceUuid,
+        inactive: bool,
+    ) -> Result<Option<(String, String)>, Errno> {
+        let slot = if inactive {
+            DmFlags::DM_QUERY_INACTIVE_TABLE
+        } else {
+            DmFlags::empty()
+        };
+        self.first_line(uuid, slot | DmFlags::DM_STATUS_TABLE)
+    }
+
+    /// The first line of the device's status: its target and what that says of itself.
+    pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.first_line(uuid, DmFlags::DM_NOFLUSH)
+    }
+
+    fn first_line(
+        &self,
+        uuid: &DeviceUuid,
+        flags: DmFlags,
+    ) -> Result<Option<(String, String)>, Errno> {
+        let uuid = DmUuid::new(uuid.as_str()).map_err(errno_of)?;
+        let options = DmOptions::default().set_flags(flags);
+        let (_, lines) = self
+            .dm()
+            .table_status(&DevId::Uuid(uuid), options)
+            .map_err(errno_of)?;
+        Ok(lines
+            .into_iter()
+            .next()
+            .map(|(_, _, target, params)| (target, params)))
+    }
+
+    /// Every dm device there is, foreign ones included.
+    pub(crate) fn list(&self) -> Result<Vec<Listed>, Errno> {
+        let mut room = 64 << 10;
+        loop {
+            let mut message =
+                Message::new(vec![0; DM_HEAD_BYTES + room]).with_flags(dm_message::UUID);
+            self.send(LIST_DEVICES, &mut message)?;
+            if message.flags() & dm_message::BUFFER_FULL == 0 {
+                return Ok(dm_message::listed(
+                    message.payload(),
+                    message.minor_version() >= LIST_HAS_UUIDS,
+                ));
+            }
+            room *= 4;
+        }
+    }
+
+    /// The snapshot target's version; has the kernel load the module if need be.
+    pub(crate) fn target_version(&self) -> Result<[u32; 3], Errno> {
+        const ROOM: usize = 64;
+        let mut buffer = [0; DM_HEAD_BYTES + ROOM];
+        let head = Message::new(&mut buffer[..]);
+        let mut message = head.with_name("snapshot");
+        self.send(GET_TARGET_VERSION, &mut message)?;
+        dm_message::target_version(message.payload()).ok_or(Errno::EPROTO)
+    }
+}
+
+/// `devicemapper` drops the errno of a failed open; asking again brings it back.
+fn why_not_open() -> Errno {
+    match File::open(MAPPER_CONTROL) {
+        Err(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        Ok(_) => Errno::EAGAIN,
+    }
+}
+
+fn errno_of(error: DmError) -> Errno {
+    match error {
+        DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => *errno,
+        _ => Errno::EPROTO,
+    }
+}

@@ -1,0 +1,96 @@
+//! How a snapshot is to be made.
+
+use std::path::Path;
+
+use crate::error::Result;
+use crate::host::MACHINE;
+use crate::name::DeviceName;
+use crate::origin_identity::OriginIdentity;
+use crate::snapshot::{self, Snapshot};
+use crate::table::Store;
+use crate::units::ChunkSize;
+
+/// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
+///
+/// ```no_run
+/// use dmsnap::{ChunkSize, SnapshotOptions, Store};
+///
+/// let snapshot = SnapshotOptions::new()
+///     .store(Store::Transient)
+///     .chunk_size(ChunkSize::new(32)?)
+///     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
+/// println!("{}", snapshot.device().display());
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct SnapshotOptions {
+    pub(crate) store: Store,
+    pub(crate) chunk: ChunkSize,
+    pub(crate) direct_io: bool,
+    pub(crate) discard: bool,
+    pub(crate) expected_origin: Option<OriginIdentity>,
+}
+
+impl SnapshotOptions {
+    /// A persistent store (`P`) with chunks of 8 sectors (4 KiB), buffered, without discard.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the kind of exception store.
+    pub fn store(&mut self, store: Store) -> &mut Self {
+        self.store = store;
+        self
+    }
+
+    /// Sets the unit of copying.
+    pub fn chunk_size(&mut self, chunk: ChunkSize) -> &mut Self {
+        self.chunk = chunk;
+        self
+    }
+
+    /// Has the COW file's loop device bypass the page cache where its file system can
+    /// (otherwise [`Warning::DirectIoUnavailable`](crate::Warning::DirectIoUnavailable)). The origin is always
+    /// read through the page cache, which all snapshots over it share.
+    pub fn direct_io(&mut self, direct_io: bool) -> &mut Self {
+        self.direct_io = direct_io;
+        self
+    }
+
+    /// Lets a guest's discard of whole written chunks zero them and give their space back to the COW file's file
+    /// system (`discard_zeroes_cow`). Without it every discard fails with EOPNOTSUPP. A discarded chunk that was
+    /// never written goes on reading the origin.
+    pub fn discard(&mut self, discard: bool) -> &mut Self {
+        self.discard = discard;
+        self
+    }
+
+    /// Refuses the origin image unless it still is what it was when the COW file's exceptions were made: pass
+    /// [`Handles::origin`](crate::Handles::origin) of the first snapshot when the COW file is used again.
+    pub fn expect_origin(&mut self, origin: OriginIdentity) -> &mut Self {
+        self.expected_origin = Some(origin);
+        self
+    }
+
+    /// Makes the snapshot `name` over `origin`, with its writes in `cow`, and brings it live.
+    ///
+    /// `origin` is attached read-only and `cow` read-write, each to a free loop device that clears itself when its
+    /// last user is gone. Both may be regular files or block devices. Bytes of the image behind its last whole
+    /// 512-byte sector are not visible to the guest ([`Warning::OriginTail`](crate::Warning::OriginTail)).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched.
+    /// [`Error::Failed`](crate::Error::Failed) names the first step that failed; nothing is left behind.
+    /// [`Error::Debris`](crate::Error::Debris) says what is, when undoing failed too.
+    pub fn create(
+        &self,
+        origin: impl AsRef<Path>,
+        cow: impl AsRef<Path>,
+        name: &str,
+    ) -> Result<Snapshot> {
+        let name = DeviceName::new(name)?;
+        snapshot::create(&MACHINE, self, origin.as_ref(), cow.as_ref(), &name)
+    }
+}

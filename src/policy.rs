@@ -1,0 +1,225 @@
+//! The errno policy: what an errno means at the step that met it, and how long a busy device is waited for.
+//!
+//! The one place that decides on an errno. It is pure: it asks nothing and waits for nothing.
+
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::error::Step;
+
+/// What an errno means, given the step that met it.
+///
+/// Rows are tried from the top; the first that fits decides. `*` is any step, or any errno.
+///
+/// | step | errno | verdict |
+/// | --- | --- | --- |
+/// | FindLoop, OpenLoop, AttachLoop | EBUSY, EAGAIN | TakeAnother |
+/// | OpenLoop | ENXIO, ENOENT, ENODEV | TakeAnother |
+/// | LockFile | EAGAIN | InUse |
+/// | * | EINTR, EAGAIN | Again |
+/// | Remove, DetachLoop | EBUSY | Busy |
+/// | Remove, Query, Status | ENXIO, ENOENT, ENODEV | Gone |
+/// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
+/// | Unlink | ENOENT | Gone |
+/// | Create | EBUSY | NameTaken |
+/// | Link | EEXIST | NameTaken |
+/// | Load | EBUSY | InUse |
+/// | OpenFile | ENOENT, ENOTDIR | Missing |
+/// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
+/// | AttachLoop, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | * | EPERM, EACCES | NoPermission |
+/// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
+/// | * | * | Fatal |
+///
+/// Sources: `LOOP_CONFIGURE` answers EBUSY when another process took the device that `LOOP_CTL_GET_FREE` had
+/// named (`drivers/block/loop.c`, `loop_configure`), and opening a loop device that is being deleted answers ENXIO
+/// (`lo_open`, 5.14 and later). `DM_DEV_CREATE` answers EBUSY for a name or uuid that exists, `DM_DEV_REMOVE` for
+/// an open device, and every lookup answers ENXIO for one that is not there (`drivers/md/dm-ioctl.c`).
+/// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// A race for a loop device was lost: take another one, and leave the lost one alone.
+    TakeAnother,
+    /// Nothing was done; ask again at once, a bounded number of times.
+    Again,
+    /// Somebody has the device open: worth waiting for.
+    Busy,
+    /// What was to be removed or asked about is not there.
+    Gone,
+    /// Another device has the name.
+    NameTaken,
+    /// Somebody else holds the file or the loop device, and waiting will not help.
+    InUse,
+    /// The image or COW file does not exist.
+    Missing,
+    /// This kernel, or this container, has no such thing.
+    Unsupported,
+    /// The caller lacks a capability or a permission.
+    NoPermission,
+    /// Out of memory, space or file descriptors.
+    Exhausted,
+    /// Anything else.
+    Fatal,
+}
+
+/// Judges `errno` at `step`, as the table of [`Verdict`] says.
+pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
+    use Errno as E;
+    use Step as S;
+    match (step, errno) {
+        (S::FindLoop | S::OpenLoop | S::AttachLoop, E::EBUSY | E::EAGAIN) => Verdict::TakeAnother,
+        (S::OpenLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::TakeAnother,
+        (S::LockFile, E::EAGAIN) => Verdict::InUse,
+        (_, E::EINTR | E::EAGAIN) => Verdict::Again,
+        (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
+        (S::Remove | S::Query | S::Status, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
+        (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
+        (S::Unlink, E::ENOENT) => Verdict::Gone,
+        (S::Create, E::EBUSY) => Verdict::NameTaken,
+        (S::Link, E::EEXIST) => Verdict::NameTaken,
+        (S::Load, E::EBUSY) => Verdict::InUse,
+        (S::OpenFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
+        (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
+            Verdict::Unsupported
+        }
+        (S::AttachLoop | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
+            Verdict::Unsupported
+        }
+        (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
+        (_, E::ENOMEM | E::ENOSPC | E::ENFILE | E::EMFILE | E::EDQUOT) => Verdict::Exhausted,
+        _ => Verdict::Fatal,
+    }
+}
+
+/// What stands in a message for a device that was seen to be in use, so that the kernel was not even asked.
+pub(crate) const BUSY: Errno = Errno::EBUSY;
+
+/// How often a call is repeated at once on [`Verdict::Again`] before it counts as failed.
+///
+/// None of our ioctls sleeps interruptibly, so one repetition is already rare; the bound keeps a kernel or a
+/// sandbox that answers EINTR for ever from hanging the caller.
+pub(crate) const AT_ONCE: u32 = 16;
+
+/// How long a busy device is waited for, and how often it is asked meanwhile.
+///
+/// The first pause is short because the usual holder (a VMM that has just exited, a probing udev) is gone within
+/// a millisecond; each pause is twice the one before, up to a ceiling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Retry {
+    deadline: Duration,
+    first: Duration,
+    ceiling: Duration,
+}
+
+impl Retry {
+    /// One attempt, no waiting.
+    pub const ONCE: Self = Self::until(Duration::ZERO);
+
+    /// Repeats for at most `deadline`, pausing 100 us at first and 10 ms at most.
+    #[must_use]
+    pub const fn until(deadline: Duration) -> Self {
+        Self {
+            deadline,
+            first: Duration::from_micros(100),
+            ceiling: Duration::from_millis(10),
+        }
+    }
+
+    /// Sets the first pause and the longest one.
+    #[must_use]
+    pub const fn pauses(mut self, first: Duration, ceiling: Duration) -> Self {
+        self.first = first;
+        self.ceiling = ceiling;
+        self
+    }
+
+    /// The pause after attempt number `attempt` (from 0), `elapsed` after the first one began; `None` when the
+    /// deadline has come. The last pause is cut so that one attempt falls on the deadline itself.
+    pub(crate) fn pause(&self, attempt: u32, elapsed: Duration) -> Option<Duration> {
+        let left = self
+            .deadline
+            .checked_sub(elapsed)
+            .filter(|left| !left.is_zero())?;
+        let grown = self
+            .first
+            .saturating_mul(2u32.saturating_pow(attempt.min(31)));
+        Some(grown.min(self.ceiling).min(left))
+    }
+}
+
+impl Default for Retry {
+    /// 15 seconds.
+    fn default() -> Self {
+        Self::until(Duration::from_secs(15))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rows of the table in [`Verdict`]'s documentation, read from this file.
+    fn documented() -> Vec<(Vec<String>, Vec<String>, String)> {
+        let names = |cell: &str| cell.split(',').map(|name| name.trim().to_owned()).collect();
+        include_str!("policy.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("/// | "))
+            .skip(2)
+            .map(|row| {
+                let mut cells = row.trim_end_matches(" |").split(" | ");
+                let mut next = || cells.next().expect("three cells");
+                (names(next()), names(next()), next().to_owned())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_documented_table_is_the_policy_for_every_step_and_errno() {
+        let rows = documented();
+        assert_eq!(rows.len(), 17);
+        let fits =
+            |names: &[String], name: &str| names.iter().any(|each| each == "*" || each == name);
+        for step in Step::ALL {
+            for errno in (1..=133).map(Errno::from_raw) {
+                let (step_name, errno_name) = (format!("{step:?}"), format!("{errno:?}"));
+                let row = rows
+                    .iter()
+                    .find(|row| fits(&row.0, &step_name) && fits(&row.1, &errno_name));
+                let expected = &row.expect("the last row fits all").2;
+                assert_eq!(
+                    &format!("{:?}", verdict(*step, errno)),
+                    expected,
+                    "{step_name} {errno_name}"
+                );
+            }
+        }
+        for row in &rows {
+            for step in row.0.iter().filter(|step| *step != "*") {
+                assert!(
+                    Step::ALL.iter().any(|each| format!("{each:?}") == *step),
+                    "no step {step}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn pauses_double_from_well_under_a_millisecond_to_the_ceiling_and_end_on_the_deadline() {
+        let retry = Retry::until(Duration::from_millis(30));
+        let mut elapsed = Duration::ZERO;
+        let mut pauses = Vec::new();
+        while let Some(pause) = retry.pause(u32::try_from(pauses.len()).expect("few"), elapsed) {
+            elapsed += pause;
+            pauses.push(pause.as_micros());
+        }
+        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 7300]);
+        assert_eq!(elapsed, Duration::from_millis(30));
+        assert_eq!(Retry::ONCE.pause(0, Duration::ZERO), None);
+        assert_eq!(
+            Retry::default().pause(u32::MAX, Duration::ZERO),
+            Some(Duration::from_millis(10))
+        );
+    }
+}

@@ -1,0 +1,185 @@
+//! Bad input, told before any device is touched.
+
+use std::path::PathBuf;
+
+use crate::origin_identity::OriginIdentity;
+use crate::units::ChunkSize;
+
+/// Why a request was turned down before any loop or dm device was touched.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Refusal {
+    /// A dm name that the kernel, udev or a path would not keep as it is.
+    #[error("cannot name a device {name:?}: {fault}")]
+    Name {
+        /// The name as given.
+        name: String,
+        /// What is wrong with it.
+        fault: NameFault,
+    },
+    /// A uuid that is not one of ours.
+    #[error("{uuid:?} is not a uuid of a dmsnap device (DMSNAP-..., at most 128 bytes)")]
+    Uuid {
+        /// The uuid as given.
+        uuid: String,
+    },
+    /// Not a `major:minor` pair within the kernel's bounds.
+    #[error("{text:?} is not a device number (major:minor)")]
+    DeviceNumber {
+        /// The text as given.
+        text: String,
+    },
+    /// Not a chunk size that device-mapper takes.
+    #[error("cannot use chunks of {sectors} sectors: need a power of two from 1 to 2097152")]
+    ChunkSize {
+        /// The size as given, in 512-byte sectors.
+        sectors: u64,
+    },
+    /// A directory, FIFO, socket or character device where a file or block device is needed.
+    #[error("{path:?} is {kind}, not a file or a block device")]
+    NotAFile {
+        /// The path as given.
+        path: PathBuf,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// Not a block device where one is needed.
+    #[error("{path:?} is not a block device")]
+    NotABlockDevice {
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// The origin image holds no whole sector.
+    #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
+    OriginTooShort {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Somebody holds an exclusive `flock` on the origin image: it serves as COW file, or is being written.
+    #[error("origin image {path:?} is locked by another process or serves as a COW file")]
+    OriginInUse {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The image is not the one that the COW file's exceptions were made over.
+    #[error(
+        "origin image {path:?} has changed: {found}, where the snapshot was made over {expected}"
+    )]
+    OriginChanged {
+        /// The image.
+        path: PathBuf,
+        /// What it was.
+        expected: OriginIdentity,
+        /// What it is.
+        found: OriginIdentity,
+    },
+    /// The COW file is the origin image, by whatever path (hard link, symlink, bind mount).
+    #[error("COW file {cow:?} and origin image {origin:?} are the same file")]
+    SameFile {
+        /// The image.
+        origin: PathBuf,
+        /// The COW file.
+        cow: PathBuf,
+    },
+    /// The COW file has no write permission for anybody: somebody wants it kept.
+    #[error("COW file {path:?} is read-only (mode {mode:04o})")]
+    CowReadOnly {
+        /// The COW file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// The COW file cannot hold the store's header, its first metadata area and one chunk of data.
+    #[error(
+        "COW file {path:?} has {bytes} bytes, too small: chunks of {chunk} sectors need at least {needed} bytes"
+    )]
+    CowTooSmall {
+        /// The COW file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The chunk size asked for.
+        chunk: ChunkSize,
+        /// The least size that works.
+        needed: u64,
+    },
+    /// Another snapshot has the COW file: its loop device holds the `flock`.
+    #[error("COW file {path:?} is in use by another snapshot")]
+    CowInUse {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// The COW file begins with something that is not an exception store.
+    #[error("COW file {path:?} holds foreign data: neither blank nor a snapshot's exception store")]
+    CowForeign {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// The kernel has marked the store invalid: it overflowed, or its writes failed.
+    #[error(
+        "COW file {path:?} holds a snapshot that the kernel has marked invalid (it overflowed or a write failed)"
+    )]
+    CowInvalid {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// A header whose fields no kernel writes.
+    #[error("COW file {path:?} holds a damaged exception store: {field} is {value}")]
+    CowDamaged {
+        /// The COW file.
+        path: PathBuf,
+        /// Which field of the header.
+        field: &'static str,
+        /// What it says.
+        value: u32,
+    },
+    /// The store was made with another chunk size; the kernel would silently use that one.
+    #[error("COW file {path:?} was made with chunks of {found} sectors, not {asked}")]
+    CowChunkSize {
+        /// The COW file.
+        path: PathBuf,
+        /// The store's own chunk size.
+        found: ChunkSize,
+        /// The chunk size asked for.
+        asked: ChunkSize,
+    },
+    /// A transient store would overwrite what the COW file holds.
+    #[error(
+        "COW file {path:?} is not blank, and a transient store would overwrite it (truncate it to reuse it)"
+    )]
+    CowNotBlank {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// The snapshot target of this kernel cannot do what was asked.
+    #[error("the kernel's snapshot target {version} lacks {feature}")]
+    TargetLacks {
+        /// The target's version.
+        version: String,
+        /// What it lacks.
+        feature: &'static str,
+    },
+}
+
+/// What is wrong with a device name.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum NameFault {
+    /// No byte at all.
+    #[error("it is empty")]
+    Empty,
+    /// Longer than the kernel keeps.
+    #[error("it has {bytes} bytes, the kernel keeps 127")]
+    TooLong {
+        /// Its length.
+        bytes: usize,
+    },
+    /// `.`, `..` or `control`.
+    #[error("it is reserved below /dev/mapper")]
+    Reserved,
+    /// A character outside `0-9 A-Z a-z # + - . : = @ _`.
+    #[error("it has the character {0:?} (allowed: 0-9 A-Z a-z # + - . : = @ _)")]
+    Character(char),
+}

@@ -1,0 +1,333 @@
+//! The story of taking down: dm device, alias, COW loop, origin loop, each only if it still is what it was.
+
+use std::path::{Path, PathBuf};
+
+use crate::ask::{ask, patiently};
+use crate::dm_message::Address;
+use crate::error::{Error, Leftover, Result, Step};
+use crate::handles::{Handles, LoopHandle};
+use crate::host::{Host, MACHINE};
+use crate::mapper::{Device, MAPPER_CONTROL};
+use crate::name::{DeviceName, DeviceUuid, MAPPER_DIR};
+use crate::policy::{self, Retry, Verdict};
+use crate::refusal::Refusal;
+
+/// What became of a dm device that was to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a deferred removal is still to come"]
+pub enum Outcome {
+    /// It is gone, and with it its node and its alias.
+    Removed,
+    /// There was no such device.
+    AlreadyGone,
+    /// The kernel removes it when its last user closes it. Until then it works on and its name stays taken.
+    Deferred {
+        /// How many users have it open.
+        open_count: u32,
+    },
+}
+
+/// Removes the dm device of that name, `/dev/mapper/<name>` path or other path to its node; waits up to 15 seconds
+/// while it is busy.
+///
+/// A device that is not there counts as success. Its loop devices go too if they were attached with autoclear, as
+/// ours are. Any dm device can be removed so, not only ours: the name is taken at its word.
+///
+/// # Errors
+///
+/// [`Error::Failed`] when it is still busy at the deadline, with its open count, or at once on anything else.
+/// [`Error::Refused`] for a name or path that no dm device can have.
+pub fn remove(target: impl AsRef<Path>) -> Result<Outcome> {
+    remove_with(target, &Retry::default())
+}
+
+/// As [`remove`], waiting as `retry` says.
+///
+/// # Errors
+///
+/// As [`remove`].
+pub fn remove_with(target: impl AsRef<Path>, retry: &Retry) -> Result<Outcome> {
+    remove_target(&MACHINE, target.as_ref(), retry, When::Now)
+}
+
+/// As [`remove`], with one attempt and no waiting, for event loops.
+///
+/// # Errors
+///
+/// As [`remove`]; a busy device is [`Verdict::Busy`].
+pub fn try_remove(target: impl AsRef<Path>) -> Result<Outcome> {
+    remove_with(target, &Retry::ONCE)
+}
+
+/// Removes the device now if nobody has it open, and has the kernel remove it at the last close otherwise
+/// (`DM_DEFERRED_REMOVE`).
+///
+/// # Errors
+///
+/// As [`remove`], but never because the device is busy.
+pub fn remove_deferred(target: impl AsRef<Path>) -> Result<Outcome> {
+    remove_target(&MACHINE, target.as_ref(), &Retry::ONCE, When::LastClose)
+}
+
+/// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
+///
+/// What is already gone, or is by now something else, counts as success. A failure does not stop it: it goes on.
+/// Waits up to 15 seconds while the device is busy. The image and the COW file stay.
+///
+/// # Errors
+///
+/// [`Error::Debris`] names everything that remains, each with its reason; its source is the first one.
+pub fn cleanup(handles: &Handles) -> Result<()> {
+    cleanup_with(handles, &Retry::default())
+}
+
+/// As [`cleanup`], waiting as `retry` says.
+///
+/// # Errors
+///
+/// As [`cleanup`].
+pub fn cleanup_with(handles: &Handles, retry: &Retry) -> Result<()> {
+    clean(&MACHINE, handles, retry)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum When {
+    Now,
+    LastClose,
+}
+
+pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+    let mut left = Vec::new();
+    if let Err(error) = remove_device(host, handles, retry) {
+        let object = device_of(handles).unwrap_or_default();
+        left.push(Leftover::new(object, error));
+    }
+    // A device that stays holds its loops; waiting for them would be in vain.
+    let (removed, patience) = if left.is_empty() {
+        (true, *retry)
+    } else {
+        (false, Retry::ONCE)
+    };
+    let loops = [
+        (&handles.cow_loop, Sharing::Alone),
+        (&handles.origin_loop, Sharing::WithOthers),
+    ];
+    for (handle, sharing) in loops {
+        let Some(handle) = handle else { continue };
+        let sharing = if removed { sharing } else { Sharing::Alone };
+        if let Err(error) = release_loop(host, handle, sharing, &patience) {
+            left.push(Leftover::new(&handle.path, error));
+        }
+    }
+    match left.first() {
+        None => Ok(()),
+        Some(first) => Err(first.error.clone().leaving(left)),
+    }
+}
+
+/// The path that stands for the handles' dm device in messages.
+fn device_of(handles: &Handles) -> Option<PathBuf> {
+    let by_name = || handles.name.as_ref().map(DeviceName::mapper_path);
+    by_name()
+        .or_else(|| handles.mapper.clone())
+        .or_else(|| handles.device.clone())
+}
+
+/// By uuid where there is one: then it is our device that goes, or none.
+fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+    let path = device_of(handles);
+    match (&handles.uuid, path, handles.dev) {
+        (Some(uuid), path, _) => {
+            remove_ours(host, uuid, &path.unwrap_or_else(|| uuid_path(uuid)), retry)
+        }
+        (None, Some(path), _) => remove_target(host, &path, retry, When::Now).map(drop),
+        (None, None, Some(number)) => remove_addressed(
+            host,
+            Address::Number(number),
+            &number.dm_node(),
+            retry,
+            When::Now,
+        )
+        .map(drop),
+        (None, None, None) => Ok(()),
+    }
+}
+
+fn uuid_path(uuid: &DeviceUuid) -> PathBuf {
+    Path::new("/dev/disk/by-id").join(format!("dm-uuid-{uuid}"))
+}
+
+/// Removes the device with that uuid, whatever its name is by now.
+pub(crate) fn remove_ours<H: Host>(
+    host: &H,
+    uuid: &DeviceUuid,
+    on: &Path,
+    retry: &Retry,
+) -> Result<()> {
+    remove_addressed(host, Address::Uuid(uuid.as_str()), on, retry, When::Now).map(drop)
+}
+
+fn remove_target<H: Host>(host: &H, target: &Path, retry: &Retry, when: When) -> Result<Outcome> {
+    let bare = target.components().count() == 1 && !target.has_root();
+    let below_mapper = target
+        .strip_prefix(MAPPER_DIR)
+        .ok()
+        .filter(|rest| rest.components().count() == 1);
+    if let Some(name) = if bare { Some(target) } else { below_mapper } {
+        let name = DeviceName::new(name.to_string_lossy())?;
+        return remove_addressed(
+            host,
+            Address::Name(name.as_str()),
+            &name.mapper_path(),
+            retry,
+            when,
+        );
+    }
+    if target.as_os_str().is_empty() {
+        return Err(DeviceName::new("")
+            .expect_err("an empty name is refused")
+            .into());
+    }
+    let number = match ask(Step::Query, target, || host.device_number(target)) {
+        Ok(Some(number)) => number,
+        Ok(None) => {
+            return Err(Refusal::NotABlockDevice {
+                path: target.to_owned(),
+            }
+            .into());
+        }
+        Err(error) if error.verdict() == Some(Verdict::Gone) => return Ok(Outcome::AlreadyGone),
+        Err(error) => return Err(error),
+    };
+    remove_addressed(host, Address::Number(number), target, retry, when)
+}
+
+fn remove_addressed<H: Host>(
+    host: &H,
+    address: Address<'_>,
+    on: &Path,
+    retry: &Retry,
+    when: When,
+) -> Result<Outcome> {
+    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
+        host.open_mapper()
+    })?;
+    patiently(host, retry, Verdict::Busy, || {
+        try_once(host, address, on, when)
+    })
+}
+
+/// One attempt.
+///
+/// The alias goes before the device: from the moment that removal begins, the kernel lets others have the name, and
+/// from then on the alias may be theirs.
+fn try_once<H: Host>(host: &H, address: Address<'_>, on: &Path, when: When) -> Result<Outcome> {
+    let device = match ask(Step::Query, on, || host.query(address)) {
+        Ok(device) => device,
+        Err(error) if error.verdict() == Some(Verdict::Gone) => {
+            ask(Step::Unlink, on, || host.sweep_alias(on))?;
+            return Ok(Outcome::AlreadyGone);
+        }
+        Err(error) => return Err(error),
+    };
+    let open_count = device.open_count;
+    if open_count > 0 && when == When::Now {
+        return Err(
+            Error::failed(Step::Remove, on, policy::BUSY).noted(format!("open count {open_count}"))
+        );
+    }
+    let alias = Path::new(MAPPER_DIR).join(&device.name);
+    let unlinked = ask(Step::Unlink, &alias, || {
+        host.remove_alias(&alias, device.number)
+    })?;
+    match ask(Step::Remove, on, || {
+        host.remove(unchanging(&device), when == When::LastClose)
+    }) {
+        Ok(true) => Ok(Outcome::Deferred { open_count }),
+        Ok(false) => Ok(Outcome::Removed),
+        Err(error) if error.verdict() == Some(Verdict::Gone) => Ok(Outcome::AlreadyGone),
+        Err(error) => {
+            if unlinked {
+                // The device stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads there.
+                let _ = host.make_alias(&alias, device.number);
+            }
+            Err(error)
+        }
+    }
+}
+
+/// The address that the device keeps for longest: its uuid, if it has one.
+fn unchanging(device: &Device) -> Address<'_> {
+    if device.uuid.is_empty() {
+        Address::Name(&device.name)
+    } else {
+        Address::Uuid(&device.uuid)
+    }
+}
+
+/// Whether a loop device that is still bound is somebody's business or a failure.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    Alone,
+    /// Other snapshots may read the same origin; autoclear detaches it behind the last of them.
+    WithOthers,
+}
+
+/// Sees to it that the loop device is detached, if it still is the handle's.
+fn release_loop<H: Host>(
+    host: &H,
+    handle: &LoopHandle,
+    sharing: Sharing,
+    retry: &Retry,
+) -> Result<()> {
+    patiently(host, retry, Verdict::Busy, || {
+        match release_once(host, handle)? {
+            Bound::No => Ok(()),
+            Bound::Yes if sharing == Sharing::WithOthers => Ok(()),
+            Bound::Yes => Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY)),
+        }
+    })
+}
+
+enum Bound {
+    No,
+    /// It was, a moment ago: to be looked at again.
+    Yes,
+}
+
+fn release_once<H: Host>(host: &H, handle: &LoopHandle) -> Result<Bound> {
+    let gone = |error: Error| {
+        if error.verdict() == Some(Verdict::Gone) {
+            Ok(Bound::No)
+        } else {
+            Err(error)
+        }
+    };
+    let path = &handle.path;
+    let device = match ask(Step::InspectLoop, path, || host.open_loop(path, false)) {
+        Ok(device) => device,
+        Err(error) => return gone(error),
+    };
+    let status = match ask(Step::InspectLoop, path, || host.loop_status(&device)) {
+        Ok(status) => status,
+        Err(error) => return gone(error),
+    };
+    let other_file = handle
+        .backing
+        .is_some_and(|backing| backing != status.backing);
+    let other_binding = || match (handle.diskseq, host.loop_diskseq(&device)) {
+        (Some(then), Some(now)) => then != now,
+        _ => false,
+    };
+    if other_file || other_binding() {
+        return Ok(Bound::No);
+    }
+    if !status.autoclear {
+        // `device` keeps the binding from changing hands until `LOOP_CLR_FD` has been asked for.
+        let writable = ask(Step::InspectLoop, path, || host.open_loop(path, true))?;
+        if let Err(error) = ask(Step::DetachLoop, path, || host.detach_loop(&writable)) {
+            return gone(error);
+        }
+    }
+    Ok(Bound::Yes)
+}

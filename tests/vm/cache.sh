@@ -1,0 +1,183 @@
+# Kernels from the Debian archive, unpacked into a cache. Sourced by run.
+#
+# cache/kernels/SERIES/vmlinuz       the kernel
+# cache/kernels/SERIES/modules.cpio  the few modules the guest uses, with their index
+# cache/kernels/SERIES/release       what `uname -r` says in it
+#
+# A series directory is renamed into place when it is complete, so one that
+# exists is whole. Delete it to have a newer kernel fetched.
+
+cache=${DMSNAP_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dmsnap-vm}
+
+# Without these no guest starts, or no snapshot can be made in it.
+modules_required="loop dm-mod dm-snapshot virtio_pci virtio_blk virtio_console ext4"
+# Taken when the kernel has them: fault injection, other file systems.
+modules_optional="dm-flakey dm-delay dm-zero dm-log-writes xfs overlay crc32c_generic crc32c_intel"
+
+# The suites that carry a series, as ARCHIVE:SUITE, ARCHIVE being main or security.
+kernel_suites() {
+    case $1 in
+        5.10) echo main:bullseye security:bullseye-security ;;
+        6.1) echo main:bookworm security:bookworm-security ;;
+        6.12) echo main:bookworm-backports security:bookworm-security ;;
+        latest) echo main:trixie-backports ;;
+        *) die "no such kernel: $1 (known: 5.10, 6.1, 6.12, latest)" ;;
+    esac
+}
+
+# The package names that count as that series.
+kernel_pattern() {
+    case $1 in
+        latest) echo '^linux-image-[0-9]+\.[0-9]+\.[^-]*(-[0-9]+)?-cloud-amd64$' ;;
+        *) echo "^linux-image-${1//./\\.}\\.[^-]*(-[0-9]+)?-cloud-amd64\$" ;;
+    esac
+}
+
+# Makes sure that cache/kernels/SERIES is there.
+kernel_ensure() {
+    local series=$1 lock
+    mkdir -p "$cache/kernels"
+    exec {lock}>"$cache/lock"
+    flock "$lock"
+    if [[ ! -d $cache/kernels/$series ]]; then
+        # Under the lock, whatever is here was left by a run that was killed.
+        rm -rf "$cache"/fetch.*
+        # Not part of a condition, which would turn errexit off inside.
+        (kernel_fetch "$series")
+    fi
+    exec {lock}>&-
+}
+
+kernel_release() {
+    cat "$cache/kernels/$1/release"
+}
+
+kernel_fetch() {
+    local series=$1 image release modules deb
+    say "fetching kernel $series"
+    [[ $(dpkg --print-architecture) == amd64 ]] || die "the guest kernels are amd64 only"
+    tmp=$(mktemp -d "$cache/fetch.XXXXXX")
+    trap 'status=$?; rm -rf "$tmp"; ((status == 0)) || say "kernel $series cannot be had"' EXIT
+
+    apt_open "$tmp/apt" "$series"
+    image=$(apt_private apt-cache pkgnames linux-image- | grep -E "$(kernel_pattern "$series")" | sort -V | tail -n 1) ||
+        die "no cloud kernel of series $series in: $(kernel_suites "$series")"
+    release=${image#linux-image-}
+    say "package $image"
+
+    # Since 7.x the image package is empty and depends on three that are not.
+    mkdir "$tmp/debs" "$tmp/root" "$tmp/tree" "$tmp/new"
+    # shellcheck disable=SC2046
+    (cd "$tmp/debs" && apt_private apt-get -q -q download "$image" $(apt_private apt-cache depends "$image" |
+        sed -n "s/^ *Depends: \(linux-[a-z]*-$release\)\$/\1/p")) >&2
+    for deb in "$tmp"/debs/*.deb; do
+        dpkg-deb -x "$deb" "$tmp/root"
+    done
+    find "$tmp/root" -type f -name 'vmlinuz*' -exec cp {} "$tmp/new/vmlinuz" \;
+    [[ -s $tmp/new/vmlinuz ]] || die "$image holds no kernel"
+    modules=$(find "$tmp/root" -type d -path "*lib/modules/$release")
+    [[ -d $modules ]] || die "$image holds no modules"
+
+    mkdir -p "$tmp/all/lib/modules"
+    mv "$modules" "$tmp/all/lib/modules/$release"
+    depmod -b "$tmp/all" "$release"
+    modules_pick "$tmp/all" "$tmp/tree" "$release"
+    cpio_pack "$tmp/tree" >"$tmp/new/modules.cpio"
+    echo "$release" >"$tmp/new/release"
+    mv -T "$tmp/new" "$cache/kernels/$series"
+    say "kernel $series is $release"
+}
+
+# Copies the wanted modules and what they need from one tree to another,
+# uncompressed, and writes their index.
+modules_pick() {
+    local from=$1 to=$2/usr release=$3 name file list dest
+    dest=$to/lib/modules/$release
+    mkdir -p "$dest"
+    cp "$from/lib/modules/$release"/modules.{order,builtin}* "$dest"
+    list=$(for name in $modules_required; do
+        modprobe -d "$from" -S "$release" --show-depends "$name" || die "kernel $release lacks module $name"
+    done
+    for name in $modules_optional; do
+        modprobe -d "$from" -S "$release" --show-depends "$name" 2>/dev/null || true
+    done)
+    sed -n 's/^insmod \([^ ]*\).*/\1/p' <<<"$list" | sort -u | while read -r file; do
+        name=${file#"$from"}
+        mkdir -p "$to${name%/*}"
+        case $name in
+            *.xz) xz -dc "$file" >"$to${name%.xz}" ;;
+            *.zst) zstd -q -dc "$file" >"$to${name%.zst}" ;;
+            *) cp "$file" "$to$name" ;;
+        esac
+    done
+    depmod -b "$to" "$release"
+}
+
+# The machine's own apt lines for a Debian archive, one URI a line. apt itself
+# reads the sources, whichever format they are in.
+apt_uris() {
+    local archive=$1 codename
+    codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-stable}")
+    # shellcheck disable=SC2016
+    apt-get indextargets --no-release-info --format '$(REPO_URI) $(RELEASE) $(COMPONENT)' 'Created-By: Packages' |
+        awk -v archive="$archive" -v codename="$codename" '
+            $1 ~ /^cdrom:/ || $3 != "main" || seen[$1]++ { next }
+            archive == "security" && $2 ~ /(-security|\/updates)$/ { print $1 }
+            archive == "main" && ($2 == codename || $2 ~ /^(oldstable|stable|testing|unstable|sid)$/) { print $1 }'
+}
+
+# Prepares a private apt tree for the suites of a series: nothing of the
+# machine's apt state is read or changed but its sources, its access settings
+# (Acquire, auth.conf) and Debian's keyring, against which all is checked.
+apt_open() {
+    local dir=$1 series=$2 main security
+    local keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    mkdir -p "$dir/state/lists/partial" "$dir/cache/archives/partial"
+    apt_conf=$dir/apt.conf
+    {
+        apt-config dump | grep '^Acquire::' | grep -v '^Acquire::IndexTargets'
+        cat <<CONF
+Acquire::Languages "none";
+APT::Architecture "amd64";
+APT::Architectures "amd64";
+APT::Sandbox::User "";
+APT::Update::Error-Mode "any";
+Dir::Etc::Main "/dev/null";
+Dir::Etc::Parts "/dev/null";
+Dir::Etc::Preferences "/dev/null";
+Dir::Etc::PreferencesParts "/dev/null";
+Dir::Etc::SourceList "$dir/sources.list";
+Dir::Etc::SourceParts "/dev/null";
+Dir::State "$dir/state";
+Dir::State::Status "/dev/null";
+Dir::Cache "$dir/cache";
+Dir::Log "$dir";
+CONF
+    } >"$apt_conf"
+
+    security=$(apt_uris security | head -n 1)
+    # A third party may use Debian's suite names too. Only Debian's archive
+    # has these suites signed by Debian, so the first that passes is it.
+    for main in $(apt_uris main); do
+        local spec suite uri options
+        for spec in $(kernel_suites "$series"); do
+            suite=${spec#*:}
+            uri=$main
+            [[ $spec == main:* ]] || uri=$security
+            [[ -n $uri ]] || continue
+            options="signed-by=$keyring"
+            # An archived suite's signature is no longer renewed.
+            [[ $suite != bullseye* ]] || options+=" check-valid-until=no"
+            echo "deb [$options] $uri $suite main"
+        done >"$dir/sources.list"
+        if apt_private apt-get -q -q update >"$dir/log" 2>&1; then
+            return 0
+        fi
+        cat "$dir/log" >&2
+    done
+    die "no apt source of this machine serves$(kernel_suites "$series" | sed 's/[a-z]*:/ /g'), signed by Debian"
+}
+
+apt_private() {
+    APT_CONFIG=$apt_conf "$@"
+}

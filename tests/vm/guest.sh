@@ -1,0 +1,118 @@
+# Boots a guest, relays what COMMAND prints and takes over its exit status.
+# Sourced by run.
+#
+# Three virtio-serial ports lead out of the guest, each into a file: what
+# COMMAND prints, the verdict, and a tar of $DMSNAP_OUT. A file, unlike a pipe,
+# always has room, so all that the guest wrote is there when QEMU has ended.
+# The serial console carries the kernel's log and nothing of COMMAND's.
+
+readonly status_deadline=124 status_no_verdict=125
+
+# What a kernel says when something is wrong with it.
+readonly splat='cut here|WARNING:|BUG:|Oops|Kernel panic|general protection|blocked for more than|locking dependency'
+
+guest_kernel=6.12
+guest_udev=0
+guest_memory=2048
+guest_cpus=2
+guest_timeout=600
+guest_out=
+guest_console=
+guest_files=()
+
+guest_dir=
+guest_pids=()
+
+# Runs COMMAND in a guest as the guest_* settings say, and exits.
+guest_exec() {
+    local status
+    kernel_ensure "$guest_kernel"
+    guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
+    trap guest_cleanup EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    image_build "$guest_dir/initramfs" "$guest_kernel" "$guest_udev" "$@"
+    guest_boot
+    if [[ -n $guest_out ]]; then
+        mkdir -p "$guest_out"
+        [[ ! -s $guest_dir/out ]] || tar -C "$guest_out" --no-same-owner -xf "$guest_dir/out"
+    fi
+    guest_verdict
+}
+
+guest_cleanup() {
+    local pid
+    for pid in "${guest_pids[@]}"; do
+        kill "$pid" 2>/dev/null || true
+    done
+    rm -rf "$guest_dir"
+}
+
+# Returns when the guest is gone, however it ended.
+guest_boot() {
+    local qemu relay append
+    ln -s "$cache/kernels/$guest_kernel/vmlinuz" "$guest_dir/vmlinuz"
+    truncate -s 4G "$guest_dir/scratch"
+    touch "$guest_dir"/{console,output,verdict,out}
+    # oops=panic, panic=-1 and -no-reboot: a guest that fails ends at once.
+    append="console=ttyS0 panic=-1 oops=panic random.trust_cpu=on"
+    # Crypto self-tests and the like are a third of the boot under emulation,
+    # and la57, a fifth level of page tables, slows all that follows.
+    append+=" mitigations=off cryptomgr.notests initcall_blacklist=init_encrypted,crypto_kdf108_init,jent_mod_init"
+    (
+        cd "$guest_dir"
+        exec timeout --kill-after=5 "$guest_timeout" qemu-system-x86_64 \
+            -accel tcg,thread=multi -cpu max,la57=off -smp "$guest_cpus" -m "$guest_memory" \
+            -nodefaults -no-user-config -display none -no-reboot \
+            -kernel vmlinuz -initrd initramfs -append "$append" \
+            -serial file:console \
+            -device virtio-serial-pci \
+            -chardev file,id=output,path=output -device virtserialport,chardev=output,name=output \
+            -chardev file,id=verdict,path=verdict -device virtserialport,chardev=verdict,name=verdict \
+            -chardev file,id=out,path=out -device virtserialport,chardev=out,name=out \
+            -drive if=none,id=scratch,file=scratch,format=raw,cache=unsafe,discard=unmap \
+            -device virtio-blk-pci,drive=scratch
+    ) </dev/null >"$guest_dir/qemu" 2>&1 &
+    qemu=$!
+    tail -s 0.1 --pid="$qemu" -c +1 -f "$guest_dir/output" 2>/dev/null &
+    relay=$!
+    guest_pids=("$qemu" "$relay")
+    # The relay ends after QEMU, or before it when our reader has gone away
+    # (| head): then nobody wants the rest, as SIGPIPE would say.
+    wait "$relay" || exit 141
+    guest_status=0
+    wait "$qemu" || guest_status=$?
+    guest_pids=()
+}
+
+guest_verdict() {
+    local word='' status='' splats
+    [[ -z $guest_console ]] || cp "$guest_dir/console" "$guest_console"
+    splats=$(grep -a -E "$splat" "$guest_dir/console" || true)
+    read -r word status <"$guest_dir/verdict" || true
+    if [[ $word == exit ]]; then
+        if [[ -n $splats ]]; then
+            say "the kernel complained:"$'\n'"$splats"
+            guest_keep
+        fi
+        exit "$status"
+    fi
+    cat "$guest_dir/qemu" >&2
+    say "last lines of the kernel's log:"
+    tail -n 40 "$guest_dir/console" | tr -d '\r' >&2
+    guest_keep
+    if ((guest_status == 124 || guest_status == 137)); then
+        say "the guest passed its deadline of $guest_timeout s"
+        exit "$status_deadline"
+    fi
+    say "the guest ended without a verdict"
+    exit "$status_no_verdict"
+}
+
+guest_keep() {
+    local log=$target_dir/vm/console-$guest_kernel-$$.log
+    [[ -s $guest_dir/console ]] || return 0
+    mkdir -p "${log%/*}"
+    cp "$guest_dir/console" "$log"
+    say "kernel log: $log"
+}

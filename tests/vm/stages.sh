@@ -1,0 +1,184 @@
+# test, demo and bench: what is built, and what of it runs where. Sourced by run.
+
+stage_failures=0
+stage_report=()
+
+seconds() {
+    printf '%d.%d' "$(($1 / 1000))" "$(($1 % 1000 / 100))"
+}
+
+now_ms() {
+    local now=${EPOCHREALTIME/[.,]/}
+    echo "${now%???}"
+}
+
+# stage NAME COMMAND...: runs it, and goes on whatever comes of it; the report
+# at the end decides. COMMAND runs with errexit off.
+stage() {
+    local name=$1 begin verdict=ok
+    shift
+    printf '\n== %s\n' "$name"
+    begin=$(now_ms)
+    "$@" || { verdict=FAILED; stage_failures=$((stage_failures + 1)); }
+    stage_report+=("$(printf '%-6s %7s s  %s' "$verdict" "$(seconds $(($(now_ms) - begin)))" "$name")")
+    [[ $verdict == ok ]]
+}
+
+# The features of the crate but the one that has tests ask for a real kernel.
+host_features() {
+    awk '/^\[/ { on = ($0 == "[features]") ; next }
+        on && match($0, /^[a-z][a-z0-9_-]*/) { print substr($0, 1, RLENGTH) }' "$root/Cargo.toml" |
+        grep -vxE 'default|kernel-tests' | paste -sd,
+}
+
+# build_target KIND NAME CARGO-ARGS...: builds and prints the executable's path.
+build_target() {
+    local kind=$1 name=$2 messages path
+    shift 2
+    messages=$(cargo "$@" --locked --message-format=json-render-diagnostics) || return 1
+    path=$(grep '"reason":"compiler-artifact"' <<<"$messages" |
+        grep -F "\"kind\":[\"$kind\"]" | grep -F "\"name\":\"$name\"" |
+        sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+    [[ -x $path ]] || { say "cargo built no $kind $name"; return 1; }
+    echo "$path"
+}
+
+build_cli() {
+    cargo build --release --locked --features cli --bin dmsnap
+}
+
+# The binary under a name without cargo's hash, as it is called in the guest.
+build_kernel_tests() {
+    local path
+    path=$(build_target test kernel test --no-run --all-features --test kernel) || return 1
+    mkdir -p "$target_dir/vm"
+    cp "$path" "$target_dir/vm/kernel"
+}
+
+# The fuzz targets' corpus, replayed by plain tests of the fuzz workspace.
+fuzz_replay() {
+    cargo test --manifest-path fuzz/Cargo.toml --locked
+}
+
+command_test() {
+    local kernels="5.10 6.1 6.12 latest 6.12+udev" kernel begin line
+    while (($# > 0)); do
+        case $1 in
+            --kernels) option_value "$@"; kernels=$2; shift 2 ;;
+            --jobs) option_value "$@"; test_jobs=$2; shift 2 ;;
+            *) usage_error "test: unknown argument $1" ;;
+        esac
+    done
+    for kernel in $kernels; do
+        known_kernel "${kernel%+udev}"
+        [[ $kernel != *+udev ]] || guest_udev=1
+    done
+    begin=$(now_ms)
+    host_guest
+    host_build
+    host_lints
+    cd "$root"
+
+    stage "fmt" cargo fmt --all --check || true
+    stage "clippy" cargo clippy --all-targets --all-features --locked -- -D warnings || true
+    stage "check, no default features" cargo check --no-default-features --locked || true
+    RUSTDOCFLAGS='-D warnings' stage "doc" cargo doc --no-deps --all-features --locked || true
+    stage "test on this machine" cargo test --features "$(host_features)" --locked || true
+    [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
+    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests; then
+        kernel_tests $kernels
+    fi
+
+    printf '\n== report, %s s in all\n' "$(seconds $(($(now_ms) - begin)))"
+    for line in "${stage_report[@]}"; do
+        printf '%s\n' "$line"
+    done
+    ((stage_failures == 0)) || die "$stage_failures failed"
+}
+
+# Two guests at a time keep two cores busy.
+test_jobs=2
+
+declare -A job_spec=() job_begin=()
+
+# kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev".
+kernel_tests() {
+    local spec kernel log
+    trap 'kill "${!job_spec[@]}" 2>/dev/null || true' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM HUP
+    for spec in "$@"; do
+        while ((${#job_spec[@]} >= test_jobs)); do
+            kernel_tests_end
+        done
+        kernel=${spec%+udev}
+        if ! "$here/run" fetch "$kernel"; then
+            stage_failures=$((stage_failures + 1))
+            stage_report+=("FAILED            kernel $spec: cannot be had")
+            continue
+        fi
+        log=$target_dir/vm/test-$spec.log
+        local options=(--kernel "$kernel" --timeout 1200 --file "$target_dir/vm/kernel")
+        local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
+        if [[ $spec == *+udev ]]; then
+            options+=(--udev)
+            variables+=(DMSNAP_TEST_UDEV=1)
+        fi
+        "$here/run" exec "${options[@]}" -- env "${variables[@]}" ./kernel --test-threads=1 >"$log" 2>&1 &
+        job_spec[$!]=$spec
+        job_begin[$!]=$(now_ms)
+    done
+    while ((${#job_spec[@]} > 0)); do
+        kernel_tests_end
+    done
+}
+
+# Waits for one guest to end, and prints what it printed.
+kernel_tests_end() {
+    local pid status=0 spec ms verdict=ok counts
+    wait -n -p pid "${!job_spec[@]}" || status=$?
+    spec=${job_spec[$pid]}
+    ms=$(($(now_ms) - job_begin[$pid]))
+    unset "job_spec[$pid]" "job_begin[$pid]"
+    printf '\n== kernel %s\n' "$spec"
+    cat "$target_dir/vm/test-$spec.log"
+    counts=$(awk '/^test result:/ { passed += $4; failed += $6; ignored += $8; seen = 1 }
+        END { if (seen) printf "%d passed, %d failed, %d ignored", passed, failed, ignored; else printf "no test result" }' \
+        "$target_dir/vm/test-$spec.log")
+    # A run that tested nothing must not pass for one that tested all.
+    if ((status != 0)) || [[ $counts != [1-9]* ]]; then
+        verdict=FAILED
+        stage_failures=$((stage_failures + 1))
+    fi
+    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s): %s' "$verdict" "$(seconds "$ms")" "$spec" \
+        "$(kernel_release "${spec%+udev}")" "$counts")")
+}
+
+command_demo() {
+    exec_options "$@"
+    ((${#guest_command[@]} == 0)) || usage_error "demo takes no COMMAND"
+    host_guest
+    host_build
+    (cd "$root" && build_cli)
+    guest_files+=("$here/demo")
+    guest_exec bash ./demo
+}
+
+command_bench() {
+    local quick=() bench
+    if [[ ${1:-} == --quick ]]; then
+        quick=(--quick)
+        shift
+    fi
+    exec_options "$@"
+    host_guest
+    host_build
+    (cd "$root" && build_cli)
+    bench=$(cd "$root" && build_target bench lifecycle bench --no-run --all-features --bench lifecycle)
+    mkdir -p "$target_dir/vm"
+    cp "$bench" "$target_dir/vm/lifecycle"
+    guest_files+=("$target_dir/vm/lifecycle")
+    guest_out=${guest_out:-$target_dir/vm-bench}
+    ((guest_timeout_given)) || guest_timeout=3600
+    guest_exec ./lifecycle --bench "${quick[@]}" "${guest_command[@]}"
+}
