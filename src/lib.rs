@@ -29,6 +29,8 @@ mod options;
 mod origin_identity;
 mod policy;
 mod refusal;
+#[cfg(test)]
+mod script;
 mod snapshot;
 mod status;
 mod sys;
