@@ -73,15 +73,9 @@ pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
     }
 }
 
-/// Removes what is left of an alias of ours whose device is gone: a link in our spelling.
-pub(crate) fn sweep(path: &Path) -> Result<bool, Errno> {
-    let stale =
-        fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/dev/dm-"));
-    if stale {
-        fs::remove_file(path).map_err(errno_of).map(|()| true)
-    } else {
-        Ok(false)
-    }
+/// Whether it is a link in our spelling, wherever that leads by now.
+pub(crate) fn is_ours(path: &Path) -> bool {
+    fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/dev/dm-"))
 }
 
 fn leads_to(path: &Path, number: DeviceNumber) -> bool {

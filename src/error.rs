@@ -57,7 +57,10 @@ impl Error {
     /// Adds what was found out about a failure after it happened.
     pub(crate) fn noted(mut self, text: impl Into<String>) -> Self {
         if let Self::Failed { source, .. } = &mut self {
-            source.note = Some(text.into());
+            source.note = Some(match source.note.take() {
+                Some(note) => format!("{note}, {}", text.into()),
+                None => text.into(),
+            });
         }
         self
     }
@@ -199,12 +202,16 @@ steps! {
     LockFile = "lock",
     /// `pread` of the COW file's header.
     ReadFile = "read",
+    /// `pwrite` of the mark that ties the COW file to its origin.
+    MarkFile = "mark",
     /// `open` of `/dev/loop-control`.
     OpenLoopControl = "open loop control",
     /// `LOOP_CTL_GET_FREE`.
     FindLoop = "find a free loop device through",
     /// `open` of a loop device.
     OpenLoop = "open loop device",
+    /// `flock` of a loop device's node.
+    LockLoop = "lock loop device",
     /// `LOOP_CONFIGURE`.
     AttachLoop = "attach",
     /// `LOOP_GET_STATUS64`, `fstat` or `BLKGETDISKSEQ` of a loop device.

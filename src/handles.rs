@@ -2,8 +2,9 @@
 
 use std::path::PathBuf;
 
-use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::name::{DeviceName, DeviceNumber};
 use crate::origin_identity::OriginIdentity;
+use crate::uuid::DeviceUuid;
 
 /// Everything needed to find a snapshot again and to take it down, from any process, days later.
 ///

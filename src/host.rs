@@ -15,11 +15,13 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 use crate::alias;
 use crate::dm_message::{Address, Listed};
 use crate::handles::FileId;
+use crate::holders;
 use crate::loop_device::{LoopControl, LoopDevice, LoopStatus};
 use crate::mapper::{Device, Mapper};
-use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::name::{DeviceName, DeviceNumber};
 use crate::sys;
 use crate::table::TargetLine;
+use crate::uuid::DeviceUuid;
 
 /// What `fstat` says of an image or a COW file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,6 +52,8 @@ pub(crate) trait Host {
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_start(&self, file: &Self::File, buffer: &mut [u8]) -> Result<usize, Errno>;
 
+    fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<usize, Errno>;
+
     fn open_loop_control(&self) -> Result<(), Errno>;
     fn find_loop(&self) -> Result<u32, Errno>;
     fn open_loop(&self, path: &Path, writable: bool) -> Result<Self::Loop, Errno>;
@@ -60,11 +64,13 @@ pub(crate) trait Host {
         flags: u32,
         path: &Path,
     ) -> Result<(), Errno>;
+    fn lock_loop(&self, device: &Self::Loop, exclusive: bool) -> Result<(), Errno>;
     fn loop_number(&self, device: &Self::Loop) -> Result<DeviceNumber, Errno>;
     fn loop_diskseq(&self, device: &Self::Loop) -> Option<u64>;
     fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
     fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
+    fn is_stacked_on(&self, path: &Path) -> bool;
 
     fn open_mapper(&self) -> Result<(), Errno>;
     fn target_version(&self) -> Result<[u32; 3], Errno>;
@@ -76,8 +82,11 @@ pub(crate) trait Host {
 
     fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno>;
     fn remove_alias(&self, path: &Path, number: DeviceNumber) -> Result<bool, Errno>;
-    fn sweep_alias(&self, path: &Path) -> Result<bool, Errno>;
+    fn is_our_alias(&self, path: &Path) -> bool;
+    fn unlink(&self, path: &Path) -> Result<(), Errno>;
     fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno>;
+
+    fn holders(&self, number: DeviceNumber) -> Vec<String>;
 
     fn random(&self) -> Result<u128, Errno>;
     fn now(&self) -> Duration;
@@ -167,6 +176,11 @@ impl Host for Machine {
         nix::sys::uio::pread(file, buffer, 0)
     }
 
+    fn write_at(&self, file: &OwnedFd, bytes: &[u8], at: usize) -> Result<usize, Errno> {
+        let at = libc::off_t::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
+        nix::sys::uio::pwrite(file, bytes, at)
+    }
+
     fn open_loop_control(&self) -> Result<(), Errno> {
         self.loops().map(drop)
     }
@@ -189,6 +203,10 @@ impl Host for Machine {
         device.attach(backing.as_fd(), flags, path)
     }
 
+    fn lock_loop(&self, device: &LoopDevice, exclusive: bool) -> Result<(), Errno> {
+        device.lock(exclusive)
+    }
+
     fn loop_number(&self, device: &LoopDevice) -> Result<DeviceNumber, Errno> {
         device.number()
     }
@@ -207,6 +225,11 @@ impl Host for Machine {
 
     fn detach_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
         device.detach()
+    }
+
+    fn is_stacked_on(&self, path: &Path) -> bool {
+        let number = self.device_number(path).ok().flatten();
+        number.is_some_and(|number| !holders::stacked(number).is_empty())
     }
 
     fn open_mapper(&self) -> Result<(), Errno> {
@@ -245,8 +268,12 @@ impl Host for Machine {
         alias::remove(path, number)
     }
 
-    fn sweep_alias(&self, path: &Path) -> Result<bool, Errno> {
-        alias::sweep(path)
+    fn is_our_alias(&self, path: &Path) -> bool {
+        alias::is_ours(path)
+    }
+
+    fn unlink(&self, path: &Path) -> Result<(), Errno> {
+        nix::unistd::unlink(path)
     }
 
     fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno> {
@@ -254,6 +281,10 @@ impl Host for Machine {
             FileKind::BlockDevice(number) => Ok(Some(number)),
             _ => Ok(None),
         }
+    }
+
+    fn holders(&self, number: DeviceNumber) -> Vec<String> {
+        holders::holders(number)
     }
 
     fn random(&self) -> Result<u128, Errno> {

@@ -4,15 +4,17 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::ask::ask;
-use crate::dm_message::{Address, Listed};
+use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
-use crate::handles::FileId;
+use crate::handles::{FileId, Handles, LoopHandle};
 use crate::host::{Host, MACHINE, Machine};
 use crate::mapper::{Device, MAPPER_CONTROL};
-use crate::name::{DeviceNumber, DeviceUuid, MAPPER_DIR};
+use crate::name::{DeviceName, DeviceNumber, MAPPER_DIR};
 use crate::policy::Verdict;
+use crate::refusal::Refusal;
 use crate::status::SnapshotStatus;
 use crate::table::{SnapshotParams, Target};
+use crate::uuid::DeviceUuid;
 
 /// One of our snapshots, as the kernel has it now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +75,34 @@ pub struct LoopFacts {
     pub diskseq: Option<u64>,
 }
 
+impl SnapshotInfo {
+    /// Whole handles, with the identity of everything, from the kernel's state alone.
+    #[must_use]
+    pub fn handles(&self) -> Handles {
+        let name = DeviceName::new(self.name.as_str()).ok();
+        Handles {
+            mapper: name.as_ref().map(DeviceName::mapper_path),
+            name,
+            uuid: Some(self.uuid.clone()),
+            dev: Some(self.dev),
+            device: Some(self.dev.dm_node()),
+            cow_loop: self.cow.as_ref().map(LoopFacts::handle),
+            origin_loop: self.origin.as_ref().map(LoopFacts::handle),
+            origin: self.uuid.origin(),
+        }
+    }
+}
+
+impl LoopFacts {
+    fn handle(&self) -> LoopHandle {
+        LoopHandle {
+            path: self.device.clone(),
+            diskseq: self.diskseq,
+            backing: self.backing,
+        }
+    }
+}
+
 /// Every snapshot of ours, half-built ones included, in the order of their names.
 ///
 /// A snapshot that cannot be read is an `Err` in the list and hides no other. One that goes away meanwhile is
@@ -82,51 +112,72 @@ pub struct LoopFacts {
 ///
 /// [`Error::Failed`] when device-mapper cannot be asked at all.
 pub fn list() -> Result<Vec<Result<SnapshotInfo>>> {
-    let control = Path::new(MAPPER_CONTROL);
-    ask(Step::OpenMapper, control, || MACHINE.open_mapper())?;
-    let mut devices = ask(Step::List, control, || MACHINE.list())?;
-    devices.sort_by(|one, other| one.name.cmp(&other.name));
-    Ok(devices
-        .iter()
-        .filter_map(|listed| ours(&MACHINE, listed))
-        .collect())
+    Ok(ours()?.into_iter().map(|(_, info)| info).collect())
 }
 
-/// The snapshot of that name, which need not be ours as long as its uuid is.
+/// The snapshot of that name or uuid.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device, or none of ours.
-pub fn status(name: &crate::DeviceName) -> Result<SnapshotInfo> {
-    let control = Path::new(MAPPER_CONTROL);
-    ask(Step::OpenMapper, control, || MACHINE.open_mapper())?;
-    let path = name.mapper_path();
-    let device = ask(Step::Query, &path, || {
-        MACHINE.query(Address::Name(name.as_str()))
-    })?;
-    let uuid = DeviceUuid::new(device.uuid.as_str())?;
-    read(&MACHINE, device, uuid)
+/// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device, [`Error::Refused`] when it is none of ours.
+pub fn status(device: impl AsRef<str>) -> Result<SnapshotInfo> {
+    let text = device.as_ref();
+    open_mapper()?;
+    if let Ok(uuid) = DeviceUuid::new(text) {
+        match look(Address::Uuid(uuid.as_str()), text) {
+            Err(error) if error.verdict() == Some(Verdict::Gone) => (),
+            found => return found,
+        }
+    }
+    let name = DeviceName::new(text)?;
+    look(Address::Name(name.as_str()), text)
 }
 
-/// `None` for a foreign device, and for one that has just gone.
-fn ours(machine: &Machine, listed: &Listed) -> Option<Result<SnapshotInfo>> {
-    let foreign = |uuid: &String| !uuid.starts_with(DeviceUuid::PREFIX);
-    if listed.uuid.as_ref().is_some_and(foreign) {
-        return None;
-    }
-    let path = Path::new(MAPPER_DIR).join(&listed.name);
-    let address = match &listed.uuid {
-        Some(uuid) => Address::Uuid(uuid),
-        None => Address::Name(&listed.name),
-    };
-    let info = ask(Step::Query, &path, || machine.query(address)).and_then(|device| {
-        let uuid = DeviceUuid::new(device.uuid.as_str())?;
-        read(machine, device, uuid)
+/// Whole handles of a live snapshot, so that a control plane that has saved nothing, or only a name, can go on.
+///
+/// # Errors
+///
+/// As [`status`].
+pub fn adopt(device: impl AsRef<str>) -> Result<Handles> {
+    status(device).map(|info| info.handles())
+}
+
+fn open_mapper() -> Result<()> {
+    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
+        MACHINE.open_mapper()
+    })
+}
+
+/// Our devices by name, each with what could be read of it.
+pub(crate) fn ours() -> Result<Vec<(String, Result<SnapshotInfo>)>> {
+    open_mapper()?;
+    let mut devices = ask(Step::List, Path::new(MAPPER_CONTROL), || MACHINE.list())?;
+    devices.sort_by(|one, other| one.name.cmp(&other.name));
+    let known = devices.into_iter().filter_map(|device| {
+        let address = match &device.uuid {
+            Some(uuid) if !uuid.starts_with(DeviceUuid::PREFIX) => return None,
+            Some(uuid) => Address::Uuid(uuid),
+            None => Address::Name(&device.name),
+        };
+        match look(address, &device.name) {
+            Err(Error::Refused(Refusal::NotOurs { .. })) => None,
+            Err(error) if error.verdict() == Some(Verdict::Gone) => None,
+            info => Some((device.name, info)),
+        }
     });
-    match info {
-        Err(Error::Refused(_)) => None,
-        Err(error) if error.verdict() == Some(Verdict::Gone) => None,
-        info => Some(info),
+    Ok(known.collect())
+}
+
+fn look(address: Address<'_>, name: &str) -> Result<SnapshotInfo> {
+    let path = Path::new(MAPPER_DIR).join(name);
+    let device = ask(Step::Query, &path, || MACHINE.query(address))?;
+    match DeviceUuid::new(device.uuid.as_str()) {
+        Ok(uuid) => read(&MACHINE, device, uuid),
+        Err(_) => Err(Refusal::NotOurs {
+            name: device.name,
+            uuid: device.uuid,
+        }
+        .into()),
     }
 }
 

@@ -16,10 +16,12 @@
 
 mod alias;
 mod ask;
+mod backing;
 mod dm_message;
 mod error;
 mod exception_store;
 mod handles;
+mod holders;
 mod host;
 mod inventory;
 mod loop_device;
@@ -28,6 +30,7 @@ mod name;
 mod options;
 mod origin_identity;
 mod policy;
+mod reap;
 mod refusal;
 #[cfg(test)]
 mod script;
@@ -37,19 +40,23 @@ mod sys;
 mod table;
 mod teardown;
 mod units;
+mod uuid;
 
+pub use backing::Warning;
 pub use error::{Cause, Error, Leftover, Result, Step};
 pub use handles::{FileId, Handles, LoopHandle};
-pub use inventory::{LoopFacts, SnapshotInfo, State, list, status};
-pub use name::{DeviceName, DeviceNumber, DeviceUuid};
+pub use inventory::{LoopFacts, SnapshotInfo, State, adopt, list, status};
+pub use name::{DeviceName, DeviceNumber};
 pub use options::SnapshotOptions;
 pub use origin_identity::OriginIdentity;
 pub use policy::{Retry, Verdict};
+pub use reap::{Fate, ReapOptions, Reaped};
 pub use refusal::{NameFault, Refusal};
-pub use snapshot::{Snapshot, Warning};
+pub use snapshot::Snapshot;
 pub use status::{SnapshotStatus, Usage};
 pub use table::{Discard, SnapshotParams, Store, TableError, Target, TargetLine};
 pub use teardown::{
-    Outcome, cleanup, cleanup_with, remove, remove_deferred, remove_with, try_remove,
+    Outcome, cleanup, cleanup_with, remove, remove_deferred, remove_with, try_remove, wait_gone,
 };
 pub use units::{ChunkSize, Sectors};
+pub use uuid::DeviceUuid;

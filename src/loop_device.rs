@@ -84,6 +84,11 @@ impl LoopDevice {
         )
     }
 
+    /// Takes a `flock` on the node, as udev does before it probes one. Closing the node frees it.
+    pub(crate) fn lock(&self, exclusive: bool) -> Result<(), Errno> {
+        sys::lock(self.fd(), exclusive)
+    }
+
     pub(crate) fn detach(&self) -> Result<(), Errno> {
         match self {
             Self::Writable(device) => device.detach().map_err(errno_of),

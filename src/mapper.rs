@@ -17,9 +17,10 @@ use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid, error
 use nix::errno::Errno;
 
 use crate::dm_message::{self, Address, Head, Listed, Message};
-use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::{self, DM_HEAD_BYTES};
 use crate::table::TargetLine;
+use crate::uuid::DeviceUuid;
 
 /// The node that takes dm ioctls.
 pub(crate) const MAPPER_CONTROL: &str = "/dev/mapper/control";

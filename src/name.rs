@@ -1,4 +1,4 @@
-//! What a dm device is called: its name, its uuid and its number.
+//! What a dm device is called: its name and its number.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -11,9 +11,6 @@ pub(crate) const MAPPER_DIR: &str = "/dev/mapper";
 
 /// The longest name, in bytes: `DM_NAME_LEN` is 128 with its NUL.
 const NAME_MAX: usize = 127;
-
-/// The longest uuid, in bytes: `DM_UUID_LEN` is 129 with its NUL.
-const UUID_MAX: usize = 128;
 
 /// The name of a dm device: 1 to 127 bytes out of `0-9 A-Z a-z # + - . : = @ _`.
 ///
@@ -82,6 +79,12 @@ impl fmt::Display for DeviceName {
     }
 }
 
+impl AsRef<str> for DeviceName {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
 impl FromStr for DeviceName {
     type Err = Refusal;
 
@@ -101,77 +104,6 @@ impl TryFrom<String> for DeviceName {
 impl From<DeviceName> for String {
     fn from(name: DeviceName) -> String {
         name.0
-    }
-}
-
-/// The uuid of one of our dm devices: `DMSNAP-` and what makes it unique, at most 128 bytes.
-///
-/// A uuid is given once and stays for the device's life, through every rename, and no two devices share one: an
-/// ioctl addressed by uuid reaches the device it means or none. The prefix is how we find our own.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[cfg_attr(
-    feature = "serde",
-    derive(serde::Serialize, serde::Deserialize),
-    serde(try_from = "String", into = "String")
-)]
-pub struct DeviceUuid(String);
-
-impl DeviceUuid {
-    /// What every uuid of ours begins with.
-    pub const PREFIX: &str = "DMSNAP-";
-
-    /// Checks a uuid read from elsewhere.
-    ///
-    /// # Errors
-    ///
-    /// [`Refusal::Uuid`] unless it begins with [`DeviceUuid::PREFIX`], fits 128 bytes and is printable ASCII.
-    pub fn new(uuid: impl Into<String>) -> Result<Self, Refusal> {
-        let uuid = uuid.into();
-        let ours = uuid.starts_with(Self::PREFIX);
-        if ours && uuid.len() <= UUID_MAX && uuid.bytes().all(|byte| byte.is_ascii_graphic()) {
-            Ok(Self(uuid))
-        } else {
-            Err(Refusal::Uuid { uuid })
-        }
-    }
-
-    /// A uuid that nobody has: 128 random bits.
-    pub(crate) fn from_random(bits: u128) -> Self {
-        Self(format!("{}{bits:032x}", Self::PREFIX))
-    }
-
-    /// The uuid as text.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for DeviceUuid {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for DeviceUuid {
-    type Err = Refusal;
-
-    fn from_str(uuid: &str) -> Result<Self, Refusal> {
-        Self::new(uuid)
-    }
-}
-
-impl TryFrom<String> for DeviceUuid {
-    type Error = Refusal;
-
-    fn try_from(uuid: String) -> Result<Self, Refusal> {
-        Self::new(uuid)
-    }
-}
-
-impl From<DeviceUuid> for String {
-    fn from(uuid: DeviceUuid) -> String {
-        uuid.0
     }
 }
 
@@ -303,22 +235,6 @@ mod tests {
         }
         assert!(DeviceName::new("n".repeat(127)).is_ok());
         assert!(DeviceName::new("vm:1=a+b#c@d_e.f-0").is_ok());
-    }
-
-    #[test]
-    fn uuids_are_ours_or_refused() {
-        let ours = DeviceUuid::from_random(7);
-        assert_eq!(ours.as_str(), "DMSNAP-00000000000000000000000000000007");
-        assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
-        for bad in [
-            "",
-            "LVM-abc",
-            "dmsnap-1",
-            "DMSNAP-a b",
-            &format!("DMSNAP-{}", "x".repeat(122)),
-        ] {
-            assert!(DeviceUuid::new(bad).is_err(), "{bad}");
-        }
     }
 
     #[test]

@@ -29,6 +29,7 @@ pub struct SnapshotOptions {
     pub(crate) direct_io: bool,
     pub(crate) discard: bool,
     pub(crate) expected_origin: Option<OriginIdentity>,
+    pub(crate) any_origin: bool,
 }
 
 impl SnapshotOptions {
@@ -66,10 +67,20 @@ impl SnapshotOptions {
         self
     }
 
-    /// Refuses the origin image unless it still is what it was when the COW file's exceptions were made: pass
-    /// [`Handles::origin`](crate::Handles::origin) of the first snapshot when the COW file is used again.
+    /// Refuses the origin image unless it is this one: pass [`Handles::origin`](crate::Handles::origin) of the first
+    /// snapshot when its COW file is used again.
+    ///
+    /// A COW file that this library made carries the same in its header, and is held against the image without being
+    /// asked; this is for COW files made elsewhere.
     pub fn expect_origin(&mut self, origin: OriginIdentity) -> &mut Self {
         self.expected_origin = Some(origin);
+        self
+    }
+
+    /// Takes the image as it is, whatever the COW file was made over. Right when the image is the same and only its
+    /// modification time is not, as after a copy to another host; over a changed image the snapshot is garbage.
+    pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
+        self.any_origin = any_origin;
         self
     }
 

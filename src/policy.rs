@@ -16,7 +16,7 @@ use crate::error::Step;
 /// | --- | --- | --- |
 /// | FindLoop, OpenLoop, AttachLoop | EBUSY, EAGAIN | TakeAnother |
 /// | OpenLoop | ENXIO, ENOENT, ENODEV | TakeAnother |
-/// | LockFile | EAGAIN | InUse |
+/// | LockFile, LockLoop | EAGAIN | InUse |
 /// | * | EINTR, EAGAIN | Again |
 /// | Remove, DetachLoop | EBUSY | Busy |
 /// | Remove, Query, Status | ENXIO, ENOENT, ENODEV | Gone |
@@ -71,7 +71,7 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
     match (step, errno) {
         (S::FindLoop | S::OpenLoop | S::AttachLoop, E::EBUSY | E::EAGAIN) => Verdict::TakeAnother,
         (S::OpenLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::TakeAnother,
-        (S::LockFile, E::EAGAIN) => Verdict::InUse,
+        (S::LockFile | S::LockLoop, E::EAGAIN) => Verdict::InUse,
         (_, E::EINTR | E::EAGAIN) => Verdict::Again,
         (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
         (S::Remove | S::Query | S::Status, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,

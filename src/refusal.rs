@@ -49,6 +49,14 @@ pub enum Refusal {
         /// The path as given.
         path: PathBuf,
     },
+    /// A dm device that another program made.
+    #[error("{name:?} is not a dmsnap device: its uuid is {uuid:?}")]
+    NotOurs {
+        /// The device's name.
+        name: String,
+        /// Its uuid; empty without one.
+        uuid: String,
+    },
     /// The origin image holds no whole sector.
     #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
     OriginTooShort {

@@ -17,9 +17,10 @@ use crate::handles::FileId;
 use crate::host::{FileFacts, FileKind, Host};
 use crate::loop_device::LoopStatus;
 use crate::mapper::Device;
-use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Target, TargetLine};
+use crate::uuid::DeviceUuid;
 
 /// Whether the call made as `Step`, the n-th of all (from 1), is to fail, and how.
 type Fault = Box<dyn Fn(Step, usize) -> Option<Errno>>;
@@ -194,6 +195,11 @@ impl Host for Script {
         Ok(buffer.len())
     }
 
+    fn write_at(&self, _file: &u64, bytes: &[u8], _at: usize) -> Result<usize, Errno> {
+        self.call(Step::MarkFile)?;
+        Ok(bytes.len())
+    }
+
     fn open_loop_control(&self) -> Result<(), Errno> {
         self.call(Step::OpenLoopControl)
     }
@@ -244,6 +250,10 @@ impl Host for Script {
         }
     }
 
+    fn lock_loop(&self, _device: &ScriptLoop, _exclusive: bool) -> Result<(), Errno> {
+        self.call(Step::LockLoop)
+    }
+
     fn loop_number(&self, device: &ScriptLoop) -> Result<DeviceNumber, Errno> {
         self.call(Step::InspectLoop)?;
         Ok(DeviceNumber {
@@ -282,6 +292,14 @@ impl Host for Script {
         let binding = world.loops.get_mut(&device.number).ok_or(Errno::ENXIO)?;
         binding.autoclear = true;
         Ok(())
+    }
+
+    fn is_stacked_on(&self, path: &Path) -> bool {
+        let number = path
+            .to_string_lossy()
+            .strip_prefix("/dev/loop")
+            .and_then(|digits| digits.parse().ok());
+        number.is_some_and(|number| self.world.borrow().held(number))
     }
 
     fn open_mapper(&self) -> Result<(), Errno> {
@@ -378,9 +396,14 @@ impl Host for Script {
         Ok(self.world.borrow_mut().aliases.remove(path))
     }
 
-    fn sweep_alias(&self, path: &Path) -> Result<bool, Errno> {
+    fn is_our_alias(&self, path: &Path) -> bool {
+        self.world.borrow().aliases.contains(path)
+    }
+
+    fn unlink(&self, path: &Path) -> Result<(), Errno> {
         self.call(Step::Unlink)?;
-        Ok(self.world.borrow_mut().aliases.remove(path))
+        self.world.borrow_mut().aliases.remove(path);
+        Ok(())
     }
 
     fn device_number(&self, _path: &Path) -> Result<Option<DeviceNumber>, Errno> {
@@ -389,6 +412,10 @@ impl Host for Script {
             major: 254,
             minor: 0,
         }))
+    }
+
+    fn holders(&self, _number: DeviceNumber) -> Vec<String> {
+        vec!["vmm (pid 1)".to_owned()]
     }
 
     fn random(&self) -> Result<u128, Errno> {
@@ -452,7 +479,7 @@ mod tests {
     #[test]
     fn whichever_call_of_create_fails_nothing_is_left_and_the_error_names_it() {
         let calls = calls_of_a_create();
-        assert_eq!(calls.len(), 23);
+        assert_eq!(calls.len(), 25);
         for (index, step) in calls.iter().enumerate() {
             let script = Script::new(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
             let error = create_on(&script).expect_err("one call failed");
@@ -612,7 +639,7 @@ mod tests {
         clean(&script, &handles, &Retry::ONCE).expect("nothing fails");
         script.world.borrow_mut().bind_foreign(0, 99);
         script.world.borrow_mut().bind_foreign(1, 99);
-        handles.uuid = Some(DeviceUuid::from_random(1));
+        handles.uuid = Some(DeviceUuid::new("DMSNAP-another").expect("a uuid"));
         clean(&script, &handles, &Retry::ONCE).expect("all is gone");
         assert_eq!(script.world.borrow().residue().len(), 2);
         handles.cow_loop = Some(LoopHandle::at("/dev/loop1"));
@@ -620,6 +647,45 @@ mod tests {
         assert_eq!(
             script.world.borrow().residue(),
             BTreeSet::from([PathBuf::from("/dev/loop0")])
+        );
+    }
+
+    /// The alias belongs to whoever has the name: old handles of a VM that was started again once took it away.
+    #[test]
+    fn old_handles_leave_the_alias_of_a_new_snapshot_of_that_name_alone() {
+        let script = Script::new(never);
+        let mut old = made(&script);
+        clean(&script, &old, &Retry::ONCE).expect("nothing fails");
+        let new = made(&script);
+        old.uuid = Some(DeviceUuid::new("DMSNAP-old").expect("a uuid"));
+        (old.cow_loop, old.origin_loop) = (None, None);
+        clean(&script, &old, &Retry::ONCE).expect("all is gone");
+        let alias = new.mapper.expect("it has an alias");
+        assert!(script.world.borrow().aliases.contains(&alias));
+    }
+
+    #[test]
+    fn who_waits_in_vain_is_told_who_holds_the_device() {
+        let script = Script::new(never);
+        let handles = made(&script);
+        script.world.borrow_mut().busy_until = Duration::MAX;
+        let wait = |retry| {
+            clean(&script, &handles, retry)
+                .expect_err("it stays busy")
+                .left()[0]
+                .error
+                .clone()
+        };
+        let told = |error: Error| {
+            std::error::Error::source(&error)
+                .expect("a cause")
+                .to_string()
+        };
+        let busy = "Device or resource busy (os error 16): open count 1";
+        assert_eq!(told(wait(&Retry::ONCE)), busy);
+        assert_eq!(
+            told(wait(&Retry::until(Duration::from_millis(1)))),
+            format!("{busy}, vmm (pid 1)")
         );
     }
 }

@@ -7,21 +7,22 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ask::{ask, patiently};
+use crate::backing::{Backing, Warning, note_sizes, open_cow, open_origin};
 use crate::error::{Error, Leftover, Result, Step};
-use crate::exception_store::{self, PROBE_BYTES, Probe};
+use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
-use crate::host::{FileFacts, FileKind, Host};
+use crate::host::Host;
 use crate::loop_device::LOOP_CONTROL;
 use crate::mapper::MAPPER_CONTROL;
-use crate::name::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::name::{DeviceName, DeviceNumber};
 use crate::options::SnapshotOptions;
-use crate::origin_identity::OriginIdentity;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::sys::{LO_AUTOCLEAR, LO_DIRECT_IO, LO_READ_ONLY};
 use crate::table::{Discard, SnapshotParams, Target, TargetLine};
 use crate::teardown;
-use crate::units::{SECTOR_BYTES, Sectors};
+use crate::units::Sectors;
+use crate::uuid::DeviceUuid;
 
 /// A live snapshot.
 ///
@@ -34,51 +35,6 @@ pub struct Snapshot {
     handles: Handles,
     device: PathBuf,
     warnings: Vec<Warning>,
-}
-
-/// Something that is worth knowing about a snapshot that was made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Warning {
-    /// The image is no multiple of 512 bytes: its last bytes are not visible through the snapshot.
-    OriginTail {
-        /// How many bytes.
-        bytes: u64,
-    },
-    /// The COW file cannot hold an overwrite of the whole origin: a guest that writes enough fills it.
-    CowBelowWorstCase {
-        /// The COW file's size.
-        bytes: u64,
-        /// The size at which a full overwrite fits.
-        worst_case_bytes: u64,
-    },
-    /// Direct I/O was asked for, and the COW file's file system cannot do it.
-    DirectIoUnavailable,
-}
-
-impl std::fmt::Display for Warning {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::OriginTail { bytes } => {
-                write!(
-                    f,
-                    "the last {bytes} bytes of the origin image are no whole sector and not visible"
-                )
-            }
-            Self::CowBelowWorstCase {
-                bytes,
-                worst_case_bytes,
-            } => {
-                write!(
-                    f,
-                    "the COW file has {bytes} bytes; overwriting the whole origin takes {worst_case_bytes}"
-                )
-            }
-            Self::DirectIoUnavailable => {
-                f.write_str("the COW file's file system cannot do direct I/O")
-            }
-        }
-    }
 }
 
 impl Snapshot {
@@ -117,16 +73,11 @@ impl Snapshot {
     }
 }
 
-/// An image or COW file that passed inspection.
-struct Backing<'a, F> {
-    path: &'a Path,
-    file: F,
-    facts: FileFacts,
-}
-
 /// A loop device that is ours for as long as `device` is open or a dm table holds it.
 struct Attached<L> {
     handle: LoopHandle,
+    /// The N of `/dev/loopN`.
+    node: u32,
     number: DeviceNumber,
     device: L,
 }
@@ -147,7 +98,7 @@ pub(crate) fn create<H: Host>(
     })?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, options)?;
-    let cow = open_cow(host, cow, &origin, options)?;
+    let (cow, is_new) = open_cow(host, cow, &origin, options)?;
     let mut warnings = Vec::new();
 
     let origin_loop = attach(host, &origin, LO_READ_ONLY | LO_AUTOCLEAR)?;
@@ -196,9 +147,23 @@ pub(crate) fn create<H: Host>(
     };
 
     let mapper = name.mapper_path();
-    let uuid = DeviceUuid::from_random(ask(Step::Random, &mapper, || host.random())?);
+    let random = ask(Step::Random, &mapper, || host.random())?;
+    let uuid = DeviceUuid::fresh(random, origin.identity(), cow_loop.node);
     let number = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
-    let device = match bring_up(host, &uuid, number, &line, &mapper) {
+    let bring_up = || {
+        ask(Step::Load, &mapper, || host.load(&uuid, &line))
+            .map_err(|error| explain_load(host, error))?;
+        if is_new {
+            // The kernel has written the header just now, and does not write it again while the store is valid.
+            let mark = exception_store::mark(origin.identity());
+            ask(Step::MarkFile, cow.path, || {
+                host.write_at(&cow.file, &mark, MARK_AT)
+            })?;
+        }
+        ask(Step::Resume, &mapper, || host.resume(&uuid))?;
+        ask(Step::Link, &mapper, || host.make_alias(&mapper, number))
+    };
+    let device = match bring_up() {
         Ok(device) => device,
         Err(error) => {
             drop((origin_loop, cow_loop));
@@ -213,26 +178,13 @@ pub(crate) fn create<H: Host>(
         mapper: Some(mapper),
         cow_loop: Some(cow_loop.handle),
         origin_loop: Some(origin_loop.handle),
-        origin: Some(identity(&origin.facts)),
+        origin: Some(origin.identity()),
     };
     Ok(Snapshot {
         handles,
         device,
         warnings,
     })
-}
-
-/// From a dm device without a table to one that can be opened.
-fn bring_up<H: Host>(
-    host: &H,
-    uuid: &DeviceUuid,
-    number: DeviceNumber,
-    line: &TargetLine,
-    mapper: &Path,
-) -> Result<PathBuf> {
-    ask(Step::Load, mapper, || host.load(uuid, line)).map_err(|error| explain_load(host, error))?;
-    ask(Step::Resume, mapper, || host.resume(uuid))?;
-    ask(Step::Link, mapper, || host.make_alias(mapper, number))
 }
 
 /// A refused table may mean that the kernel has no snapshot target; otherwise only the kernel log knows more.
@@ -284,152 +236,6 @@ fn target_version<H: Host>(host: &H) -> Result<[u32; 3]> {
     .map_err(|error| error.noted("dm-snapshot is neither loaded nor loadable"))
 }
 
-fn open_origin<'a, H: Host>(
-    host: &H,
-    path: &'a Path,
-    options: &SnapshotOptions,
-) -> Result<Backing<'a, H::File>> {
-    let origin = open_backing(host, path, false)?;
-    if origin.facts.kind == FileKind::Regular && origin.facts.size_bytes < SECTOR_BYTES {
-        return Err(Refusal::OriginTooShort {
-            path: path.to_owned(),
-            bytes: origin.facts.size_bytes,
-        }
-        .into());
-    }
-    let found = identity(&origin.facts);
-    if let Some(expected) = options
-        .expected_origin
-        .filter(|expected| *expected != found)
-    {
-        return Err(Refusal::OriginChanged {
-            path: path.to_owned(),
-            expected,
-            found,
-        }
-        .into());
-    }
-    lock(
-        host,
-        &origin,
-        false,
-        Refusal::OriginInUse {
-            path: path.to_owned(),
-        },
-    )?;
-    Ok(origin)
-}
-
-fn open_cow<'a, H: Host>(
-    host: &H,
-    path: &'a Path,
-    origin: &Backing<'_, H::File>,
-    options: &SnapshotOptions,
-) -> Result<Backing<'a, H::File>> {
-    let cow = open_backing(host, path, true)?;
-    if cow.facts.id == origin.facts.id {
-        return Err(Refusal::SameFile {
-            origin: origin.path.to_owned(),
-            cow: path.to_owned(),
-        }
-        .into());
-    }
-    if cow.facts.kind == FileKind::Regular {
-        if cow.facts.mode & 0o222 == 0 {
-            return Err(Refusal::CowReadOnly {
-                path: path.to_owned(),
-                mode: cow.facts.mode,
-            }
-            .into());
-        }
-        let needed = exception_store::least_bytes(options.store, options.chunk);
-        if cow.facts.size_bytes < needed {
-            let (bytes, chunk) = (cow.facts.size_bytes, options.chunk);
-            return Err(Refusal::CowTooSmall {
-                path: path.to_owned(),
-                bytes,
-                chunk,
-                needed,
-            }
-            .into());
-        }
-    }
-    lock(
-        host,
-        &cow,
-        true,
-        Refusal::CowInUse {
-            path: path.to_owned(),
-        },
-    )?;
-    check_store(host, &cow, options)?;
-    Ok(cow)
-}
-
-fn open_backing<'a, H: Host>(
-    host: &H,
-    path: &'a Path,
-    writable: bool,
-) -> Result<Backing<'a, H::File>> {
-    let file = ask(Step::OpenFile, path, || host.open_file(path, writable))?;
-    let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
-    match facts.kind {
-        FileKind::Other(kind) => Err(Refusal::NotAFile {
-            path: path.to_owned(),
-            kind,
-        }
-        .into()),
-        _ => Ok(Backing { path, file, facts }),
-    }
-}
-
-/// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
-/// same file, gets a COW file that a snapshot has.
-fn lock<H: Host>(
-    host: &H,
-    backing: &Backing<'_, H::File>,
-    exclusive: bool,
-    refusal: Refusal,
-) -> Result<()> {
-    match ask(Step::LockFile, backing.path, || {
-        host.lock_file(&backing.file, exclusive)
-    }) {
-        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(refusal.into()),
-        other => other,
-    }
-}
-
-/// Holds the COW file's first bytes against what is asked for, before the kernel looks at four of them.
-fn check_store<H: Host>(
-    host: &H,
-    cow: &Backing<'_, H::File>,
-    options: &SnapshotOptions,
-) -> Result<()> {
-    let mut start = [0; PROBE_BYTES];
-    let length = ask(Step::ReadFile, cow.path, || {
-        host.read_start(&cow.file, &mut start)
-    })?;
-    let path = || cow.path.to_owned();
-    let refusal = match exception_store::probe(&start[..length]) {
-        Probe::Blank => return Ok(()),
-        _ if !options.store.is_persistent() => Refusal::CowNotBlank { path: path() },
-        Probe::Store(header) if !header.valid => Refusal::CowInvalid { path: path() },
-        Probe::Store(header) if header.chunk != options.chunk => Refusal::CowChunkSize {
-            path: path(),
-            found: header.chunk,
-            asked: options.chunk,
-        },
-        Probe::Store(_) => return Ok(()),
-        Probe::Damaged(fault) => Refusal::CowDamaged {
-            path: path(),
-            field: fault.field,
-            value: fault.value,
-        },
-        Probe::Foreign => Refusal::CowForeign { path: path() },
-    };
-    Err(refusal.into())
-}
-
 /// Finds a free loop device and binds `backing` to it. A device that was lost to another process is left alone.
 fn attach<H: Host>(
     host: &H,
@@ -451,6 +257,9 @@ fn try_attach<H: Host>(
     let device = ask(Step::OpenLoop, &path, || {
         host.open_loop(&path, flags & LO_READ_ONLY == 0)
     })?;
+    if flags & LO_READ_ONLY == 0 {
+        hold(host, &device, &path)?;
+    }
     ask(Step::AttachLoop, &path, || {
         host.attach_loop(&device, &backing.file, flags, backing.path)
     })?;
@@ -463,36 +272,20 @@ fn try_attach<H: Host>(
     };
     Ok(Attached {
         handle,
+        node: free,
         number,
         device,
     })
 }
 
-fn note_sizes(
-    options: &SnapshotOptions,
-    length: Sectors,
-    origin: &FileFacts,
-    cow: &FileFacts,
-    warnings: &mut Vec<Warning>,
-) {
-    if origin.kind == FileKind::Regular && !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
-        warnings.push(Warning::OriginTail {
-            bytes: origin.size_bytes % SECTOR_BYTES,
-        });
-    }
-    let worst_case =
-        exception_store::worst_case(length, options.store, options.chunk).unwrap_or(u64::MAX);
-    if cow.kind == FileKind::Regular && cow.size_bytes < worst_case {
-        warnings.push(Warning::CowBelowWorstCase {
-            bytes: cow.size_bytes,
-            worst_case_bytes: worst_case,
-        });
-    }
-}
-
-fn identity(facts: &FileFacts) -> OriginIdentity {
-    OriginIdentity {
-        size_bytes: facts.size_bytes,
-        mtime_ns: facts.mtime_ns,
+/// Locks the COW file's loop device for as long as we have it open: the sign, to whoever reaps, that the snapshot's
+/// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile; where udev is
+/// there first, a shared one stands beside its.
+fn hold<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<()> {
+    match ask(Step::LockLoop, path, || host.lock_loop(device, true)) {
+        Err(error) if error.verdict() == Some(Verdict::InUse) => {
+            ask(Step::LockLoop, path, || host.lock_loop(device, false))
+        }
+        other => other,
     }
 }

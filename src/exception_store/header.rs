@@ -1,5 +1,6 @@
 //! The persistent store's header, in chunk 0 (`struct disk_header`, `drivers/md/dm-snap-persistent.c`).
 
+use crate::origin_identity::OriginIdentity;
 use crate::units::ChunkSize;
 
 /// How much of a COW file is read before it is used. The header needs 16 bytes; the rest tells a blank file from
@@ -32,6 +33,34 @@ pub(crate) struct Header {
     pub(crate) valid: bool,
     /// The chunk size it was made with, which wins over the table's.
     pub(crate) chunk: ChunkSize,
+    /// What the origin was, if we made the store.
+    pub(crate) origin: Option<OriginIdentity>,
+}
+
+/// Where our mark stands: in the part of the header's sector that the kernel zeroes when it writes a new header and
+/// never reads.
+pub(crate) const MARK_AT: usize = 64;
+
+/// What our mark begins with; the origin's size and modification time follow, 64 bits each.
+const MARK: [u8; 16] = *b"dmsnap origin 1\0";
+
+/// The mark that ties a store to its origin: over any other image its exceptions are garbage, and nothing that the
+/// kernel writes could tell.
+pub(crate) fn mark(origin: OriginIdentity) -> [u8; 32] {
+    let mut mark = [0; 32];
+    mark[..16].copy_from_slice(&MARK);
+    mark[16..24].copy_from_slice(&origin.size_bytes.to_le_bytes());
+    mark[24..].copy_from_slice(&origin.mtime_ns.to_le_bytes());
+    mark
+}
+
+fn marked(start: &[u8]) -> Option<OriginIdentity> {
+    let mark = start.get(MARK_AT..MARK_AT + 32)?.strip_prefix(&MARK)?;
+    let (size, mtime) = mark.split_at_checked(8)?;
+    Some(OriginIdentity {
+        size_bytes: u64::from_le_bytes(size.try_into().ok()?),
+        mtime_ns: i64::from_le_bytes(mtime.try_into().ok()?),
+    })
 }
 
 /// A header field with a value that no kernel writes.
@@ -59,6 +88,7 @@ pub(crate) fn probe(start: &[u8]) -> Probe {
         (VERSION, 0 | 1, Ok(chunk)) => Probe::Store(Header {
             valid: valid == 1,
             chunk,
+            origin: marked(start),
         }),
         (VERSION, 0 | 1, Err(_)) => damaged("chunk_size", chunk),
         (VERSION, _, _) => damaged("valid", valid),
@@ -108,13 +138,18 @@ mod tests {
         assert_eq!(&header([MAGIC, 1, 1, 8])[..4], b"SnAp");
         assert_eq!(
             probe(&header([MAGIC, 1, 1, 8])),
-            Probe::Store(Header { valid: true, chunk })
+            Probe::Store(Header {
+                valid: true,
+                chunk,
+                origin: None
+            })
         );
         assert_eq!(
             probe(&header([MAGIC, 0, 1, 8])),
             Probe::Store(Header {
                 valid: false,
-                chunk
+                chunk,
+                origin: None
             })
         );
         for (fields, field, value) in [
@@ -129,5 +164,19 @@ mod tests {
         }
         assert_eq!(probe(&header([MAGIC, 1, 1, 8])[..15]), Probe::Foreign);
         assert_eq!(probe(&header([MAGIC + 1, 1, 1, 8])), Probe::Foreign);
+    }
+
+    #[test]
+    fn a_marked_store_tells_its_origin() {
+        let origin = OriginIdentity {
+            size_bytes: 1 << 40,
+            mtime_ns: -5,
+        };
+        let mut start = header([MAGIC, 1, 1, 1]);
+        start[MARK_AT..MARK_AT + 32].copy_from_slice(&mark(origin));
+        let Probe::Store(header) = probe(&start[..512]) else {
+            panic!("a store of the least chunk size")
+        };
+        assert_eq!(header.origin, Some(origin));
     }
 }

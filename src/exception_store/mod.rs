@@ -5,5 +5,5 @@
 mod header;
 mod sizing;
 
-pub(crate) use header::{PROBE_BYTES, Probe, probe};
+pub(crate) use header::{MARK_AT, PROBE_BYTES, Probe, mark, probe};
 pub(crate) use sizing::{least_bytes, worst_case};

@@ -44,14 +44,40 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Print whole handles of a live snapshot as JSON, for cleanup, from the kernel's state alone
+    Adopt {
+        /// The dm device's name, or its uuid
+        name: String,
+    },
+    /// Take down our snapshots that nobody claims, half-built ones included
+    Reap(Reap),
     /// Show one of our snapshots
     Status {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// The dm device's name
+        /// The dm device's name, or its uuid
         name: String,
     },
+}
+
+#[derive(Debug, Arguments)]
+pub(crate) struct Reap {
+    /// Say what would be removed, and remove nothing
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Keep this snapshot (may be repeated)
+    #[arg(long, value_name = "NAME")]
+    pub(crate) keep: Vec<String>,
+    /// Keep every snapshot that somebody has open
+    #[arg(long)]
+    pub(crate) keep_open: bool,
+    /// Have the kernel remove open ones at their last close
+    #[arg(long, conflicts_with = "keep_open")]
+    pub(crate) defer: bool,
 }
 
 #[derive(Debug, Arguments)]
@@ -68,6 +94,9 @@ pub(crate) struct Create {
     /// Let the guest's discards give space back to the COW file's file system
     #[arg(long)]
     discard: bool,
+    /// Use the COW file even though the image's size or modification time is not what it was made over
+    #[arg(long)]
+    any_origin: bool,
     /// The shared, read-only image
     pub(crate) origin: PathBuf,
     /// The file that takes this snapshot's writes
@@ -98,7 +127,8 @@ impl Create {
             .store(store)
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
-            .discard(self.discard);
+            .discard(self.discard)
+            .any_origin(self.any_origin);
         options
     }
 }

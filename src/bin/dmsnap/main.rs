@@ -10,9 +10,9 @@ use std::io::{self, Read, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use dmsnap::{Handles, Outcome, Retry, SnapshotInfo};
+use dmsnap::{Handles, Outcome, ReapOptions, Retry, SnapshotInfo};
 
-use args::{Args, Command};
+use args::{Args, Command, Reap};
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
@@ -26,8 +26,6 @@ fn main() -> ExitCode {
 enum Failure {
     #[error(transparent)]
     Snapshot(#[from] dmsnap::Error),
-    #[error(transparent)]
-    Refused(#[from] dmsnap::Refusal),
     #[error("cannot read handles from {from}")]
     Handles {
         from: String,
@@ -40,6 +38,9 @@ enum Failure {
     /// Some snapshots could not be read; the others were printed.
     #[error("cannot read {0} of the snapshots")]
     Unreadable(usize),
+    /// Some snapshots could not be removed; the others were.
+    #[error("cannot reap {0} of the snapshots")]
+    Unreaped(usize),
 }
 
 fn run(command: Command) -> Result<(), Failure> {
@@ -70,8 +71,10 @@ fn run(command: Command) -> Result<(), Failure> {
             print(outcome_text(outcome))
         }
         Command::List { json } => list(json),
+        Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
+        Command::Reap(options) => reap(&options),
         Command::Status { json, name } => {
-            let info = dmsnap::status(&name.parse()?)?;
+            let info = dmsnap::status(name)?;
             if json {
                 print_json(&output::Entry::from(&info))
             } else {
@@ -103,6 +106,29 @@ fn list(json: bool) -> Result<(), Failure> {
         return Err(Failure::Unreadable(unreadable));
     }
     Ok(())
+}
+
+fn reap(options: &Reap) -> Result<(), Failure> {
+    let keep = |info: &SnapshotInfo| {
+        options.keep.contains(&info.name) || (options.keep_open && info.open_count > 0)
+    };
+    let reaped = ReapOptions::new()
+        .defer(options.defer)
+        .dry_run(options.dry_run)
+        .reap(keep)?;
+    let failures = reaped.iter().filter_map(|item| item.fate.as_ref().err());
+    let failures: Vec<String> = failures.map(output::whole).collect();
+    let items: Vec<_> = reaped.iter().map(output::ReapedEntry::from).collect();
+    if options.json {
+        print_json(&items)?;
+    } else {
+        print(items.iter().map(ToString::to_string).collect())?;
+    }
+    failures.iter().for_each(output::note);
+    match failures.len() {
+        0 => Ok(()),
+        failed => Err(Failure::Unreaped(failed)),
+    }
 }
 
 fn outcome_text(outcome: Outcome) -> String {

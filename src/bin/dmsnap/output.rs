@@ -7,7 +7,8 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use dmsnap::{
-    DeviceNumber, DeviceUuid, LoopFacts, SnapshotInfo, SnapshotStatus, State, Store, Usage,
+    DeviceNumber, DeviceUuid, Fate, LoopFacts, Reaped, SnapshotInfo, SnapshotStatus, State, Store,
+    Usage,
 };
 
 use crate::Failure;
@@ -160,17 +161,73 @@ pub(crate) fn note(text: impl Display) {
     let _ = writeln!(std::io::stderr(), "dmsnap: {text}");
 }
 
-/// The failure on one line of stderr: the chain of the first cause, then those of what else was left behind.
+/// The failure on one line of stderr.
 pub(crate) fn failure(failure: &Failure) -> ExitCode {
-    let mut line = chain(failure);
-    if let Failure::Snapshot(error) = failure {
-        for leftover in error.left() {
-            let reason = chain(&leftover.error);
-            if !line.contains(&reason) {
-                line = format!("{line}; {reason}");
-            }
+    let line = match failure {
+        Failure::Snapshot(error) => whole(error),
+        other => chain(other),
+    };
+    note(line);
+    ExitCode::FAILURE
+}
+
+/// On one line the chain of the first cause, then those of what else was left behind.
+pub(crate) fn whole(error: &dmsnap::Error) -> String {
+    let mut line = chain(error);
+    for leftover in error.left() {
+        let reason = chain(&leftover.error);
+        if !line.contains(&reason) {
+            line = format!("{line}; {reason}");
         }
     }
-    note(line.replace('\n', " "));
-    ExitCode::FAILURE
+    line.replace('\n', " ")
+}
+
+/// An item of a sweep, as `reap` prints it. The keys are stable; new ones may be added.
+#[derive(Debug, serde::Serialize)]
+pub(crate) struct ReapedEntry {
+    name: String,
+    uuid: Option<DeviceUuid>,
+    /// `kept`, `in-progress`, `busy`, `due`, `removed`, `deferred`, `alias-removed` or `failed`.
+    fate: &'static str,
+    open_count: Option<u32>,
+    error: Option<String>,
+}
+
+impl From<&Reaped> for ReapedEntry {
+    fn from(item: &Reaped) -> Self {
+        let (fate, open_count) = match &item.fate {
+            Ok(Fate::Kept) => ("kept", None),
+            Ok(Fate::InProgress) => ("in-progress", None),
+            Ok(Fate::Busy { open_count }) => ("busy", Some(*open_count)),
+            Ok(Fate::Due) => ("due", None),
+            Ok(Fate::Removed) => ("removed", None),
+            Ok(Fate::Deferred { open_count }) => ("deferred", Some(*open_count)),
+            Ok(Fate::AliasRemoved) => ("alias-removed", None),
+            Ok(_) => ("unknown", None),
+            Err(_) => ("failed", None),
+        };
+        Self {
+            name: item.name.clone(),
+            uuid: item.snapshot.as_ref().map(|info| info.uuid.clone()),
+            fate,
+            open_count,
+            error: item.fate.as_ref().err().map(whole),
+        }
+    }
+}
+
+impl Display for ReapedEntry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let open = self
+            .open_count
+            .map(|count| format!(" (open count {count})"));
+        writeln!(
+            f,
+            "{}: {}{}",
+            self.name,
+            self.fate,
+            open.unwrap_or_default()
+        )
+    }
 }

@@ -1,0 +1,215 @@
+//! The story of a sweep: what of ours nobody claims any more is taken down, item by item.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::ask::{ask, patiently};
+use crate::error::{Result, Step};
+use crate::host::{Host, MACHINE};
+use crate::inventory::{self, SnapshotInfo};
+use crate::name::MAPPER_DIR;
+use crate::policy::{Retry, Verdict};
+use crate::teardown::{self, Outcome};
+use crate::uuid::DeviceUuid;
+
+/// How to sweep up snapshots that nobody claims: those of a control plane that died, half-built ones included.
+///
+/// Only devices whose uuid is ours are looked at. A snapshot that another process is making at this moment is left
+/// alone: its maker holds a lock that the kernel frees when the maker is done or dead.
+///
+/// ```no_run
+/// use dmsnap::ReapOptions;
+///
+/// let living = ["vm-1", "vm-2"];
+/// for item in ReapOptions::new().reap(|snapshot| living.contains(&snapshot.name.as_str()))? {
+///     println!("{}: {:?}", item.name, item.fate);
+/// }
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct ReapOptions {
+    defer: bool,
+    dry_run: bool,
+}
+
+/// One thing that a sweep came by.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Reaped {
+    /// The dm device's name.
+    pub name: String,
+    /// What was known of it before; `None` when it could not be read, or was an alias alone.
+    pub snapshot: Option<SnapshotInfo>,
+    /// What became of it, or why that failed. A failure does not stop the sweep.
+    pub fate: Result<Fate>,
+}
+
+/// What became of a snapshot in a sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(rename_all = "kebab-case")
+)]
+#[non_exhaustive]
+pub enum Fate {
+    /// The caller claims it.
+    Kept,
+    /// Its maker is at work on it.
+    InProgress,
+    /// Somebody has it open; it was left alone.
+    Busy {
+        /// How many users have it open.
+        open_count: u32,
+    },
+    /// It would have been removed, or deferred, but this was a dry run.
+    Due,
+    /// It is gone, and its loop devices too.
+    Removed,
+    /// The kernel removes it when its last user closes it.
+    Deferred {
+        /// How many users have it open.
+        open_count: u32,
+    },
+    /// It was an alias of ours below /dev/mapper whose device was gone; it is gone too.
+    AliasRemoved,
+}
+
+/// A probe (udev's, say) is over by then; a maker at work is not waited for longer.
+const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
+
+/// For the loop devices behind a removed device, which a probe may have open for a moment.
+const LOOP_RETRY: Retry = Retry::until(Duration::from_secs(2));
+
+impl ReapOptions {
+    /// Removes what nobody has open, and leaves the rest.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has the kernel remove open devices at their last close.
+    pub fn defer(&mut self, defer: bool) -> &mut Self {
+        self.defer = defer;
+        self
+    }
+
+    /// Says what would be removed, and removes nothing.
+    pub fn dry_run(&mut self, dry_run: bool) -> &mut Self {
+        self.dry_run = dry_run;
+        self
+    }
+
+    /// Sweeps, keeping those that `keep` claims.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails for one snapshot is in
+    /// its [`Reaped::fate`].
+    pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
+        let mut reaped = Vec::new();
+        for (name, info) in inventory::ours()? {
+            reaped.push(match info {
+                Ok(info) => {
+                    let fate = if keep(&info) {
+                        Ok(Fate::Kept)
+                    } else {
+                        self.reap_one(&info)
+                    };
+                    Reaped {
+                        name,
+                        snapshot: Some(info),
+                        fate,
+                    }
+                }
+                Err(error) => Reaped {
+                    name,
+                    snapshot: None,
+                    fate: Err(error),
+                },
+            });
+        }
+        reaped.extend(self.sweep_aliases());
+        Ok(reaped)
+    }
+
+    fn reap_one(&self, info: &SnapshotInfo) -> Result<Fate> {
+        if in_progress(&info.uuid)? {
+            return Ok(Fate::InProgress);
+        }
+        let open_count = info.open_count;
+        if open_count > 0 && !self.defer {
+            return Ok(Fate::Busy { open_count });
+        }
+        if self.dry_run {
+            return Ok(Fate::Due);
+        }
+        if open_count > 0 {
+            let outcome = teardown::defer_ours(
+                &MACHINE,
+                &info.uuid,
+                &Path::new(MAPPER_DIR).join(&info.name),
+            )?;
+            if let Outcome::Deferred { open_count } = outcome {
+                return Ok(Fate::Deferred { open_count });
+            }
+        }
+        match teardown::clean(&MACHINE, &info.handles(), &LOOP_RETRY) {
+            Err(error) if error.verdict() == Some(Verdict::Busy) && !self.defer => {
+                // Opened since it was looked at.
+                Ok(Fate::Busy {
+                    open_count: inventory::status(&info.uuid).map_err(|_| error)?.open_count,
+                })
+            }
+            cleaned => cleaned.map(|()| Fate::Removed),
+        }
+    }
+
+    /// Links in our spelling whose device another program removed.
+    fn sweep_aliases(&self) -> Vec<Reaped> {
+        let entries = fs::read_dir(MAPPER_DIR).into_iter().flatten().flatten();
+        entries
+            .filter_map(|entry| self.sweep_alias(&entry.path()))
+            .collect()
+    }
+
+    fn sweep_alias(&self, path: &Path) -> Option<Reaped> {
+        let name = path.file_name()?.to_string_lossy().into_owned();
+        let fate = match teardown::stale_alias(&MACHINE, path) {
+            Ok(false) => return None,
+            Ok(true) if self.dry_run => Ok(Fate::Due),
+            Ok(true) => match teardown::sweep_alias(&MACHINE, path) {
+                Ok(false) => return None,
+                swept => swept.map(|_| Fate::AliasRemoved),
+            },
+            Err(error) => Err(error),
+        };
+        Some(Reaped {
+            name,
+            snapshot: None,
+            fate,
+        })
+    }
+}
+
+/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device.
+///
+/// That device may serve somebody else by now, whose lock is taken for the maker's: then the snapshot stays until the
+/// next sweep.
+fn in_progress(uuid: &DeviceUuid) -> Result<bool> {
+    let Some(number) = uuid.cow_loop() else {
+        return Ok(false);
+    };
+    let path = PathBuf::from(format!("/dev/loop{number}"));
+    let Ok(device) = MACHINE.open_loop(&path, false) else {
+        return Ok(false);
+    };
+    let locked = patiently(&MACHINE, &MAKER_RETRY, Verdict::InUse, || {
+        ask(Step::LockLoop, &path, || MACHINE.lock_loop(&device, true))
+    });
+    match locked {
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),
+        locked => locked.map(|()| false),
+    }
+}

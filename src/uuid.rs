@@ -1,0 +1,160 @@
+//! The uuid of our dm devices, and what is written into it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::origin_identity::OriginIdentity;
+use crate::refusal::Refusal;
+
+/// The longest uuid, in bytes: `DM_UUID_LEN` is 129 with its NUL.
+const UUID_MAX: usize = 128;
+
+/// The uuid of one of our dm devices: `DMSNAP-` and what makes it unique, at most 128 bytes.
+///
+/// A uuid is given once and stays for the device's life, through every rename, and no two devices share one: an
+/// ioctl addressed by uuid reaches the device it means or none. The prefix is how we find our own.
+///
+/// It is also the one place in the kernel where a snapshot can carry what later processes need to know: behind 128
+/// random bits stand the origin's size and modification time, and the number of the loop device that the maker
+/// holds a lock on while it is at work, all in hexadecimal.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "String", into = "String")
+)]
+pub struct DeviceUuid(String);
+
+impl DeviceUuid {
+    /// What every uuid of ours begins with.
+    pub const PREFIX: &str = "DMSNAP-";
+
+    /// Checks a uuid read from elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Uuid`] unless it begins with [`DeviceUuid::PREFIX`], fits 128 bytes and is printable ASCII.
+    pub fn new(uuid: impl Into<String>) -> Result<Self, Refusal> {
+        let uuid = uuid.into();
+        let ours = uuid.starts_with(Self::PREFIX);
+        if ours && uuid.len() <= UUID_MAX && uuid.bytes().all(|byte| byte.is_ascii_graphic()) {
+            Ok(Self(uuid))
+        } else {
+            Err(Refusal::Uuid { uuid })
+        }
+    }
+
+    /// A uuid that nobody has, for a snapshot over `origin` whose maker holds loop device `cow_loop`.
+    pub(crate) fn fresh(random: u128, origin: OriginIdentity, cow_loop: u32) -> Self {
+        let OriginIdentity {
+            size_bytes,
+            mtime_ns,
+        } = origin;
+        Self(format!(
+            "{}{random:032x}-{size_bytes:x}-{mtime_ns:x}-{cow_loop:x}",
+            Self::PREFIX
+        ))
+    }
+
+    /// What the origin image was when the snapshot was made; `None` in a uuid of another form.
+    #[must_use]
+    pub fn origin(&self) -> Option<OriginIdentity> {
+        let [size_bytes, mtime_ns, _] = self.fields()?;
+        Some(OriginIdentity {
+            size_bytes,
+            mtime_ns: mtime_ns.cast_signed(),
+        })
+    }
+
+    /// The loop device that the maker held while it was at work.
+    pub(crate) fn cow_loop(&self) -> Option<u32> {
+        let [_, _, number] = self.fields()?;
+        number.try_into().ok()
+    }
+
+    fn fields(&self) -> Option<[u64; 3]> {
+        let mut fields = self.0.strip_prefix(Self::PREFIX)?.split('-').skip(1);
+        let mut next = || u64::from_str_radix(fields.next()?, 16).ok();
+        Some([next()?, next()?, next()?])
+    }
+
+    /// The uuid as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for DeviceUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl AsRef<str> for DeviceUuid {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for DeviceUuid {
+    type Err = Refusal;
+
+    fn from_str(uuid: &str) -> Result<Self, Refusal> {
+        Self::new(uuid)
+    }
+}
+
+impl TryFrom<String> for DeviceUuid {
+    type Error = Refusal;
+
+    fn try_from(uuid: String) -> Result<Self, Refusal> {
+        Self::new(uuid)
+    }
+}
+
+impl From<DeviceUuid> for String {
+    fn from(uuid: DeviceUuid) -> String {
+        uuid.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_carry_what_they_were_made_with() {
+        let origin = OriginIdentity {
+            size_bytes: 1 << 30,
+            mtime_ns: -1,
+        };
+        let ours = DeviceUuid::fresh(7, origin, 300);
+        assert_eq!(
+            ours.as_str(),
+            "DMSNAP-00000000000000000000000000000007-40000000-ffffffffffffffff-12c"
+        );
+        assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
+        assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
+        let largest = OriginIdentity {
+            size_bytes: u64::MAX,
+            mtime_ns: -1,
+        };
+        assert!(
+            DeviceUuid::fresh(u128::MAX, largest, u32::MAX)
+                .as_str()
+                .len()
+                <= UUID_MAX
+        );
+    }
+
+    #[test]
+    fn uuids_are_ours_or_refused() {
+        let long = format!("DMSNAP-{}", "x".repeat(122));
+        for bad in ["", "LVM-abc", "dmsnap-1", "DMSNAP-a b", &long] {
+            assert!(DeviceUuid::new(bad).is_err(), "{bad}");
+        }
+        let plain = DeviceUuid::new("DMSNAP-made-elsewhere").expect("it has the prefix");
+        assert_eq!((plain.origin(), plain.cow_loop()), (None, None));
+    }
+}
