@@ -14,6 +14,10 @@
 //! Making devices needs CAP_SYS_ADMIN in the initial user namespace, Linux 5.8 or later, and the `loop` and
 //! `dm-snapshot` modules. Reading tables, status lines and names needs nothing.
 
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}
+
 mod alias;
 mod ask;
 mod backing;

@@ -14,9 +14,9 @@ use crate::error::Step;
 ///
 /// | step | errno | verdict |
 /// | --- | --- | --- |
-/// | FindLoop, OpenLoop, AttachLoop | EBUSY, EAGAIN | TakeAnother |
+/// | FindLoop, OpenLoop, LockLoop, AttachLoop | EBUSY, EAGAIN | TakeAnother |
 /// | OpenLoop | ENXIO, ENOENT, ENODEV | TakeAnother |
-/// | LockFile, LockLoop | EAGAIN | InUse |
+/// | LockFile | EAGAIN | InUse |
 /// | * | EINTR, EAGAIN | Again |
 /// | Remove, DetachLoop | EBUSY | Busy |
 /// | Remove, Query, Status | ENXIO, ENOENT, ENODEV | Gone |
@@ -69,9 +69,11 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
     use Errno as E;
     use Step as S;
     match (step, errno) {
-        (S::FindLoop | S::OpenLoop | S::AttachLoop, E::EBUSY | E::EAGAIN) => Verdict::TakeAnother,
+        (S::FindLoop | S::OpenLoop | S::LockLoop | S::AttachLoop, E::EBUSY | E::EAGAIN) => {
+            Verdict::TakeAnother
+        }
         (S::OpenLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::TakeAnother,
-        (S::LockFile | S::LockLoop, E::EAGAIN) => Verdict::InUse,
+        (S::LockFile, E::EAGAIN) => Verdict::InUse,
         (_, E::EINTR | E::EAGAIN) => Verdict::Again,
         (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
         (S::Remove | S::Query | S::Status, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
@@ -194,6 +196,16 @@ mod tests {
                     "{step_name} {errno_name}"
                 );
             }
+        }
+        let readme = include_str!("../README.md");
+        let table = include_str!("policy.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("/// | "));
+        for row in table {
+            assert!(
+                readme.contains(&format!("\n| {row}\n")),
+                "README lacks: {row}"
+            );
         }
         for row in &rows {
             for step in row.0.iter().filter(|step| *step != "*") {

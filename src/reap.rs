@@ -206,7 +206,7 @@ fn in_progress(uuid: &DeviceUuid) -> Result<bool> {
         return Ok(false);
     };
     let locked = patiently(&MACHINE, &MAKER_RETRY, Verdict::InUse, || {
-        ask(Step::LockLoop, &path, || MACHINE.lock_loop(&device, true))
+        ask(Step::LockFile, &path, || MACHINE.lock_loop(&device, true))
     });
     match locked {
         Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),

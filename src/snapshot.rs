@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use crate::ask::{ask, patiently};
 use crate::backing::{Backing, Warning, note_sizes, open_cow, open_origin};
-use crate::error::{Error, Leftover, Result, Step};
+use crate::error::{Error, Result, Step};
 use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
@@ -163,28 +163,38 @@ pub(crate) fn create<H: Host>(
         ask(Step::Resume, &mapper, || host.resume(&uuid))?;
         ask(Step::Link, &mapper, || host.make_alias(&mapper, number))
     };
-    let device = match bring_up() {
-        Ok(device) => device,
-        Err(error) => {
-            drop((origin_loop, cow_loop));
-            return Err(error.leaving(undo(host, &uuid, &mapper)));
-        }
-    };
-    let handles = Handles {
+    let brought_up = bring_up();
+    let mut handles = Handles {
         name: Some(name.clone()),
         uuid: Some(uuid),
         dev: Some(number),
-        device: Some(device.clone()),
+        device: None,
         mapper: Some(mapper),
         cow_loop: Some(cow_loop.handle),
         origin_loop: Some(origin_loop.handle),
         origin: Some(origin.identity()),
     };
-    Ok(Snapshot {
-        handles,
-        device,
-        warnings,
-    })
+    // From here on the dm table alone holds the loop devices, if there is one.
+    drop((origin_loop.device, cow_loop.device));
+    match brought_up {
+        Ok(device) => {
+            handles.device = Some(device.clone());
+            Ok(Snapshot {
+                handles,
+                device,
+                warnings,
+            })
+        }
+        Err(error) => Err(undone(host, error, &handles)),
+    }
+}
+
+/// A failure after `DM_DEV_CREATE`, with what undoing it leaves.
+fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
+    match teardown::clean(host, handles, &UNDO_RETRY) {
+        Err(Error::Debris { left, .. }) => error.leaving(left),
+        _ => error,
+    }
 }
 
 /// A refused table may mean that the kernel has no snapshot target; otherwise only the kernel log knows more.
@@ -193,16 +203,6 @@ fn explain_load<H: Host>(host: &H, error: Error) -> Error {
         Err(missing) => missing,
         Ok(_) => error.noted("the kernel log has the target's reason"),
     }
-}
-
-/// What the undoing of everything since `DM_DEV_CREATE` leaves.
-fn undo<H: Host>(host: &H, uuid: &DeviceUuid, mapper: &Path) -> Vec<Leftover> {
-    let removed = teardown::remove_ours(host, uuid, mapper, &UNDO_RETRY);
-    removed
-        .err()
-        .map(|error| Leftover::new(mapper, error))
-        .into_iter()
-        .collect()
 }
 
 /// Nobody knows the device yet, so only a probe can hold it, and not for long.
@@ -280,10 +280,10 @@ fn try_attach<H: Host>(
 
 /// Locks the COW file's loop device for as long as we have it open: the sign, to whoever reaps, that the snapshot's
 /// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile; where udev is
-/// there first, a shared one stands beside its.
+/// there first, a shared one stands beside its. Where that cannot be had either, another maker is on the device.
 fn hold<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<()> {
     match ask(Step::LockLoop, path, || host.lock_loop(device, true)) {
-        Err(error) if error.verdict() == Some(Verdict::InUse) => {
+        Err(error) if error.verdict() == Some(Verdict::TakeAnother) => {
             ask(Step::LockLoop, path, || host.lock_loop(device, false))
         }
         other => other,

@@ -105,19 +105,11 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
         left.push(Leftover::new(&device, error));
     }
     // A device that stays holds its loops; waiting for them would be in vain.
-    let (removed, patience) = if left.is_empty() {
-        (true, *retry)
-    } else {
-        (false, Retry::ONCE)
-    };
-    let loops = [
-        (&handles.cow_loop, Sharing::Alone),
-        (&handles.origin_loop, Sharing::WithOthers),
-    ];
-    for (handle, sharing) in loops {
+    let removed = left.is_empty();
+    let patience = if removed { *retry } else { Retry::ONCE };
+    for (handle, is_origin) in [(&handles.cow_loop, false), (&handles.origin_loop, true)] {
         let Some(handle) = handle else { continue };
-        let sharing = if removed { sharing } else { Sharing::Alone };
-        if let Err(error) = release_loop(host, handle, sharing, &patience) {
+        if let Err(error) = release_loop(host, handle, is_origin && removed, &patience) {
             left.push(Leftover::new(&handle.path, error));
         }
     }
@@ -177,25 +169,21 @@ pub(crate) fn defer_ours<H: Host>(host: &H, uuid: &DeviceUuid, on: &Path) -> Res
 }
 
 fn remove_target<H: Host>(host: &H, target: &Path, retry: &Retry, when: When) -> Result<Outcome> {
-    let bare = target.components().count() == 1 && !target.has_root();
+    let bare = target.components().count() <= 1 && !target.has_root();
     let below_mapper = target
         .strip_prefix(MAPPER_DIR)
         .ok()
         .filter(|rest| rest.components().count() == 1);
     if let Some(name) = if bare { Some(target) } else { below_mapper } {
-        let name = DeviceName::new(name.to_string_lossy())?;
-        return remove_addressed(
-            host,
-            Address::Name(name.as_str()),
-            &name.mapper_path(),
-            retry,
-            when,
-        );
-    }
-    if target.as_os_str().is_empty() {
-        return Err(DeviceName::new("")
-            .expect_err("an empty name is refused")
-            .into());
+        match DeviceName::new(name.to_string_lossy()) {
+            Ok(name) => {
+                let (address, path) = (Address::Name(name.as_str()), name.mapper_path());
+                return remove_addressed(host, address, &path, retry, when);
+            }
+            Err(refusal) if bare => return Err(refusal.into()),
+            // udev and libdm spell other names' paths their own way; the node knows which device it is.
+            Err(_) => (),
+        }
     }
     let number = match ask(Step::Query, target, || host.device_number(target)) {
         Ok(Some(number)) => number,
@@ -307,25 +295,16 @@ fn unchanging(device: &Device) -> Address<'_> {
     }
 }
 
-/// Whether a loop device that is still bound is somebody's business or a failure.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Sharing {
-    Alone,
-    /// Other snapshots may read the same origin; autoclear detaches it behind the last of them.
-    WithOthers,
-}
-
 /// Sees to it that the loop device is detached, if it still is the handle's.
-fn release_loop<H: Host>(
-    host: &H,
-    handle: &LoopHandle,
-    sharing: Sharing,
-    retry: &Retry,
-) -> Result<()> {
+///
+/// One that other dm devices stand on, as other snapshots may on the same origin, is left to autoclear behind the last
+/// of them; so is one without identity, whose handle does not say enough to wait for.
+fn release_loop<H: Host>(host: &H, handle: &LoopHandle, shared: bool, retry: &Retry) -> Result<()> {
     patiently(host, retry, Verdict::Busy, || {
+        let is_known = handle.backing.is_some() || handle.diskseq.is_some();
         match release_once(host, handle)? {
             Bound::No => Ok(()),
-            Bound::Yes if sharing == Sharing::WithOthers => Ok(()),
+            Bound::Yes if !is_known || (shared && host.is_stacked_on(&handle.path)) => Ok(()),
             Bound::Yes => Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY)),
         }
     })
