@@ -3,10 +3,10 @@
 use std::path::Path;
 
 use crate::ask::ask;
-use crate::error::{Result, Step};
+use crate::error::{Leftover, Result, Step};
 use crate::exception_store::{self, PROBE_BYTES, Probe};
 use crate::host::{FileFacts, FileKind, Host};
-use crate::options::SnapshotOptions;
+use crate::options::{CowSize, SnapshotOptions};
 use crate::origin_identity::OriginIdentity;
 use crate::policy::Verdict;
 use crate::refusal::Refusal;
@@ -80,7 +80,7 @@ pub(crate) fn open_origin<'a, H: Host>(
     options: &SnapshotOptions,
 ) -> Result<Backing<'a, H::File>> {
     let origin = open_backing(host, path, false)?;
-    if origin.facts.kind == FileKind::Regular && origin.facts.size_bytes < SECTOR_BYTES {
+    if origin.facts.size_bytes < SECTOR_BYTES {
         return Err(Refusal::OriginTooShort {
             path: path.to_owned(),
             bytes: origin.facts.size_bytes,
@@ -99,6 +99,38 @@ pub(crate) fn open_origin<'a, H: Host>(
     Ok(origin)
 }
 
+/// Makes a COW file that was not there, or leaves none.
+pub(crate) fn make_cow<H: Host>(
+    host: &H,
+    path: &Path,
+    size: CowSize,
+    origin: &Backing<'_, H::File>,
+    options: &SnapshotOptions,
+) -> Result<()> {
+    let (store, chunk, origin_bytes) = (options.store, options.chunk, origin.facts.size_bytes);
+    let asked = match size {
+        CowSize::Bytes(bytes) => Some(bytes),
+        CowSize::Percent(percent) => {
+            u64::try_from(u128::from(origin_bytes) * u128::from(percent) / 100).ok()
+        }
+        CowSize::WorstCase => {
+            exception_store::worst_case(Sectors::from_bytes_floor(origin_bytes), store, chunk)
+        }
+    };
+    let bytes = asked.and_then(|bytes| exception_store::sound(bytes, store, chunk));
+    let bytes = bytes.unwrap_or(u64::MAX);
+    let file = ask(Step::MakeFile, path, || host.make_file(path))?;
+    let sized = ask(Step::SizeFile, path, || {
+        host.size_file(&file, bytes, options.reserve)
+    });
+    sized.map_err(
+        |error| match ask(Step::Unlink, path, || host.unlink(path)) {
+            Ok(()) => error,
+            Err(stays) => error.leaving(vec![Leftover::new(path, stays)]),
+        },
+    )
+}
+
 /// Opens the COW file, and locks it against a second snapshot. Says whether the kernel will write a new store.
 pub(crate) fn open_cow<'a, H: Host>(
     host: &H,
@@ -114,25 +146,23 @@ pub(crate) fn open_cow<'a, H: Host>(
         }
         .into());
     }
-    if cow.facts.kind == FileKind::Regular {
-        if cow.facts.mode & 0o222 == 0 {
-            return Err(Refusal::CowReadOnly {
-                path: path.to_owned(),
-                mode: cow.facts.mode,
-            }
-            .into());
+    if cow.facts.kind == FileKind::Regular && cow.facts.mode & 0o222 == 0 {
+        return Err(Refusal::CowReadOnly {
+            path: path.to_owned(),
+            mode: cow.facts.mode,
         }
-        let needed = exception_store::least_bytes(options.store, options.chunk);
-        if cow.facts.size_bytes < needed {
-            let (bytes, chunk) = (cow.facts.size_bytes, options.chunk);
-            return Err(Refusal::CowTooSmall {
-                path: path.to_owned(),
-                bytes,
-                chunk,
-                needed,
-            }
-            .into());
+        .into());
+    }
+    let needed = exception_store::least_bytes(options.store, options.chunk);
+    if cow.facts.size_bytes < needed {
+        let (bytes, chunk) = (cow.facts.size_bytes, options.chunk);
+        return Err(Refusal::CowTooSmall {
+            path: path.to_owned(),
+            bytes,
+            chunk,
+            needed,
         }
+        .into());
     }
     lock(
         host,
@@ -242,14 +272,14 @@ pub(crate) fn note_sizes(
     cow: &FileFacts,
     warnings: &mut Vec<Warning>,
 ) {
-    if origin.kind == FileKind::Regular && !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
+    if !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
         warnings.push(Warning::OriginTail {
             bytes: origin.size_bytes % SECTOR_BYTES,
         });
     }
     let worst_case =
         exception_store::worst_case(length, options.store, options.chunk).unwrap_or(u64::MAX);
-    if cow.kind == FileKind::Regular && cow.size_bytes < worst_case {
+    if cow.size_bytes < worst_case {
         warnings.push(Warning::CowBelowWorstCase {
             bytes: cow.size_bytes,
             worst_case_bytes: worst_case,

@@ -94,15 +94,20 @@ impl Error {
         }
     }
 
-    /// This failure, with what undoing it could not remove.
-    pub(crate) fn leaving(self, left: Vec<Leftover>) -> Self {
-        if left.is_empty() {
-            self
-        } else {
-            Self::Debris {
-                left,
-                source: Box::new(self),
+    /// This failure, with what undoing it could not remove, beyond what it names already.
+    pub(crate) fn leaving(self, mut more: Vec<Leftover>) -> Self {
+        if more.is_empty() {
+            return self;
+        }
+        match self {
+            Self::Debris { mut left, source } => {
+                left.append(&mut more);
+                Self::Debris { left, source }
             }
+            first => Self::Debris {
+                left: more,
+                source: Box::new(first),
+            },
         }
     }
 }
@@ -196,6 +201,10 @@ macro_rules! steps {
 steps! {
     /// `open` of the origin image or the COW file.
     OpenFile = "open",
+    /// `open` with `O_CREAT | O_EXCL` of the COW file.
+    MakeFile = "make",
+    /// `ftruncate` or `fallocate` of the COW file.
+    SizeFile = "set aside space for",
     /// `fstat` of the origin image, the COW file or a device node.
     InspectFile = "inspect",
     /// `flock` of the origin image or the COW file.
@@ -240,7 +249,7 @@ steps! {
     List = "list the devices of",
     /// Making `/dev/mapper/<name>`.
     Link = "make",
-    /// Removing `/dev/mapper/<name>`.
+    /// Removing `/dev/mapper/<name>`, or the COW file that was made.
     Unlink = "unlink",
     /// `getrandom`, for a uuid.
     Random = "draw a uuid for",

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{FallocateFlags, OFlag, open};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
 
 use crate::alias;
@@ -29,7 +29,6 @@ pub(crate) struct FileFacts {
     pub(crate) id: FileId,
     pub(crate) kind: FileKind,
     pub(crate) mode: u32,
-    /// Meaningful for regular files only.
     pub(crate) size_bytes: u64,
     pub(crate) mtime_ns: i64,
 }
@@ -48,6 +47,8 @@ pub(crate) trait Host {
     type Loop;
 
     fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
+    fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
+    fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_start(&self, file: &Self::File, buffer: &mut [u8]) -> Result<usize, Errno>;
@@ -164,8 +165,34 @@ impl Host for Machine {
         )
     }
 
+    fn make_file(&self, path: &Path) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        open(path, flags, Mode::S_IRUSR | Mode::S_IWUSR)
+    }
+
+    fn size_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
+        let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        if reserve {
+            nix::fcntl::fallocate(file, FallocateFlags::empty(), 0, length)
+        } else {
+            nix::unistd::ftruncate(file, length)
+        }
+    }
+
     fn inspect_file(&self, file: &OwnedFd) -> Result<FileFacts, Errno> {
-        fstat(file).map(|stat| facts(&stat))
+        let facts = facts(&fstat(file)?);
+        match facts.kind {
+            FileKind::BlockDevice(_) => {
+                let size_bytes = sys::block_size_bytes(file.as_fd())?;
+                // Writing through the node changes its time, whoever writes and whatever.
+                Ok(FileFacts {
+                    size_bytes,
+                    mtime_ns: 0,
+                    ..facts
+                })
+            }
+            _ => Ok(facts),
+        }
     }
 
     fn lock_file(&self, file: &OwnedFd, exclusive: bool) -> Result<(), Errno> {

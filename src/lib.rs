@@ -51,7 +51,7 @@ pub use error::{Cause, Error, Leftover, Result, Step};
 pub use handles::{FileId, Handles, LoopHandle};
 pub use inventory::{LoopFacts, SnapshotInfo, State, adopt, list, status};
 pub use name::{DeviceName, DeviceNumber};
-pub use options::SnapshotOptions;
+pub use options::{CowSize, SnapshotOptions};
 pub use origin_identity::OriginIdentity;
 pub use policy::{Retry, Verdict};
 pub use reap::{Fate, ReapOptions, Reaped};

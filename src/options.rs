@@ -30,6 +30,21 @@ pub struct SnapshotOptions {
     pub(crate) discard: bool,
     pub(crate) expected_origin: Option<OriginIdentity>,
     pub(crate) any_origin: bool,
+    pub(crate) make_cow: Option<CowSize>,
+    pub(crate) reserve: bool,
+}
+
+/// How large a COW file is to be made. Rounded up to whole chunks, and by one more where the kernel would invalidate the
+/// full store instead of only filling it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CowSize {
+    /// This many bytes.
+    Bytes(u64),
+    /// This share of the origin's size, in percent; more than 100 is allowed.
+    Percent(u32),
+    /// As much as overwriting the whole origin takes: slightly more than its size.
+    WorstCase,
 }
 
 impl SnapshotOptions {
@@ -81,6 +96,20 @@ impl SnapshotOptions {
     /// modification time is not, as after a copy to another host; over a changed image the snapshot is garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.any_origin = any_origin;
+        self
+    }
+
+    /// Makes the COW file too: mode 0600, sparse, and never over an existing one. If the snapshot then fails, the file is
+    /// removed again.
+    pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
+        self.make_cow = Some(size);
+        self
+    }
+
+    /// Has the COW file's space set aside when it is made (`fallocate`), so that a file system that has not enough says
+    /// so now, and the snapshot does not die of it later.
+    pub fn reserve(&mut self, reserve: bool) -> &mut Self {
+        self.reserve = reserve;
         self
     }
 

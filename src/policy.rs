@@ -23,9 +23,9 @@ use crate::error::Step;
 /// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
 /// | Unlink | ENOENT | Gone |
 /// | Create | EBUSY | NameTaken |
-/// | Link | EEXIST | NameTaken |
+/// | Link, MakeFile | EEXIST | NameTaken |
 /// | Load | EBUSY | InUse |
-/// | OpenFile | ENOENT, ENOTDIR | Missing |
+/// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
 /// | AttachLoop, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
@@ -48,11 +48,11 @@ pub enum Verdict {
     Busy,
     /// What was to be removed or asked about is not there.
     Gone,
-    /// Another device has the name.
+    /// Another device, or another file, has the name.
     NameTaken,
     /// Somebody else holds the file or the loop device, and waiting will not help.
     InUse,
-    /// The image or COW file does not exist.
+    /// The image, the COW file or its directory does not exist.
     Missing,
     /// This kernel, or this container, has no such thing.
     Unsupported,
@@ -80,9 +80,9 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::Unlink, E::ENOENT) => Verdict::Gone,
         (S::Create, E::EBUSY) => Verdict::NameTaken,
-        (S::Link, E::EEXIST) => Verdict::NameTaken,
+        (S::Link | S::MakeFile, E::EEXIST) => Verdict::NameTaken,
         (S::Load, E::EBUSY) => Verdict::InUse,
-        (S::OpenFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
+        (S::OpenFile | S::MakeFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
             Verdict::Unsupported
         }

@@ -40,6 +40,7 @@ pub(crate) struct World {
     next_diskseq: u64,
     devices: BTreeMap<String, ScriptDevice>,
     aliases: BTreeSet<PathBuf>,
+    made_files: BTreeSet<PathBuf>,
     /// When the users of each dm device close it.
     pub(crate) busy_until: Duration,
 }
@@ -69,6 +70,7 @@ impl World {
         loops
             .chain(self.devices.values().map(mapper))
             .chain(self.aliases.iter().cloned())
+            .chain(self.made_files.iter().cloned())
             .collect()
     }
 
@@ -173,6 +175,16 @@ impl Host for Script {
     fn open_file(&self, path: &Path, _writable: bool) -> Result<u64, Errno> {
         self.call(Step::OpenFile)?;
         Ok(path.as_os_str().len() as u64)
+    }
+
+    fn make_file(&self, path: &Path) -> Result<u64, Errno> {
+        self.call(Step::MakeFile)?;
+        self.world.borrow_mut().made_files.insert(path.to_owned());
+        Ok(0)
+    }
+
+    fn size_file(&self, _file: &u64, _bytes: u64, _reserve: bool) -> Result<(), Errno> {
+        self.call(Step::SizeFile)
     }
 
     fn inspect_file(&self, file: &u64) -> Result<FileFacts, Errno> {
@@ -402,8 +414,9 @@ impl Host for Script {
 
     fn unlink(&self, path: &Path) -> Result<(), Errno> {
         self.call(Step::Unlink)?;
-        self.world.borrow_mut().aliases.remove(path);
-        Ok(())
+        let mut world = self.world.borrow_mut();
+        let found = world.aliases.remove(path) || world.made_files.remove(path);
+        if found { Ok(()) } else { Err(Errno::ENOENT) }
     }
 
     fn device_number(&self, _path: &Path) -> Result<Option<DeviceNumber>, Errno> {
@@ -432,249 +445,4 @@ impl Host for Script {
     }
 }
 
-mod tests {
-    use super::*;
-    use crate::error::{Error, Result};
-    use crate::handles::{Handles, LoopHandle};
-    use crate::options::SnapshotOptions;
-    use crate::policy::{AT_ONCE, Retry, Verdict};
-    use crate::snapshot::{Snapshot, create};
-    use crate::teardown::clean;
-
-    fn never(_: Step, _: usize) -> Option<Errno> {
-        None
-    }
-
-    fn create_on(script: &Script) -> Result<Snapshot> {
-        let name = DeviceName::new("vm").expect("a name");
-        create(
-            script,
-            &SnapshotOptions::new(),
-            Path::new("/image"),
-            Path::new("/cow"),
-            &name,
-        )
-    }
-
-    fn made(script: &Script) -> Handles {
-        let handles = create_on(script).expect("nothing fails").into_handles();
-        script.restart(never);
-        handles
-    }
-
-    fn step_of(error: &Error) -> Step {
-        match error {
-            Error::Failed { step, .. } => *step,
-            Error::Debris { source, .. } => step_of(source),
-            Error::Refused(refusal) => panic!("refused: {refusal}"),
-        }
-    }
-
-    fn calls_of_a_create() -> Vec<Step> {
-        let script = Script::new(never);
-        let _ = create_on(&script).expect("nothing fails");
-        script.calls.take()
-    }
-
-    #[test]
-    fn whichever_call_of_create_fails_nothing_is_left_and_the_error_names_it() {
-        let calls = calls_of_a_create();
-        assert_eq!(calls.len(), 25);
-        for (index, step) in calls.iter().enumerate() {
-            let script = Script::new(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
-            let error = create_on(&script).expect_err("one call failed");
-            assert_eq!(step_of(&error), *step, "call {index}");
-            assert_eq!(error.errno(), Some(Errno::EIO as i32));
-            assert_eq!(error.left(), []);
-            assert_eq!(
-                script.world.borrow().residue(),
-                BTreeSet::new(),
-                "after call {index}, {step:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn when_undoing_fails_too_the_debris_is_exactly_what_is_left() {
-        let calls = calls_of_a_create();
-        let created = calls
-            .iter()
-            .position(|step| *step == Step::Create)
-            .expect("it creates");
-        for index in created + 1..calls.len() {
-            let script = Script::new(move |step, nth| {
-                (nth == index + 1 || step == Step::Remove).then_some(Errno::EIO)
-            });
-            let error = create_on(&script).expect_err("one call failed");
-            assert_eq!(step_of(&error), calls[index]);
-            let named: BTreeSet<_> = error
-                .left()
-                .iter()
-                .map(|leftover| leftover.object.clone())
-                .collect();
-            assert_eq!(script.world.borrow().residue(), named);
-        }
-    }
-
-    #[test]
-    fn a_lost_race_takes_another_device_and_leaves_the_lost_one_alone() {
-        for (step, errno) in [
-            (Step::AttachLoop, Errno::EBUSY),
-            (Step::OpenLoop, Errno::ENXIO),
-            (Step::OpenLoop, Errno::ENOENT),
-        ] {
-            let losses = Cell::new(20u32);
-            let script = Script::new(move |at, _| {
-                (at == step && losses.replace(losses.get().saturating_sub(1)) > 0).then_some(errno)
-            });
-            let _ = create_on(&script).expect("the race is won in the end");
-            assert!(!script.calls.borrow().contains(&Step::DetachLoop));
-            assert_eq!(
-                script
-                    .calls
-                    .borrow()
-                    .iter()
-                    .filter(|each| **each == step)
-                    .count(),
-                22
-            );
-        }
-        let script = Script::new(|step, _| (step == Step::AttachLoop).then_some(Errno::EBUSY));
-        let error = create_on(&script).expect_err("it never wins");
-        assert_eq!(error.verdict(), Some(Verdict::TakeAnother));
-        assert!(script.now() <= Duration::from_secs(5));
-    }
-
-    #[test]
-    fn a_call_that_is_interrupted_is_repeated_but_not_for_ever() {
-        for step in calls_of_a_create() {
-            let script = Script::new(move |at, _| (at == step).then_some(Errno::EINTR));
-            let error = create_on(&script).expect_err("it is interrupted for ever");
-            assert_eq!(step_of(&error), step);
-            let asked = script
-                .calls
-                .borrow()
-                .iter()
-                .filter(|each| **each == step)
-                .count();
-            assert_eq!(asked, AT_ONCE as usize, "{step:?}");
-            let script =
-                Script::new(move |at, nth| (at == step && nth % 2 == 0).then_some(Errno::EINTR));
-            let _ = create_on(&script).expect("interrupted now and then");
-        }
-    }
-
-    #[test]
-    fn cleanup_removes_everything_twice_over() {
-        let script = Script::new(never);
-        let handles = made(&script);
-        assert_eq!(script.world.borrow().residue().len(), 3);
-        for _ in 0..2 {
-            assert_eq!(clean(&script, &handles, &Retry::default()), Ok(()));
-            assert_eq!(script.world.borrow().residue(), BTreeSet::new());
-        }
-    }
-
-    #[test]
-    fn whichever_call_of_cleanup_fails_it_goes_on_and_names_what_stays() {
-        let script = Script::new(never);
-        let handles = made(&script);
-        clean(&script, &handles, &Retry::ONCE).expect("nothing fails");
-        let calls = script.calls.take();
-        for index in 0..calls.len() {
-            let script = Script::new(never);
-            let handles = made(&script);
-            script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
-            let left: BTreeSet<PathBuf> = match clean(&script, &handles, &Retry::ONCE) {
-                Ok(()) => BTreeSet::new(),
-                Err(error) => error
-                    .left()
-                    .iter()
-                    .map(|leftover| leftover.object.clone())
-                    .collect(),
-            };
-            let residue = script.world.borrow().residue();
-            assert!(
-                residue.is_subset(&left),
-                "call {index}, {:?}: {residue:?} but {left:?}",
-                calls[index]
-            );
-        }
-    }
-
-    #[test]
-    fn a_busy_device_is_waited_for_until_it_is_closed_or_the_deadline() {
-        let script = Script::new(never);
-        let handles = made(&script);
-        script.world.borrow_mut().busy_until = Duration::from_millis(70);
-        let error = clean(&script, &handles, &Retry::until(Duration::from_millis(50)));
-        let error = error.expect_err("the deadline comes first");
-        assert_eq!(error.verdict(), Some(Verdict::Busy));
-        assert_eq!(error.left().len(), 3, "{error}");
-        assert_eq!(script.now(), Duration::from_millis(50));
-        assert_eq!(
-            script.world.borrow().residue().len(),
-            3,
-            "the alias is still there"
-        );
-        clean(&script, &handles, &Retry::default()).expect("closed at 70 ms");
-        assert!(script.now() < Duration::from_millis(90));
-    }
-
-    #[test]
-    fn what_is_somebody_elses_by_now_is_left_alone() {
-        let script = Script::new(never);
-        let mut handles = made(&script);
-        clean(&script, &handles, &Retry::ONCE).expect("nothing fails");
-        script.world.borrow_mut().bind_foreign(0, 99);
-        script.world.borrow_mut().bind_foreign(1, 99);
-        handles.uuid = Some(DeviceUuid::new("DMSNAP-another").expect("a uuid"));
-        clean(&script, &handles, &Retry::ONCE).expect("all is gone");
-        assert_eq!(script.world.borrow().residue().len(), 2);
-        handles.cow_loop = Some(LoopHandle::at("/dev/loop1"));
-        clean(&script, &handles, &Retry::default()).expect("taken at its word");
-        assert_eq!(
-            script.world.borrow().residue(),
-            BTreeSet::from([PathBuf::from("/dev/loop0")])
-        );
-    }
-
-    /// The alias belongs to whoever has the name: old handles of a VM that was started again once took it away.
-    #[test]
-    fn old_handles_leave_the_alias_of_a_new_snapshot_of_that_name_alone() {
-        let script = Script::new(never);
-        let mut old = made(&script);
-        clean(&script, &old, &Retry::ONCE).expect("nothing fails");
-        let new = made(&script);
-        old.uuid = Some(DeviceUuid::new("DMSNAP-old").expect("a uuid"));
-        (old.cow_loop, old.origin_loop) = (None, None);
-        clean(&script, &old, &Retry::ONCE).expect("all is gone");
-        let alias = new.mapper.expect("it has an alias");
-        assert!(script.world.borrow().aliases.contains(&alias));
-    }
-
-    #[test]
-    fn who_waits_in_vain_is_told_who_holds_the_device() {
-        let script = Script::new(never);
-        let handles = made(&script);
-        script.world.borrow_mut().busy_until = Duration::MAX;
-        let wait = |retry| {
-            clean(&script, &handles, retry)
-                .expect_err("it stays busy")
-                .left()[0]
-                .error
-                .clone()
-        };
-        let told = |error: Error| {
-            std::error::Error::source(&error)
-                .expect("a cause")
-                .to_string()
-        };
-        let busy = "Device or resource busy (os error 16): open count 1";
-        assert_eq!(told(wait(&Retry::ONCE)), busy);
-        assert_eq!(
-            told(wait(&Retry::until(Duration::from_millis(1)))),
-            format!("{busy}, vmm (pid 1)")
-        );
-    }
-}
+mod tests;

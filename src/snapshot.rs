@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ask::{ask, patiently};
-use crate::backing::{Backing, Warning, note_sizes, open_cow, open_origin};
-use crate::error::{Error, Result, Step};
+use crate::backing::{self, Backing, Warning, note_sizes, open_cow, open_origin};
+use crate::error::{Error, Leftover, Result, Step};
 use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
@@ -98,10 +98,38 @@ pub(crate) fn create<H: Host>(
     })?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, options)?;
-    let (cow, is_new) = open_cow(host, cow, &origin, options)?;
+    if let Some(size) = options.make_cow {
+        backing::make_cow(host, cow, size, &origin, options)?;
+    }
+    let created = create_over(host, options, &origin, cow, name);
+    match created {
+        Err(error) if options.make_cow.is_some() => Err(unmade(host, error, cow)),
+        created => created,
+    }
+}
+
+/// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
+/// path, nobody would know what fills the disk.
+fn unmade<H: Host>(host: &H, error: Error, cow: &Path) -> Error {
+    let kept_by = error.left().first().map(|leftover| leftover.error.clone());
+    let unlink = || ask(Step::Unlink, cow, || host.unlink(cow)).err();
+    match kept_by.or_else(unlink) {
+        None => error,
+        Some(why) => error.leaving(vec![Leftover::new(cow, why)]),
+    }
+}
+
+fn create_over<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    origin: &Backing<'_, H::File>,
+    cow: &Path,
+    name: &DeviceName,
+) -> Result<Snapshot> {
+    let (cow, is_new) = open_cow(host, cow, origin, options)?;
     let mut warnings = Vec::new();
 
-    let origin_loop = attach(host, &origin, LO_READ_ONLY | LO_AUTOCLEAR)?;
+    let origin_loop = attach(host, origin, LO_READ_ONLY | LO_AUTOCLEAR)?;
     let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
     let cow_loop = attach(host, &cow, LO_AUTOCLEAR | direct_io)?;
     let size_of = |backing: &Attached<H::Loop>| {

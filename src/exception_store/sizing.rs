@@ -31,6 +31,17 @@ pub(crate) fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Opt
     data.checked_add(metadata)?.checked_mul(chunk.bytes())
 }
 
+/// The least size from `bytes` on that is whole chunks, takes a write, and is no trap.
+///
+/// A persistent store is invalid instead of full, even as `PO`, when its last chunk is the last data chunk of a metadata
+/// area: the kernel finds no room to zero the next one. One chunk more, and it is full as it should be.
+pub(crate) fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
+    let chunks = bytes.max(least_bytes(store, chunk)).div_ceil(chunk.bytes());
+    let area = chunk.bytes() / EXCEPTION_BYTES + 1;
+    let trapped = store.is_persistent() && (chunks - 1).is_multiple_of(area);
+    (chunks + u64::from(trapped)).checked_mul(chunk.bytes())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -45,5 +56,29 @@ mod tests {
         assert_eq!(worst_case(Sectors::new(u64::MAX), store, chunk), None);
         assert_eq!(least_bytes(store, chunk), 3 * 4096);
         assert_eq!(least_bytes(Store::Transient, chunk), 4096);
+    }
+
+    #[test]
+    fn sound_sizes_are_whole_chunks_and_never_traps() {
+        let (chunk, store) = (ChunkSize::DEFAULT, Store::PersistentOverflow);
+        for (asked, chunks) in [
+            (0, 3),
+            (1, 3),
+            (257 * 4096, 257),
+            (257 * 4096 + 1, 259),
+            (258 * 4096, 259),
+        ] {
+            assert_eq!(sound(asked, store, chunk), Some(chunks * 4096), "{asked}");
+        }
+        assert_eq!(sound(258 * 4096, Store::Transient, chunk), Some(258 * 4096));
+        assert_eq!(sound(u64::MAX, store, chunk), None);
+        for origin in 1..3000 {
+            let worst = worst_case(Sectors::new(origin * 8), store, chunk).expect("small");
+            assert_eq!(
+                sound(worst, store, chunk),
+                Some(worst),
+                "the worst case of {origin} chunks"
+            );
+        }
     }
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
-use dmsnap::{ChunkSize, SnapshotOptions, Store};
+use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
 
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
@@ -94,6 +94,12 @@ pub(crate) struct Create {
     /// Let the guest's discards give space back to the COW file's file system
     #[arg(long)]
     discard: bool,
+    /// Make the COW file too, this large: bytes (or 512K, 64M, 2G), a share of the image (25%), or worst-case
+    #[arg(long, value_name = "SIZE", value_parser = cow_size)]
+    make_cow: Option<CowSize>,
+    /// Set the made COW file's space aside
+    #[arg(long, requires = "make_cow")]
+    reserve: bool,
     /// Use the COW file even though the image's size or modification time is not what it was made over
     #[arg(long)]
     any_origin: bool,
@@ -128,7 +134,11 @@ impl Create {
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
             .discard(self.discard)
-            .any_origin(self.any_origin);
+            .any_origin(self.any_origin)
+            .reserve(self.reserve);
+        if let Some(size) = self.make_cow {
+            options.make_cow(size);
+        }
         options
     }
 }
@@ -136,6 +146,34 @@ impl Create {
 fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     let sectors = text.parse().map_err(|error| format!("{error}"))?;
     ChunkSize::new(sectors).map_err(|refusal| refusal.to_string())
+}
+
+/// `67108864`, `64M`, `25%` or `worst-case`.
+fn cow_size(text: &str) -> Result<CowSize, String> {
+    if text == "worst-case" {
+        return Ok(CowSize::WorstCase);
+    }
+    if let Some(percent) = text.strip_suffix('%') {
+        return percent
+            .parse()
+            .map(CowSize::Percent)
+            .map_err(|error| format!("{error}"));
+    }
+    let units = [
+        ('K', 1u64 << 10),
+        ('M', 1 << 20),
+        ('G', 1 << 30),
+        ('T', 1 << 40),
+    ];
+    let unit = units
+        .iter()
+        .find_map(|(letter, unit)| Some((text.strip_suffix(*letter)?, *unit)));
+    let (number, unit) = unit.unwrap_or((text, 1));
+    let number: u64 = number.parse().map_err(|error| format!("{error}"))?;
+    number
+        .checked_mul(unit)
+        .map(CowSize::Bytes)
+        .ok_or_else(|| "too large".to_owned())
 }
 
 /// `15s`, `1.5s` or `200ms`.
