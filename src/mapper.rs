@@ -11,6 +11,7 @@
 //! | list | `sys.rs` | the crate returns no uuids, and one odd name hides every device |
 //! | target version | `sys.rs` | the crate has only the list of loaded targets, which loads no module |
 
+use std::fmt;
 use std::fs::File;
 
 use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
@@ -57,26 +58,17 @@ pub(crate) struct Device {
 }
 
 /// `/dev/mapper/control`, open.
-#[derive(Debug)]
-pub(crate) struct Mapper(Control);
+pub(crate) struct Mapper(DM);
 
-struct Control(DM);
-
-impl std::fmt::Debug for Control {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+impl fmt::Debug for Mapper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.file().fmt(f)
     }
 }
 
 impl Mapper {
     pub(crate) fn open() -> Result<Self, Errno> {
-        DM::new()
-            .map(|dm| Self(Control(dm)))
-            .map_err(|_| why_not_open())
-    }
-
-    fn dm(&self) -> &DM {
-        &self.0.0
+        DM::new().map(Self).map_err(|_| why_not_open())
     }
 
     fn send<B: AsRef<[u8]> + AsMut<[u8]>>(
@@ -84,7 +76,7 @@ impl Mapper {
         command: u8,
         message: &mut Message<B>,
     ) -> Result<(), Errno> {
-        sys::dm_ioctl(sys::borrow(self.dm()), command, message.bytes_mut())
+        sys::dm_ioctl(sys::borrow(&self.0), command, message.bytes_mut())
     }
 
     pub(crate) fn create(
@@ -114,7 +106,7 @@ impl Mapper {
             line.target.kind().to_owned(),
             line.target.params(),
         );
-        self.dm()
+        self.0
             .table_load(&DevId::Uuid(uuid), &[target], DmOptions::default())
             .map(drop)
             .map_err(errno_of)

@@ -1,1 +1,29 @@
-fn main() {}
+//! Tests on a real kernel: root, loop devices, device-mapper.
+//!
+//! A run states its kernel, `DMSNAP_TEST_KERNEL=6.12`, and every test fails on any other, or without it: nobody runs
+//! them by accident, and a run that says 5.10 was on 5.10. Nothing is ever skipped. `DMSNAP_TEST_UDEV=1` says that
+//! udevd runs.
+//!
+//! Every test plays in a [`common::Scene`], whose end asserts that nothing is left and that the image is unchanged.
+
+#![allow(
+    clippy::print_stdout,
+    reason = "the messages that a user would see are part of the report"
+)]
+
+mod common;
+
+mod bad_cow;
+mod bad_host;
+mod bad_input;
+mod bad_names;
+mod cli;
+mod concurrency;
+mod foreign;
+mod handles;
+mod kernel_facts;
+mod lifecycle;
+mod stores;
+mod strace;
+mod teardown;
+mod udev;
