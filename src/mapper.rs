@@ -87,7 +87,7 @@ impl Mapper {
         let name = DmName::new(name.as_str()).map_err(errno_of)?;
         let uuid = DmUuid::new(uuid.as_str()).map_err(errno_of)?;
         let info = self
-            .dm()
+            .0
             .device_create(name, Some(uuid), DmOptions::default())
             .map_err(errno_of)?;
         let device = info.device();
@@ -180,7 +180,7 @@ impl Mapper {
         let uuid = DmUuid::new(uuid.as_str()).map_err(errno_of)?;
         let options = DmOptions::default().set_flags(flags);
         let (_, lines) = self
-            .dm()
+            .0
             .table_status(&DevId::Uuid(uuid), options)
             .map_err(errno_of)?;
         Ok(lines
