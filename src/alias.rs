@@ -1,19 +1,21 @@
 //! `/dev/mapper/<name>`, the alias that people and tools look for.
 //!
-//! A symlink to `/dev/dm-N`, written absolute where udev's are relative: that is how ours are known. Where /dev is
-//! no devtmpfs and has no `/dev/dm-N`, it is a block device node instead.
+//! A symlink to `/dev/dm-N`, in a spelling by which ours are known. Where /dev is no devtmpfs and has no `/dev/dm-N`,
+//! it is a block device node instead.
 
 use std::fs;
-use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag, mknod};
 
-use crate::error::Step;
+use crate::error::{Step, errno_of};
 use crate::name::DeviceNumber;
 use crate::policy::{self, Verdict};
+
+/// What an alias of ours begins with. Nobody else spells the way to a dm device so.
+const SPELLING: &str = "/dev/mapper/../dm-";
 
 /// Makes the alias; replaces a stale one. Returns the path that leads to the device without it, if there is one.
 ///
@@ -22,40 +24,33 @@ use crate::policy::{self, Verdict};
 pub(crate) fn make(path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno> {
     let node = number.dm_node();
     let has_node = leads_to(&node, number);
-    let place = |at: &Path| match has_node {
-        true => symlink(&node, at).map_err(errno_of),
-        false => mknod(
-            at,
-            SFlag::S_IFBLK,
-            Mode::S_IRUSR | Mode::S_IWUSR,
-            number.to_dev_t(),
-        ),
+    let place = || match has_node {
+        true => {
+            symlink(format!("{SPELLING}{}", number.minor), path).map_err(|error| errno_of(&error))
+        }
+        false => {
+            let mode = Mode::S_IRUSR | Mode::S_IWUSR;
+            mknod(path, SFlag::S_IFBLK, mode, number.to_dev_t())
+        }
     };
-    match place(path) {
+    match place() {
         Err(errno) if policy::verdict(Step::Link, errno) == Verdict::NameTaken => {
-            replace(path, errno, place)?
+            remove_stale(path, errno)?;
+            place()?;
         }
         other => other?,
     }
     Ok(if has_node { node } else { path.to_owned() })
 }
 
-fn replace(
-    path: &Path,
-    taken: Errno,
-    place: impl Fn(&Path) -> Result<(), Errno>,
-) -> Result<(), Errno> {
-    let kind = fs::symlink_metadata(path).map_err(errno_of)?.file_type();
-    if !kind.is_symlink() && !kind.is_block_device() {
+fn remove_stale(path: &Path, taken: Errno) -> Result<(), Errno> {
+    let Ok(found) = fs::symlink_metadata(path) else {
+        return Ok(());
+    };
+    if !found.is_symlink() && !found.file_type().is_block_device() {
         return Err(taken);
     }
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let beside = path.with_file_name(format!(".{name}.{}", std::process::id()));
-    place(&beside)?;
-    fs::rename(&beside, path).map_err(|error| {
-        let _ = fs::remove_file(&beside);
-        errno_of(error)
-    })
+    unlink(path).map(drop)
 }
 
 /// Removes the alias if it leads to the device `number`; says whether it did.
@@ -64,10 +59,12 @@ pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
         Ok(target) => target.file_name() == number.dm_node().file_name(),
         Err(_) => leads_to(path, number),
     };
-    if !ours {
-        return Ok(false);
-    }
-    match fs::remove_file(path).map_err(errno_of) {
+    if ours { unlink(path) } else { Ok(false) }
+}
+
+/// Says whether there was something to unlink.
+fn unlink(path: &Path) -> Result<bool, Errno> {
+    match nix::unistd::unlink(path) {
         Err(errno) if policy::verdict(Step::Unlink, errno) == Verdict::Gone => Ok(false),
         other => other.map(|()| true),
     }
@@ -75,15 +72,11 @@ pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
 
 /// Whether it is a link in our spelling, wherever that leads by now.
 pub(crate) fn is_ours(path: &Path) -> bool {
-    fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with("/dev/dm-"))
+    fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with(SPELLING))
 }
 
 fn leads_to(path: &Path, number: DeviceNumber) -> bool {
     let found = fs::symlink_metadata(path);
     found
         .is_ok_and(|found| found.file_type().is_block_device() && found.rdev() == number.to_dev_t())
-}
-
-fn errno_of(error: io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
 }

@@ -28,6 +28,14 @@ pub(crate) fn ask<T>(
     }
 }
 
+/// What was asked for, or `None` if it is not there.
+pub(crate) fn absent<T>(answer: Result<T>) -> Result<Option<T>> {
+    match answer {
+        Err(error) if error.verdict() == Some(Verdict::Gone) => Ok(None),
+        answer => answer.map(Some),
+    }
+}
+
 /// Repeats `attempt` for as long as it fails with `while_it_is` and `retry` allows.
 pub(crate) fn patiently<H: Host, T>(
     host: &H,

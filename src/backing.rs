@@ -3,13 +3,14 @@
 use std::path::Path;
 
 use crate::ask::ask;
-use crate::error::{Leftover, Result, Step};
+use crate::error::{Error, Leftover, Result, Step};
 use crate::exception_store::{self, PROBE_BYTES, Probe};
 use crate::host::{FileFacts, FileKind, Host};
 use crate::options::{CowSize, SnapshotOptions};
 use crate::origin_identity::OriginIdentity;
 use crate::policy::Verdict;
 use crate::refusal::Refusal;
+use crate::table::Store;
 use crate::units::{SECTOR_BYTES, Sectors};
 
 /// An image or COW file that passed inspection, locked for as long as it is open or a loop device has it.
@@ -21,10 +22,7 @@ pub(crate) struct Backing<'a, F> {
 
 impl<F> Backing<'_, F> {
     pub(crate) fn identity(&self) -> OriginIdentity {
-        OriginIdentity {
-            size_bytes: self.facts.size_bytes,
-            mtime_ns: self.facts.mtime_ns,
-        }
+        self.facts.identity()
     }
 }
 
@@ -43,6 +41,14 @@ pub enum Warning {
         bytes: u64,
         /// The size at which a full overwrite fits.
         worst_case_bytes: u64,
+    },
+    /// At this very size the kernel invalidates a full `PO` store instead of only stopping its writes: there is no room
+    /// for the metadata area behind the last full one. Give the COW file the other size.
+    CowSizeTrap {
+        /// The COW file's size.
+        bytes: u64,
+        /// The least size above it that is sound.
+        sound_bytes: u64,
     },
     /// Direct I/O was asked for, and the COW file's file system cannot do it.
     DirectIoUnavailable,
@@ -66,6 +72,12 @@ impl std::fmt::Display for Warning {
                     "the COW file has {bytes} bytes; overwriting the whole origin takes {worst_case_bytes}"
                 )
             }
+            Self::CowSizeTrap { bytes, sound_bytes } => {
+                write!(
+                    f,
+                    "a COW file of {bytes} bytes ends invalid when full, one of {sound_bytes} does not"
+                )
+            }
             Self::DirectIoUnavailable => {
                 f.write_str("the COW file's file system cannot do direct I/O")
             }
@@ -79,34 +91,77 @@ pub(crate) fn open_origin<'a, H: Host>(
     path: &'a Path,
     options: &SnapshotOptions,
 ) -> Result<Backing<'a, H::File>> {
-    let origin = open_backing(host, path, false)?;
-    if origin.facts.size_bytes < SECTOR_BYTES {
+    let file = open(host, path, false)?;
+    let locked = lock(host, path, &file, false);
+    let origin = inspect(host, path, file)?;
+    let bytes = origin.facts.size_bytes;
+    if bytes < SECTOR_BYTES {
         return Err(Refusal::OriginTooShort {
             path: path.to_owned(),
-            bytes: origin.facts.size_bytes,
+            bytes,
         }
         .into());
     }
+    in_use(locked, || Refusal::OriginInUse {
+        path: path.to_owned(),
+    })?;
     check_identity(&origin, options.expected_origin, options)?;
-    lock(
-        host,
-        &origin,
-        false,
-        Refusal::OriginInUse {
-            path: path.to_owned(),
-        },
-    )?;
     Ok(origin)
 }
 
-/// Makes a COW file that was not there, or leaves none.
-pub(crate) fn make_cow<H: Host>(
+/// Opens the COW file, or makes it, and locks it against a second snapshot. Says whether the store is to be marked as
+/// made over this origin.
+pub(crate) fn open_cow<'a, H: Host>(
     host: &H,
-    path: &Path,
-    size: CowSize,
+    path: &'a Path,
     origin: &Backing<'_, H::File>,
     options: &SnapshotOptions,
-) -> Result<()> {
+) -> Result<(Backing<'a, H::File>, bool)> {
+    let Some(size) = options.make_cow else {
+        let file = open(host, path, true)?;
+        let locked = lock(host, path, &file, true);
+        return admit_cow(host, inspect(host, path, file)?, locked, origin, options);
+    };
+    let bytes = made_bytes(path, size, origin, options)?;
+    let file = ask(Step::MakeFile, path, || host.make_file(path))?;
+    if let Err(error) = lock(host, path, &file, true) {
+        // Another snapshot may be given the path before we have the lock: then the file is that one's, and stays.
+        return Err(match error.verdict() {
+            Some(Verdict::InUse) => Refusal::CowInUse {
+                path: path.to_owned(),
+            }
+            .into(),
+            _ => unmake(host, error, path),
+        });
+    }
+    let sized = ask(Step::SizeFile, path, || {
+        host.size_file(&file, bytes, options.reserve)
+    });
+    let inspected = ask(Step::InspectFile, path, || host.inspect_file(&file));
+    match sized.and(inspected) {
+        Ok(facts) => admit_cow(host, Backing { path, file, facts }, Ok(()), origin, options),
+        Err(error) => Err(error),
+    }
+    .map_err(|error| unmake(host, error, path))
+}
+
+/// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
+/// path, nobody would know what fills the disk. To be called while the file is open, and with it locked.
+pub(crate) fn unmake<H: Host>(host: &H, error: Error, path: &Path) -> Error {
+    let kept_by = error.left().first().map(|leftover| leftover.error.clone());
+    let unlink = || ask(Step::Unlink, path, || host.unlink(path)).err();
+    match kept_by.or_else(unlink) {
+        None => error,
+        Some(why) => error.leaving(vec![Leftover::new(path, why)]),
+    }
+}
+
+fn made_bytes<F>(
+    path: &Path,
+    size: CowSize,
+    origin: &Backing<'_, F>,
+    options: &SnapshotOptions,
+) -> Result<u64> {
     let (store, chunk, origin_bytes) = (options.store, options.chunk, origin.facts.size_bytes);
     let asked = match size {
         CowSize::Bytes(bytes) => Some(bytes),
@@ -117,38 +172,34 @@ pub(crate) fn make_cow<H: Host>(
             exception_store::worst_case(Sectors::from_bytes_floor(origin_bytes), store, chunk)
         }
     };
-    let bytes = asked.and_then(|bytes| exception_store::sound(bytes, store, chunk));
-    let bytes = bytes.unwrap_or(u64::MAX);
-    let file = ask(Step::MakeFile, path, || host.make_file(path))?;
-    let sized = ask(Step::SizeFile, path, || {
-        host.size_file(&file, bytes, options.reserve)
-    });
-    sized.map_err(
-        |error| match ask(Step::Unlink, path, || host.unlink(path)) {
-            Ok(()) => error,
-            Err(stays) => error.leaving(vec![Leftover::new(path, stays)]),
-        },
-    )
+    asked
+        .and_then(|bytes| exception_store::sound(bytes, store, chunk))
+        .ok_or_else(|| {
+            Refusal::CowTooLarge {
+                path: path.to_owned(),
+            }
+            .into()
+        })
 }
 
-/// Opens the COW file, and locks it against a second snapshot. Says whether the kernel will write a new store.
-pub(crate) fn open_cow<'a, H: Host>(
+fn admit_cow<'a, H: Host>(
     host: &H,
-    path: &'a Path,
+    cow: Backing<'a, H::File>,
+    locked: Result<()>,
     origin: &Backing<'_, H::File>,
     options: &SnapshotOptions,
 ) -> Result<(Backing<'a, H::File>, bool)> {
-    let cow = open_backing(host, path, true)?;
+    let path = || cow.path.to_owned();
     if cow.facts.id == origin.facts.id {
         return Err(Refusal::SameFile {
             origin: origin.path.to_owned(),
-            cow: path.to_owned(),
+            cow: path(),
         }
         .into());
     }
     if cow.facts.kind == FileKind::Regular && cow.facts.mode & 0o222 == 0 {
         return Err(Refusal::CowReadOnly {
-            path: path.to_owned(),
+            path: path(),
             mode: cow.facts.mode,
         }
         .into());
@@ -157,23 +208,59 @@ pub(crate) fn open_cow<'a, H: Host>(
     if cow.facts.size_bytes < needed {
         let (bytes, chunk) = (cow.facts.size_bytes, options.chunk);
         return Err(Refusal::CowTooSmall {
-            path: path.to_owned(),
+            path: path(),
             bytes,
             chunk,
             needed,
         }
         .into());
     }
-    lock(
-        host,
-        &cow,
-        true,
-        Refusal::CowInUse {
+    in_use(locked, || Refusal::CowInUse { path: path() })?;
+    if cow.facts.links == 0 {
+        return Err(Refusal::CowUnlinked { path: path() }.into());
+    }
+    let mark = check_store(host, &cow, origin, options)?;
+    Ok((cow, mark))
+}
+
+fn open<H: Host>(host: &H, path: &Path, writable: bool) -> Result<H::File> {
+    match ask(Step::OpenFile, path, || host.open_file(path, writable)) {
+        Err(error) if error.verdict() == Some(Verdict::NotAFile) => Err(Refusal::NotAFile {
             path: path.to_owned(),
-        },
-    )?;
-    let is_new = check_store(host, &cow, origin, options)?;
-    Ok((cow, is_new))
+            kind: "a directory",
+        }
+        .into()),
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(Refusal::CowInUse {
+            path: path.to_owned(),
+        }
+        .into()),
+        opened => opened,
+    }
+}
+
+fn inspect<'a, H: Host>(host: &H, path: &'a Path, file: H::File) -> Result<Backing<'a, H::File>> {
+    let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
+    match facts.kind {
+        FileKind::Other(kind) => Err(Refusal::NotAFile {
+            path: path.to_owned(),
+            kind,
+        }
+        .into()),
+        _ => Ok(Backing { path, file, facts }),
+    }
+}
+
+/// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
+/// same file, gets a COW file that a snapshot has. What is inspected afterwards is not changed by who takes locks.
+fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Result<()> {
+    ask(Step::LockFile, path, || host.lock_file(file, exclusive))
+}
+
+fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
+    match locked {
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(refusal().into()),
+        locked => locked,
+    }
 }
 
 /// Holds the image against what a store's exceptions were made over.
@@ -197,40 +284,8 @@ fn check_identity<F>(
     }
 }
 
-fn open_backing<'a, H: Host>(
-    host: &H,
-    path: &'a Path,
-    writable: bool,
-) -> Result<Backing<'a, H::File>> {
-    let file = ask(Step::OpenFile, path, || host.open_file(path, writable))?;
-    let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
-    match facts.kind {
-        FileKind::Other(kind) => Err(Refusal::NotAFile {
-            path: path.to_owned(),
-            kind,
-        }
-        .into()),
-        _ => Ok(Backing { path, file, facts }),
-    }
-}
-
-/// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
-/// same file, gets a COW file that a snapshot has.
-fn lock<H: Host>(
-    host: &H,
-    backing: &Backing<'_, H::File>,
-    exclusive: bool,
-    refusal: Refusal,
-) -> Result<()> {
-    match ask(Step::LockFile, backing.path, || {
-        host.lock_file(&backing.file, exclusive)
-    }) {
-        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(refusal.into()),
-        other => other,
-    }
-}
-
-/// Holds the COW file's first bytes against what is asked for, before the kernel looks at four of them.
+/// Holds the COW file's first bytes against what is asked for, before the kernel looks at four of them. Says whether
+/// the store is to be marked.
 fn check_store<H: Host>(
     host: &H,
     cow: &Backing<'_, H::File>,
@@ -238,12 +293,12 @@ fn check_store<H: Host>(
     options: &SnapshotOptions,
 ) -> Result<bool> {
     let mut start = [0; PROBE_BYTES];
-    let length = ask(Step::ReadFile, cow.path, || {
-        host.read_start(&cow.file, &mut start)
-    })?;
+    let length = read(host, cow, &mut start, 0)?;
     let path = || cow.path.to_owned();
     let refusal = match exception_store::probe(&start[..length]) {
-        Probe::Blank => return Ok(options.store.is_persistent()),
+        Probe::Blank if is_blank_further_on(host, cow)? => {
+            return Ok(options.store.is_persistent());
+        }
         _ if !options.store.is_persistent() => Refusal::CowNotBlank { path: path() },
         Probe::Store(header) if !header.valid => Refusal::CowInvalid { path: path() },
         Probe::Store(header) if header.chunk != options.chunk => Refusal::CowChunkSize {
@@ -252,16 +307,45 @@ fn check_store<H: Host>(
             asked: options.chunk,
         },
         Probe::Store(header) => {
-            return check_identity(origin, header.origin, options).map(|()| false);
+            check_identity(origin, header.origin, options)?;
+            return Ok(header.origin != Some(origin.identity()));
         }
         Probe::Damaged(fault) => Refusal::CowDamaged {
             path: path(),
             field: fault.field,
             value: fault.value,
         },
-        Probe::Foreign => Refusal::CowForeign { path: path() },
+        Probe::Blank | Probe::Foreign => Refusal::CowForeign { path: path() },
     };
     Err(refusal.into())
+}
+
+/// Whether a file that begins with zeroes goes on with them where file systems that leave their first sectors empty
+/// have their signatures: ISO 9660 at 32 KiB, btrfs at 64 KiB. A file without any block, as a fresh COW file is, is not
+/// read.
+fn is_blank_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<bool> {
+    if !cow.facts.has_blocks {
+        return Ok(true);
+    }
+    let mut more = [0; PROBE_BYTES];
+    for at in [0x8000, 0x1_0000] {
+        let length = read(host, cow, &mut more, at)?;
+        if more[..length].iter().any(|byte| *byte != 0) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+fn read<H: Host>(
+    host: &H,
+    cow: &Backing<'_, H::File>,
+    buffer: &mut [u8],
+    at: usize,
+) -> Result<usize> {
+    ask(Step::ReadFile, cow.path, || {
+        host.read_at(&cow.file, buffer, at)
+    })
 }
 
 /// What the files' sizes are worth a warning for.
@@ -270,8 +354,8 @@ pub(crate) fn note_sizes(
     length: Sectors,
     origin: &FileFacts,
     cow: &FileFacts,
-    warnings: &mut Vec<Warning>,
-) {
+) -> Vec<Warning> {
+    let mut warnings = Vec::new();
     if !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
         warnings.push(Warning::OriginTail {
             bytes: origin.size_bytes % SECTOR_BYTES,
@@ -285,4 +369,15 @@ pub(crate) fn note_sizes(
             worst_case_bytes: worst_case,
         });
     }
+    let whole = cow.size_bytes / options.chunk.bytes() * options.chunk.bytes();
+    match exception_store::sound(whole, options.store, options.chunk) {
+        Some(sound_bytes) if options.store == Store::PersistentOverflow && sound_bytes != whole => {
+            warnings.push(Warning::CowSizeTrap {
+                bytes: cow.size_bytes,
+                sound_bytes,
+            });
+        }
+        _ => (),
+    }
+    warnings
 }

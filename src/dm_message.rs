@@ -92,6 +92,13 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
         self
     }
 
+    /// Writes a text behind the head, NUL-terminated; at least one byte of room must be there.
+    pub(crate) fn with_text(mut self, text: &str) -> Self {
+        let room = self.0.as_ref().len() - DM_HEAD_BYTES;
+        self.put_text(DM_HEAD_BYTES, room, text);
+        self
+    }
+
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
         self.0.as_mut()
     }

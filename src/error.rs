@@ -164,6 +164,11 @@ impl Leftover {
     }
 }
 
+/// The errno of a failed call of the standard library.
+pub(crate) fn errno_of(error: &io::Error) -> Errno {
+    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+}
+
 struct Objects<'a>(&'a [Leftover]);
 
 impl fmt::Display for Objects<'_> {
@@ -223,7 +228,11 @@ steps! {
     LockLoop = "lock loop device",
     /// `LOOP_CONFIGURE`.
     AttachLoop = "attach",
-    /// `LOOP_GET_STATUS64`, `fstat` or `BLKGETDISKSEQ` of a loop device.
+    /// `flock` of a loop device's node, to learn whether somebody else has it.
+    TestLock = "test the lock of",
+    /// `BLKGETDISKSEQ` of a loop device.
+    ReadDiskseq = "read the disk sequence number of",
+    /// `LOOP_GET_STATUS64` or `fstat` of a loop device.
     InspectLoop = "inspect loop device",
     /// `BLKGETSIZE64`.
     SizeLoop = "read the size of",
@@ -239,11 +248,13 @@ steps! {
     Load = "load the table of",
     /// `DM_DEV_SUSPEND` without its flag.
     Resume = "resume",
+    /// `DM_DEV_RENAME` with `DM_UUID_FLAG`.
+    SetUuid = "give a uuid to",
     /// `DM_DEV_REMOVE`.
     Remove = "remove",
     /// `DM_DEV_STATUS`.
     Query = "query",
-    /// `DM_TABLE_STATUS` or `DM_TABLE_DEPS`.
+    /// `DM_TABLE_STATUS`.
     Status = "read the status of",
     /// `DM_LIST_DEVICES`.
     List = "list the devices of",

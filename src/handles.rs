@@ -75,6 +75,13 @@ impl LoopHandle {
     }
 }
 
+impl LoopHandle {
+    /// Whether it says more than a number that anybody may have by now.
+    pub(crate) fn has_identity(&self) -> bool {
+        self.backing.is_some() || self.diskseq.is_some()
+    }
+}
+
 /// Which file: by device and inode, whatever its paths are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]

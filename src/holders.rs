@@ -1,10 +1,11 @@
 //! Who holds a block device, as far as /proc and /sys show it. For messages: nothing is decided by it.
 
+use std::ffi::CString;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use crate::name::DeviceNumber;
+use crate::sys;
 
 /// How many holders a message names; one is enough to go on with, and a message is one line.
 const NAMED: usize = 4;
@@ -59,10 +60,9 @@ fn processes(number: DeviceNumber) -> Vec<String> {
         .filter(|pid| {
             let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
                 .into_iter()
-                .flatten()
                 .flatten();
             descriptors
-                .into_iter()
+                .flatten()
                 .any(|descriptor| is_device(&descriptor.path(), number))
         })
         .map(|pid| {
@@ -78,6 +78,6 @@ fn processes(number: DeviceNumber) -> Vec<String> {
 }
 
 fn is_device(path: &Path, number: DeviceNumber) -> bool {
-    fs::metadata(path)
-        .is_ok_and(|found| found.file_type().is_block_device() && found.rdev() == number.to_dev_t())
+    let path = CString::new(path.as_os_str().as_encoded_bytes());
+    path.is_ok_and(|path| sys::cached_block_number(&path) == Ok(Some(number.to_dev_t())))
 }

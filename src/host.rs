@@ -17,8 +17,9 @@ use crate::dm_message::{Address, Listed};
 use crate::handles::FileId;
 use crate::holders;
 use crate::loop_device::{LoopControl, LoopDevice, LoopStatus};
-use crate::mapper::{Device, Mapper};
+use crate::mapper::{DevId, Device, Mapper};
 use crate::name::{DeviceName, DeviceNumber};
+use crate::origin_identity::OriginIdentity;
 use crate::sys;
 use crate::table::TargetLine;
 use crate::uuid::DeviceUuid;
@@ -31,6 +32,19 @@ pub(crate) struct FileFacts {
     pub(crate) mode: u32,
     pub(crate) size_bytes: u64,
     pub(crate) mtime_ns: i64,
+    /// How many paths lead to it; 0 once it is unlinked.
+    pub(crate) links: u64,
+    /// Whether anything was ever written to it.
+    pub(crate) has_blocks: bool,
+}
+
+impl FileFacts {
+    pub(crate) fn identity(&self) -> OriginIdentity {
+        OriginIdentity {
+            size_bytes: self.size_bytes,
+            mtime_ns: self.mtime_ns,
+        }
+    }
 }
 
 /// What kind of file it is.
@@ -51,9 +65,9 @@ pub(crate) trait Host {
     fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
-    fn read_start(&self, file: &Self::File, buffer: &mut [u8]) -> Result<usize, Errno>;
+    fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
 
-    fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<usize, Errno>;
+    fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;
 
     fn open_loop_control(&self) -> Result<(), Errno>;
     fn find_loop(&self) -> Result<u32, Errno>;
@@ -67,7 +81,7 @@ pub(crate) trait Host {
     ) -> Result<(), Errno>;
     fn lock_loop(&self, device: &Self::Loop, exclusive: bool) -> Result<(), Errno>;
     fn loop_number(&self, device: &Self::Loop) -> Result<DeviceNumber, Errno>;
-    fn loop_diskseq(&self, device: &Self::Loop) -> Option<u64>;
+    fn loop_diskseq(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
     fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
@@ -87,6 +101,7 @@ pub(crate) trait Host {
     fn unlink(&self, path: &Path) -> Result<(), Errno>;
     fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno>;
 
+    fn is_present(&self, number: DeviceNumber) -> bool;
     fn holders(&self, number: DeviceNumber) -> Vec<String>;
 
     fn random(&self) -> Result<u128, Errno>;
@@ -135,10 +150,14 @@ impl Machine {
 
     pub(crate) fn table(
         &self,
-        uuid: &DeviceUuid,
+        id: DevId<'_>,
         inactive: bool,
     ) -> Result<Option<(String, String)>, Errno> {
-        self.mapper()?.table(uuid, inactive)
+        self.mapper()?.table(id, inactive)
+    }
+
+    pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.mapper()?.set_uuid(name, uuid)
     }
 
     pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
@@ -150,11 +169,12 @@ impl Host for Machine {
     type File = OwnedFd;
     type Loop = LoopDevice;
 
-    /// `O_NONBLOCK` keeps a FIFO from blocking the open; it has no effect on regular files and block devices
+    /// `O_EXCL` without `O_CREAT` claims a block device against mounts and other exclusive users, for as long as the
+    /// loop device has it; it means nothing for a regular file. `O_NONBLOCK` keeps a FIFO from blocking the open; it has no effect on regular files and block devices
     /// (open(2)).
     fn open_file(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
         let access = if writable {
-            OFlag::O_RDWR
+            OFlag::O_RDWR | OFlag::O_EXCL
         } else {
             OFlag::O_RDONLY
         };
@@ -188,6 +208,7 @@ impl Host for Machine {
                 Ok(FileFacts {
                     size_bytes,
                     mtime_ns: 0,
+                    has_blocks: true,
                     ..facts
                 })
             }
@@ -199,13 +220,17 @@ impl Host for Machine {
         sys::lock(file.as_fd(), exclusive)
     }
 
-    fn read_start(&self, file: &OwnedFd, buffer: &mut [u8]) -> Result<usize, Errno> {
-        nix::sys::uio::pread(file, buffer, 0)
+    fn read_at(&self, file: &OwnedFd, buffer: &mut [u8], at: usize) -> Result<usize, Errno> {
+        nix::sys::uio::pread(file, buffer, offset(at)?)
     }
 
-    fn write_at(&self, file: &OwnedFd, bytes: &[u8], at: usize) -> Result<usize, Errno> {
-        let at = libc::off_t::try_from(at).map_err(|_| Errno::EOVERFLOW)?;
-        nix::sys::uio::pwrite(file, bytes, at)
+    fn write_at(&self, file: &OwnedFd, bytes: &[u8], at: usize) -> Result<(), Errno> {
+        let written = nix::sys::uio::pwrite(file, bytes, offset(at)?)?;
+        if written == bytes.len() {
+            Ok(())
+        } else {
+            Err(Errno::EIO)
+        }
     }
 
     fn open_loop_control(&self) -> Result<(), Errno> {
@@ -238,7 +263,7 @@ impl Host for Machine {
         device.number()
     }
 
-    fn loop_diskseq(&self, device: &LoopDevice) -> Option<u64> {
+    fn loop_diskseq(&self, device: &LoopDevice) -> Result<u64, Errno> {
         device.diskseq()
     }
 
@@ -310,6 +335,10 @@ impl Host for Machine {
         }
     }
 
+    fn is_present(&self, number: DeviceNumber) -> bool {
+        Path::new(&format!("/sys/dev/block/{number}")).exists()
+    }
+
     fn holders(&self, number: DeviceNumber) -> Vec<String> {
         holders::holders(number)
     }
@@ -325,6 +354,10 @@ impl Host for Machine {
     fn sleep(&self, pause: Duration) {
         std::thread::sleep(pause);
     }
+}
+
+fn offset(at: usize) -> Result<libc::off_t, Errno> {
+    libc::off_t::try_from(at).map_err(|_| Errno::EOVERFLOW)
 }
 
 fn facts(stat: &FileStat) -> FileFacts {
@@ -349,5 +382,7 @@ fn facts(stat: &FileStat) -> FileFacts {
             .st_mtime
             .saturating_mul(1_000_000_000)
             .saturating_add(stat.st_mtime_nsec),
+        links: stat.st_nlink,
+        has_blocks: stat.st_blocks != 0,
     }
 }

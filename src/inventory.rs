@@ -8,8 +8,9 @@ use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
 use crate::handles::{FileId, Handles, LoopHandle};
 use crate::host::{Host, MACHINE, Machine};
-use crate::mapper::{Device, MAPPER_CONTROL};
+use crate::mapper::{DevId, Device, MAPPER_CONTROL};
 use crate::name::{DeviceName, DeviceNumber, MAPPER_DIR};
+use crate::origin_identity::OriginIdentity;
 use crate::policy::Verdict;
 use crate::refusal::Refusal;
 use crate::status::SnapshotStatus;
@@ -86,20 +87,22 @@ impl SnapshotInfo {
             uuid: Some(self.uuid.clone()),
             dev: Some(self.dev),
             device: Some(self.dev.dm_node()),
-            cow_loop: self.cow.as_ref().map(LoopFacts::handle),
-            origin_loop: self.origin.as_ref().map(LoopFacts::handle),
+            cow_loop: self.cow.as_ref().and_then(LoopFacts::handle),
+            origin_loop: self.origin.as_ref().and_then(LoopFacts::handle),
             origin: self.uuid.origin(),
         }
     }
 }
 
 impl LoopFacts {
-    fn handle(&self) -> LoopHandle {
-        LoopHandle {
-            path: self.device.clone(),
-            diskseq: self.diskseq,
-            backing: self.backing,
-        }
+    /// `None` when the device could not be read: a handle that is a number alone would be taken at its word.
+    fn handle(&self) -> Option<LoopHandle> {
+        let (path, diskseq) = (self.device.clone(), self.diskseq);
+        self.backing.map(|backing| LoopHandle {
+            path,
+            diskseq,
+            backing: Some(backing),
+        })
     }
 }
 
@@ -135,11 +138,70 @@ pub fn status(device: impl AsRef<str>) -> Result<SnapshotInfo> {
 
 /// Whole handles of a live snapshot, so that a control plane that has saved nothing, or only a name, can go on.
 ///
+/// A snapshot that another program made over two loop devices, and that has no uuid, is taken over: its loop devices are
+/// set to detach themselves with it, and it is given one of our uuids. From then on it is ours like any other.
+///
 /// # Errors
 ///
-/// As [`status`].
+/// As [`status`]. [`Refusal::NotOurs`] for a device that has another program's uuid, or is no snapshot over two loop
+/// devices.
 pub fn adopt(device: impl AsRef<str>) -> Result<Handles> {
-    status(device).map(|info| info.handles())
+    match status(&device) {
+        Err(Error::Refused(Refusal::NotOurs { name, uuid })) if uuid.is_empty() => {
+            take_over(&DeviceName::new(name)?)?;
+            status(device).map(|info| info.handles())
+        }
+        found => found.map(|info| info.handles()),
+    }
+}
+
+fn take_over(name: &DeviceName) -> Result<()> {
+    let path = name.mapper_path();
+    let not_ours = || Refusal::NotOurs {
+        name: name.to_string(),
+        uuid: String::new(),
+    };
+    let table = ask(Step::Status, &path, || {
+        MACHINE.table(DevId::Name(name), false)
+    })?;
+    let Some(Ok(Target::Snapshot(params))) = table.map(|(kind, text)| Target::parse(&kind, &text))
+    else {
+        return Err(not_ours().into());
+    };
+    let facts = [params.origin, params.cow].map(|number| loop_facts(&MACHINE, number));
+    let [Some(origin), Some(cow)] = facts else {
+        return Err(not_ours().into());
+    };
+    // While the dm table holds them, `LOOP_CLR_FD` only sets autoclear. Loops first: a snapshot that is ours has loops
+    // that detach themselves, at every moment.
+    for facts in [&origin, &cow] {
+        let device = ask(Step::OpenLoop, &facts.device, || {
+            MACHINE.open_loop(&facts.device, true)
+        })?;
+        ask(Step::DetachLoop, &facts.device, || {
+            MACHINE.detach_loop(&device)
+        })?;
+    }
+    let random = ask(Step::Random, &path, || MACHINE.random())?;
+    let unknown = OriginIdentity {
+        size_bytes: 0,
+        mtime_ns: 0,
+    };
+    let identity = origin_identity(&origin).unwrap_or(unknown);
+    let cow_loop = cow
+        .device
+        .to_string_lossy()
+        .trim_start_matches("/dev/loop")
+        .parse();
+    let uuid = DeviceUuid::fresh(random, identity, cow_loop.unwrap_or(0));
+    ask(Step::SetUuid, &path, || MACHINE.set_uuid(name, &uuid))
+}
+
+/// What the origin image is now, if it still is where the kernel says it was.
+fn origin_identity(origin: &LoopFacts) -> Option<OriginIdentity> {
+    let file = MACHINE.open_file(origin.path.as_deref()?, false).ok()?;
+    let facts = MACHINE.inspect_file(&file).ok()?;
+    (Some(facts.id) == origin.backing).then(|| facts.identity())
 }
 
 fn open_mapper() -> Result<()> {
@@ -192,7 +254,7 @@ fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
     let table = match state {
         State::NoTable => None,
         _ => ask(Step::Status, &path, || {
-            machine.table(&uuid, !device.live_table)
+            machine.table(DevId::Uuid(&uuid), !device.live_table)
         })?,
     };
     let params = table.and_then(|(kind, params)| match Target::parse(&kind, &params) {
@@ -227,18 +289,20 @@ fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
 /// `None` when the device is no loop device.
 fn loop_facts(machine: &Machine, number: DeviceNumber) -> Option<LoopFacts> {
     let sysfs = fs::canonicalize(format!("/sys/dev/block/{number}")).ok()?;
+    sysfs.join("loop").exists().then_some(())?;
     let device = Path::new("/dev").join(sysfs.file_name()?);
     let path = read_path(&sysfs.join("loop/backing_file"));
     let open = machine.open_loop(&device, false).ok();
-    let backing = open
+    let status = open
         .as_ref()
-        .and_then(|open| machine.loop_status(open).ok())
-        .map(|status| status.backing);
-    let diskseq = open.as_ref().and_then(|open| machine.loop_diskseq(open));
-    sysfs.join("loop").exists().then_some(LoopFacts {
+        .and_then(|open| machine.loop_status(open).ok());
+    let diskseq = open
+        .as_ref()
+        .and_then(|open| machine.loop_diskseq(open).ok());
+    Some(LoopFacts {
         device,
         path,
-        backing,
+        backing: status.map(|status| status.backing),
         diskseq,
     })
 }

@@ -1,7 +1,8 @@
 //! Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices, by direct ioctls.
 //!
 //! Many VMs share one read-only root image; each gets a private, writable view of it in a few milliseconds. No
-//! process is spawned, no daemon is waited for, and a process killed at any instant leaks no loop device.
+//! process is spawned, no daemon is waited for, and a process killed at any instant leaves at most one dm device, which
+//! [`ReapOptions`] finds.
 //!
 //! ```no_run
 //! let snapshot = dmsnap::SnapshotOptions::new().create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
@@ -36,6 +37,7 @@ mod origin_identity;
 mod policy;
 mod reap;
 mod refusal;
+mod removal;
 #[cfg(test)]
 mod script;
 mod snapshot;
@@ -56,11 +58,10 @@ pub use origin_identity::OriginIdentity;
 pub use policy::{Retry, Verdict};
 pub use reap::{Fate, ReapOptions, Reaped};
 pub use refusal::{NameFault, Refusal};
+pub use removal::{Outcome, remove, remove_deferred, remove_with, try_remove};
 pub use snapshot::Snapshot;
 pub use status::{SnapshotStatus, Usage};
 pub use table::{Discard, SnapshotParams, Store, TableError, Target, TargetLine};
-pub use teardown::{
-    Outcome, cleanup, cleanup_with, remove, remove_deferred, remove_with, try_remove, wait_gone,
-};
+pub use teardown::{cleanup, cleanup_deferred, cleanup_with, wait_gone};
 pub use units::{ChunkSize, Sectors};
 pub use uuid::DeviceUuid;

@@ -3,20 +3,28 @@
 //! The only importer of `loopdev`, which opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
 //! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds.
 
-use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{OFlag, open};
 use nix::sys::stat::{Mode, fstat};
 
+use crate::ask::ask;
+use crate::error::{Error, Step, errno_of};
 use crate::handles::FileId;
+use crate::host::Host;
 use crate::name::DeviceNumber;
+use crate::policy::Verdict;
 use crate::sys;
 
 /// The node that names free loop devices.
 pub(crate) const LOOP_CONTROL: &str = "/dev/loop-control";
+
+/// `/dev/loopN`.
+pub(crate) fn node(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/loop{number}"))
+}
 
 /// `/dev/loop-control`, open.
 #[derive(Debug)]
@@ -24,12 +32,14 @@ pub(crate) struct LoopControl(loopdev::LoopControl);
 
 impl LoopControl {
     pub(crate) fn open() -> Result<Self, Errno> {
-        loopdev::LoopControl::open().map(Self).map_err(errno_of)
+        loopdev::LoopControl::open()
+            .map(Self)
+            .map_err(|error| errno_of(&error))
     }
 
     /// The number of a device that was free a moment ago.
     pub(crate) fn find_free(&self) -> Result<u32, Errno> {
-        sys::loop_find_free(fd_of(&self.0))
+        sys::loop_find_free(sys::borrow(&self.0))
     }
 }
 
@@ -56,7 +66,7 @@ impl LoopDevice {
         if writable {
             loopdev::LoopDevice::open(path)
                 .map(Self::Writable)
-                .map_err(errno_of)
+                .map_err(|error| errno_of(&error))
         } else {
             open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Self::ReadOnly)
         }
@@ -64,7 +74,7 @@ impl LoopDevice {
 
     fn fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Writable(device) => fd_of(device),
+            Self::Writable(device) => sys::borrow(device),
             Self::ReadOnly(fd) => fd.as_fd(),
         }
     }
@@ -91,7 +101,7 @@ impl LoopDevice {
 
     pub(crate) fn detach(&self) -> Result<(), Errno> {
         match self {
-            Self::Writable(device) => device.detach().map_err(errno_of),
+            Self::Writable(device) => device.detach().map_err(|error| errno_of(&error)),
             Self::ReadOnly(_) => Err(Errno::EBADF),
         }
     }
@@ -112,9 +122,9 @@ impl LoopDevice {
         })
     }
 
-    /// The number of this binding; `None` where the kernel has none (before 5.15).
-    pub(crate) fn diskseq(&self) -> Option<u64> {
-        sys::block_diskseq(self.fd()).ok()
+    /// The number of this binding (Linux 5.15 and later).
+    pub(crate) fn diskseq(&self) -> Result<u64, Errno> {
+        sys::block_diskseq(self.fd())
     }
 
     pub(crate) fn size_bytes(&self) -> Result<u64, Errno> {
@@ -122,11 +132,17 @@ impl LoopDevice {
     }
 }
 
-/// `loopdev` hands out its descriptors raw only.
-fn fd_of(owner: &impl AsRawFd) -> BorrowedFd<'_> {
-    sys::borrow(owner)
-}
+impl sys::OwnsFd for loopdev::LoopControl {}
+impl sys::OwnsFd for loopdev::LoopDevice {}
 
-fn errno_of(error: io::Error) -> Errno {
-    error.raw_os_error().map_or(Errno::EIO, Errno::from_raw)
+/// The number of the device's binding; `None` where the kernel has none (before 5.15).
+pub(crate) fn diskseq<H: Host>(
+    host: &H,
+    device: &H::Loop,
+    path: &Path,
+) -> Result<Option<u64>, Error> {
+    match ask(Step::ReadDiskseq, path, || host.loop_diskseq(device)) {
+        Err(error) if error.verdict() == Some(Verdict::Unsupported) => Ok(None),
+        answer => answer.map(Some),
+    }
 }

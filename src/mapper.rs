@@ -1,11 +1,11 @@
-//! dm devices: create, load, resume, remove, query, status, list.
+//! dm devices: create, load, resume, remove, query, status, list, and giving a uuid to one that has none.
 //!
 //! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
 //!
 //! | verb | through | why |
 //! | --- | --- | --- |
-//! | create, load, status, deps | `devicemapper` | it builds and parses target specs well |
-//! | resume, suspend, rename | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
+//! | create, load, status | `devicemapper` | it builds and parses target specs well |
+//! | resume, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
 //! | query | `sys.rs` | the crate finds no device by number, and fails on names that are not ASCII |
 //! | list | `sys.rs` | the crate returns no uuids, and one odd name hides every device |
@@ -14,10 +14,11 @@
 use std::fmt;
 use std::fs::File;
 
-use devicemapper::{DM, DevId, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
+use devicemapper::{DM, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
 use nix::errno::Errno;
 
 use crate::dm_message::{self, Address, Head, Listed, Message};
+use crate::error;
 use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::{self, DM_HEAD_BYTES};
 use crate::table::TargetLine;
@@ -36,6 +37,7 @@ const QUIET_COOKIE: u32 = 0x6f << 16;
 
 const LIST_DEVICES: u8 = 2;
 const DEV_REMOVE: u8 = 4;
+const DEV_RENAME: u8 = 5;
 const DEV_SUSPEND: u8 = 6;
 const DEV_STATUS: u8 = 7;
 const GET_TARGET_VERSION: u8 = 17;
@@ -57,6 +59,13 @@ pub(crate) struct Device {
     pub(crate) deferred_remove: bool,
 }
 
+/// A device by one of the two texts that it can be asked for its table by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum DevId<'a> {
+    Name(&'a DeviceName),
+    Uuid(&'a DeviceUuid),
+}
+
 /// `/dev/mapper/control`, open.
 pub(crate) struct Mapper(DM);
 
@@ -65,6 +74,8 @@ impl fmt::Debug for Mapper {
         self.0.file().fmt(f)
     }
 }
+
+impl sys::OwnsFd for DM {}
 
 impl Mapper {
     pub(crate) fn open() -> Result<Self, Errno> {
@@ -107,7 +118,11 @@ impl Mapper {
             line.target.params(),
         );
         self.0
-            .table_load(&DevId::Uuid(uuid), &[target], DmOptions::default())
+            .table_load(
+                &devicemapper::DevId::Uuid(uuid),
+                &[target],
+                DmOptions::default(),
+            )
             .map(drop)
             .map_err(errno_of)
     }
@@ -136,6 +151,18 @@ impl Mapper {
         Ok(deferred && message.flags() & dm_message::DEFERRED_REMOVE != 0)
     }
 
+    /// Gives its first and only uuid to a device that has none. The name stays, and so do udev's rules for it: its link
+    /// may be udev's, which takes it away on a cookie that says to make none.
+    pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
+        const ROOM: usize = 136;
+        let mut buffer = [0; DM_HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_name(name.as_str());
+        let mut message = message
+            .with_text(uuid.as_str())
+            .with_flags(dm_message::UUID);
+        self.send(DEV_RENAME, &mut message)
+    }
+
     pub(crate) fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
         let mut message = Head::to(address);
         self.send(DEV_STATUS, &mut message)?;
@@ -156,7 +183,7 @@ impl Mapper {
     /// them; `None` without such a table.
     pub(crate) fn table(
         &self,
-        uuid: &DeviceUuid,
+        id: DevId<'_>,
         inactive: bool,
     ) -> Result<Option<(String, String)>, Errno> {
         let slot = if inactive {
@@ -164,25 +191,25 @@ impl Mapper {
         } else {
             DmFlags::empty()
         };
-        self.first_line(uuid, slot | DmFlags::DM_STATUS_TABLE)
+        self.first_line(id, slot | DmFlags::DM_STATUS_TABLE)
     }
 
     /// The first line of the device's status: its target and what that says of itself.
     pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
-        self.first_line(uuid, DmFlags::DM_NOFLUSH)
+        self.first_line(DevId::Uuid(uuid), DmFlags::DM_NOFLUSH)
     }
 
-    fn first_line(
-        &self,
-        uuid: &DeviceUuid,
-        flags: DmFlags,
-    ) -> Result<Option<(String, String)>, Errno> {
-        let uuid = DmUuid::new(uuid.as_str()).map_err(errno_of)?;
+    fn first_line(&self, id: DevId<'_>, flags: DmFlags) -> Result<Option<(String, String)>, Errno> {
         let options = DmOptions::default().set_flags(flags);
-        let (_, lines) = self
-            .0
-            .table_status(&DevId::Uuid(uuid), options)
-            .map_err(errno_of)?;
+        let id = match id {
+            DevId::Name(name) => {
+                devicemapper::DevId::Name(DmName::new(name.as_str()).map_err(errno_of)?)
+            }
+            DevId::Uuid(uuid) => {
+                devicemapper::DevId::Uuid(DmUuid::new(uuid.as_str()).map_err(errno_of)?)
+            }
+        };
+        let (_, lines) = self.0.table_status(&id, options).map_err(errno_of)?;
         Ok(lines
             .into_iter()
             .next()
@@ -220,7 +247,7 @@ impl Mapper {
 /// `devicemapper` drops the errno of a failed open; asking again brings it back.
 fn why_not_open() -> Errno {
     match File::open(MAPPER_CONTROL) {
-        Err(error) => error.raw_os_error().map_or(Errno::EIO, Errno::from_raw),
+        Err(found) => error::errno_of(&found),
         Ok(_) => Errno::EAGAIN,
     }
 }

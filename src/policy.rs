@@ -16,18 +16,19 @@ use crate::error::Step;
 /// | --- | --- | --- |
 /// | FindLoop, OpenLoop, LockLoop, AttachLoop | EBUSY, EAGAIN | TakeAnother |
 /// | OpenLoop | ENXIO, ENOENT, ENODEV | TakeAnother |
-/// | LockFile | EAGAIN | InUse |
+/// | LockFile, TestLock | EAGAIN | InUse |
 /// | * | EINTR, EAGAIN | Again |
 /// | Remove, DetachLoop | EBUSY | Busy |
 /// | Remove, Query, Status | ENXIO, ENOENT, ENODEV | Gone |
 /// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
 /// | Unlink | ENOENT | Gone |
-/// | Create | EBUSY | NameTaken |
+/// | Create, SetUuid | EBUSY | NameTaken |
 /// | Link, MakeFile | EEXIST | NameTaken |
-/// | Load | EBUSY | InUse |
+/// | Load, OpenFile | EBUSY | InUse |
 /// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
+/// | OpenFile | EISDIR | NotAFile |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
-/// | AttachLoop, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | AttachLoop, ReadDiskseq, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
 /// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
 /// | * | * | Fatal |
@@ -54,6 +55,8 @@ pub enum Verdict {
     InUse,
     /// The image, the COW file or its directory does not exist.
     Missing,
+    /// It is a directory.
+    NotAFile,
     /// This kernel, or this container, has no such thing.
     Unsupported,
     /// The caller lacks a capability or a permission.
@@ -73,20 +76,21 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
             Verdict::TakeAnother
         }
         (S::OpenLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::TakeAnother,
-        (S::LockFile, E::EAGAIN) => Verdict::InUse,
+        (S::LockFile | S::TestLock, E::EAGAIN) => Verdict::InUse,
         (_, E::EINTR | E::EAGAIN) => Verdict::Again,
         (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
         (S::Remove | S::Query | S::Status, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::Unlink, E::ENOENT) => Verdict::Gone,
-        (S::Create, E::EBUSY) => Verdict::NameTaken,
+        (S::Create | S::SetUuid, E::EBUSY) => Verdict::NameTaken,
         (S::Link | S::MakeFile, E::EEXIST) => Verdict::NameTaken,
-        (S::Load, E::EBUSY) => Verdict::InUse,
+        (S::Load | S::OpenFile, E::EBUSY) => Verdict::InUse,
         (S::OpenFile | S::MakeFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
+        (S::OpenFile, E::EISDIR) => Verdict::NotAFile,
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
             Verdict::Unsupported
         }
-        (S::AttachLoop | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
+        (S::AttachLoop | S::ReadDiskseq | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
             Verdict::Unsupported
         }
         (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
@@ -137,6 +141,12 @@ impl Retry {
         self
     }
 
+    /// What is left of it when so much time has gone.
+    pub(crate) fn less(mut self, elapsed: Duration) -> Self {
+        self.deadline = self.deadline.saturating_sub(elapsed);
+        self
+    }
+
     /// The pause after attempt number `attempt` (from 0), `elapsed` after the first one began; `None` when the
     /// deadline has come. The last pause is cut so that one attempt falls on the deadline itself.
     pub(crate) fn pause(&self, attempt: u32, elapsed: Duration) -> Option<Duration> {
@@ -180,7 +190,7 @@ mod tests {
     #[test]
     fn the_documented_table_is_the_policy_for_every_step_and_errno() {
         let rows = documented();
-        assert_eq!(rows.len(), 17);
+        assert_eq!(rows.len(), 18);
         let fits =
             |names: &[String], name: &str| names.iter().any(|each| each == "*" || each == name);
         for step in Step::ALL {

@@ -1,16 +1,18 @@
 //! The story of a sweep: what of ours nobody claims any more is taken down, item by item.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
-use crate::ask::{ask, patiently};
+use crate::ask::{absent, ask, patiently};
 use crate::error::{Result, Step};
 use crate::host::{Host, MACHINE};
 use crate::inventory::{self, SnapshotInfo};
+use crate::loop_device;
 use crate::name::MAPPER_DIR;
 use crate::policy::{Retry, Verdict};
-use crate::teardown::{self, Outcome};
+use crate::removal::{self, Outcome};
+use crate::teardown;
 use crate::uuid::DeviceUuid;
 
 /// How to sweep up snapshots that nobody claims: those of a control plane that died, half-built ones included.
@@ -138,31 +140,22 @@ impl ReapOptions {
         if in_progress(&info.uuid)? {
             return Ok(Fate::InProgress);
         }
-        let open_count = info.open_count;
-        if open_count > 0 && !self.defer {
-            return Ok(Fate::Busy { open_count });
-        }
-        if self.dry_run {
-            return Ok(Fate::Due);
-        }
-        if open_count > 0 {
-            let outcome = teardown::defer_ours(
-                &MACHINE,
-                &info.uuid,
-                &Path::new(MAPPER_DIR).join(&info.name),
-            )?;
-            if let Outcome::Deferred { open_count } = outcome {
-                return Ok(Fate::Deferred { open_count });
+        // Its maker may have finished since it was looked at: then it is no longer what `keep` was asked about.
+        let Some(now) = absent(inventory::status(&info.uuid))? else {
+            return Ok(Fate::Removed);
+        };
+        let open_count = now.open_count;
+        match (now.state == info.state, open_count > 0, self.defer) {
+            (false, _, _) => Ok(Fate::InProgress),
+            (true, true, false) => Ok(Fate::Busy { open_count }),
+            _ if self.dry_run => Ok(Fate::Due),
+            (true, _, true) => match teardown::cleanup_deferred(&now.handles())? {
+                Outcome::Deferred { open_count } => Ok(Fate::Deferred { open_count }),
+                _ => Ok(Fate::Removed),
+            },
+            (true, false, false) => {
+                teardown::clean(&MACHINE, &now.handles(), &LOOP_RETRY).map(|()| Fate::Removed)
             }
-        }
-        match teardown::clean(&MACHINE, &info.handles(), &LOOP_RETRY) {
-            Err(error) if error.verdict() == Some(Verdict::Busy) && !self.defer => {
-                // Opened since it was looked at.
-                Ok(Fate::Busy {
-                    open_count: inventory::status(&info.uuid).map_err(|_| error)?.open_count,
-                })
-            }
-            cleaned => cleaned.map(|()| Fate::Removed),
         }
     }
 
@@ -176,10 +169,10 @@ impl ReapOptions {
 
     fn sweep_alias(&self, path: &Path) -> Option<Reaped> {
         let name = path.file_name()?.to_string_lossy().into_owned();
-        let fate = match teardown::stale_alias(&MACHINE, path) {
+        let fate = match removal::is_stale_alias(&MACHINE, path) {
             Ok(false) => return None,
             Ok(true) if self.dry_run => Ok(Fate::Due),
-            Ok(true) => match teardown::sweep_alias(&MACHINE, path) {
+            Ok(true) => match removal::sweep_alias(&MACHINE, path) {
                 Ok(false) => return None,
                 swept => swept.map(|_| Fate::AliasRemoved),
             },
@@ -201,12 +194,13 @@ fn in_progress(uuid: &DeviceUuid) -> Result<bool> {
     let Some(number) = uuid.cow_loop() else {
         return Ok(false);
     };
-    let path = PathBuf::from(format!("/dev/loop{number}"));
-    let Ok(device) = MACHINE.open_loop(&path, false) else {
+    let path = loop_device::node(number);
+    let opened = ask(Step::InspectLoop, &path, || MACHINE.open_loop(&path, false));
+    let Some(device) = absent(opened)? else {
         return Ok(false);
     };
     let locked = patiently(&MACHINE, &MAKER_RETRY, Verdict::InUse, || {
-        ask(Step::LockFile, &path, || MACHINE.lock_loop(&device, true))
+        ask(Step::TestLock, &path, || MACHINE.lock_loop(&device, true))
     });
     match locked {
         Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),

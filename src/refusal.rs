@@ -43,6 +43,12 @@ pub enum Refusal {
         /// What it is instead.
         kind: &'static str,
     },
+    /// A block device that is no dm device, where one of those is needed.
+    #[error("{path:?} is not a dm device")]
+    NotADmDevice {
+        /// The path as given.
+        path: PathBuf,
+    },
     /// Not a block device where one is needed.
     #[error("{path:?} is not a block device")]
     NotABlockDevice {
@@ -113,7 +119,19 @@ pub enum Refusal {
         /// The least size that works.
         needed: u64,
     },
-    /// Another snapshot has the COW file: its loop device holds the `flock`.
+    /// The COW file was removed by somebody while it was being opened.
+    #[error("COW file {path:?} was removed meanwhile")]
+    CowUnlinked {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// The COW file to be made would be longer than any file.
+    #[error("COW file {path:?} would be too large for any file system")]
+    CowTooLarge {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// Another snapshot has the COW file: its loop device holds the `flock`. Or it is a block device that is mounted.
     #[error("COW file {path:?} is in use by another snapshot")]
     CowInUse {
         /// The COW file.

@@ -195,6 +195,8 @@ impl Host for Script {
             mode: 0o600,
             size_bytes: 1 << 20,
             mtime_ns: 1,
+            links: 1,
+            has_blocks: false,
         })
     }
 
@@ -202,14 +204,13 @@ impl Host for Script {
         self.call(Step::LockFile)
     }
 
-    fn read_start(&self, _file: &u64, buffer: &mut [u8]) -> Result<usize, Errno> {
+    fn read_at(&self, _file: &u64, buffer: &mut [u8], _at: usize) -> Result<usize, Errno> {
         self.call(Step::ReadFile)?;
         Ok(buffer.len())
     }
 
-    fn write_at(&self, _file: &u64, bytes: &[u8], _at: usize) -> Result<usize, Errno> {
-        self.call(Step::MarkFile)?;
-        Ok(bytes.len())
+    fn write_at(&self, _file: &u64, _bytes: &[u8], _at: usize) -> Result<(), Errno> {
+        self.call(Step::MarkFile)
     }
 
     fn open_loop_control(&self) -> Result<(), Errno> {
@@ -274,12 +275,14 @@ impl Host for Script {
         })
     }
 
-    fn loop_diskseq(&self, device: &ScriptLoop) -> Option<u64> {
-        self.world
-            .borrow()
+    fn loop_diskseq(&self, device: &ScriptLoop) -> Result<u64, Errno> {
+        self.call(Step::ReadDiskseq)?;
+        let world = self.world.borrow();
+        world
             .loops
             .get(&device.number)
             .map(|binding| binding.diskseq)
+            .ok_or(Errno::ENXIO)
     }
 
     fn loop_status(&self, device: &ScriptLoop) -> Result<LoopStatus, Errno> {
@@ -425,6 +428,10 @@ impl Host for Script {
             major: 254,
             minor: 0,
         }))
+    }
+
+    fn is_present(&self, _number: DeviceNumber) -> bool {
+        false
     }
 
     fn holders(&self, _number: DeviceNumber) -> Vec<String> {

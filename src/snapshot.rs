@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ask::{ask, patiently};
-use crate::backing::{self, Backing, Warning, note_sizes, open_cow, open_origin};
-use crate::error::{Error, Leftover, Result, Step};
+use crate::backing::{Backing, Warning, note_sizes, open_cow, open_origin, unmake};
+use crate::error::{Error, Result, Step};
 use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
-use crate::loop_device::LOOP_CONTROL;
+use crate::loop_device::{self, LOOP_CONTROL};
 use crate::mapper::MAPPER_CONTROL;
 use crate::name::{DeviceName, DeviceNumber};
 use crate::options::SnapshotOptions;
@@ -75,10 +75,10 @@ impl Snapshot {
 
 /// A loop device that is ours for as long as `device` is open or a dm table holds it.
 struct Attached<L> {
-    handle: LoopHandle,
+    path: PathBuf,
     /// The N of `/dev/loopN`.
-    node: u32,
-    number: DeviceNumber,
+    number: u32,
+    dev: DeviceNumber,
     device: L,
 }
 
@@ -98,114 +98,14 @@ pub(crate) fn create<H: Host>(
     })?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, options)?;
-    if let Some(size) = options.make_cow {
-        backing::make_cow(host, cow, size, &origin, options)?;
-    }
-    let created = create_over(host, options, &origin, cow, name);
-    match created {
-        Err(error) if options.make_cow.is_some() => Err(unmade(host, error, cow)),
-        created => created,
-    }
-}
+    let (cow, mark) = open_cow(host, cow, &origin, options)?;
 
-/// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
-/// path, nobody would know what fills the disk.
-fn unmade<H: Host>(host: &H, error: Error, cow: &Path) -> Error {
-    let kept_by = error.left().first().map(|leftover| leftover.error.clone());
-    let unlink = || ask(Step::Unlink, cow, || host.unlink(cow)).err();
-    match kept_by.or_else(unlink) {
-        None => error,
-        Some(why) => error.leaving(vec![Leftover::new(cow, why)]),
-    }
-}
-
-fn create_over<H: Host>(
-    host: &H,
-    options: &SnapshotOptions,
-    origin: &Backing<'_, H::File>,
-    cow: &Path,
-    name: &DeviceName,
-) -> Result<Snapshot> {
-    let (cow, is_new) = open_cow(host, cow, origin, options)?;
-    let mut warnings = Vec::new();
-
-    let origin_loop = attach(host, origin, LO_READ_ONLY | LO_AUTOCLEAR)?;
-    let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
-    let cow_loop = attach(host, &cow, LO_AUTOCLEAR | direct_io)?;
-    let size_of = |backing: &Attached<H::Loop>| {
-        ask(Step::SizeLoop, &backing.handle.path, || {
-            host.loop_size_bytes(&backing.device)
-        })
-    };
-    let length = Sectors::from_bytes_floor(size_of(&origin_loop)?);
-    if length == Sectors::default() {
-        return Err(Refusal::OriginTooShort {
-            path: origin.path.to_owned(),
-            bytes: origin.facts.size_bytes,
-        }
-        .into());
-    }
-    note_sizes(options, length, &origin.facts, &cow.facts, &mut warnings);
-    if options.direct_io
-        && !ask(Step::InspectLoop, &cow_loop.handle.path, || {
-            host.loop_status(&cow_loop.device)
-        })?
-        .direct_io
-    {
-        warnings.push(Warning::DirectIoUnavailable);
-    }
-
-    let discard = if options.discard {
-        Discard::ZeroesCow
-    } else {
-        Discard::Unsupported
-    };
-    let (store, chunk) = (options.store, options.chunk);
-    let params = SnapshotParams {
-        origin: origin_loop.number,
-        cow: cow_loop.number,
-        store,
-        chunk,
-        discard,
-    };
-    let line = TargetLine {
-        start: Sectors::default(),
-        length,
-        target: Target::Snapshot(params),
-    };
-
-    let mapper = name.mapper_path();
-    let random = ask(Step::Random, &mapper, || host.random())?;
-    let uuid = DeviceUuid::fresh(random, origin.identity(), cow_loop.node);
-    let number = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
-    let bring_up = || {
-        ask(Step::Load, &mapper, || host.load(&uuid, &line))
-            .map_err(|error| explain_load(host, error))?;
-        if is_new {
-            // The kernel has written the header just now, and does not write it again while the store is valid.
-            let mark = exception_store::mark(origin.identity());
-            ask(Step::MarkFile, cow.path, || {
-                host.write_at(&cow.file, &mark, MARK_AT)
-            })?;
-        }
-        ask(Step::Resume, &mapper, || host.resume(&uuid))?;
-        ask(Step::Link, &mapper, || host.make_alias(&mapper, number))
-    };
-    let brought_up = bring_up();
     let mut handles = Handles {
-        name: Some(name.clone()),
-        uuid: Some(uuid),
-        dev: Some(number),
-        device: None,
-        mapper: Some(mapper),
-        cow_loop: Some(cow_loop.handle),
-        origin_loop: Some(origin_loop.handle),
         origin: Some(origin.identity()),
+        ..Handles::default()
     };
-    // From here on the dm table alone holds the loop devices, if there is one.
-    drop((origin_loop.device, cow_loop.device));
-    match brought_up {
-        Ok(device) => {
+    match build(host, options, &origin, &cow, mark, name, &mut handles) {
+        Ok((device, warnings)) => {
             handles.device = Some(device.clone());
             Ok(Snapshot {
                 handles,
@@ -213,11 +113,90 @@ fn create_over<H: Host>(
                 warnings,
             })
         }
-        Err(error) => Err(undone(host, error, &handles)),
+        Err(error) => {
+            let error = undone(host, error, &handles);
+            Err(if options.make_cow.is_some() {
+                unmake(host, error, cow.path)
+            } else {
+                error
+            })
+        }
     }
 }
 
-/// A failure after `DM_DEV_CREATE`, with what undoing it leaves.
+/// From inspected files to a device that can be opened. `handles` names at any moment what there is to undo; the loop
+/// devices are open until this returns, and from then on held by the dm table alone, if there is one.
+fn build<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    origin: &Backing<'_, H::File>,
+    cow: &Backing<'_, H::File>,
+    mark: bool,
+    name: &DeviceName,
+    handles: &mut Handles,
+) -> Result<(PathBuf, Vec<Warning>)> {
+    let origin_loop = attach(
+        host,
+        origin,
+        LO_READ_ONLY | LO_AUTOCLEAR,
+        &mut handles.origin_loop,
+    )?;
+    let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
+    let cow_loop = attach(host, cow, LO_AUTOCLEAR | direct_io, &mut handles.cow_loop)?;
+    let bytes = ask(Step::SizeLoop, &origin_loop.path, || {
+        host.loop_size_bytes(&origin_loop.device)
+    })?;
+    let length = Sectors::from_bytes_floor(bytes);
+    let mut warnings = note_sizes(options, length, &origin.facts, &cow.facts);
+    if options.direct_io {
+        let status = || host.loop_status(&cow_loop.device);
+        if !ask(Step::InspectLoop, &cow_loop.path, status)?.direct_io {
+            warnings.push(Warning::DirectIoUnavailable);
+        }
+    }
+
+    let discard = if options.discard {
+        Discard::ZeroesCow
+    } else {
+        Discard::Unsupported
+    };
+    let params = SnapshotParams {
+        origin: origin_loop.dev,
+        cow: cow_loop.dev,
+        store: options.store,
+        chunk: options.chunk,
+        discard,
+    };
+    let target = Target::Snapshot(params);
+    let line = TargetLine {
+        start: Sectors::default(),
+        length,
+        target,
+    };
+
+    let mapper = name.mapper_path();
+    let random = ask(Step::Random, &mapper, || host.random())?;
+    let uuid = DeviceUuid::fresh(random, origin.identity(), cow_loop.number);
+    let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
+    handles.name = Some(name.clone());
+    handles.dev = Some(dev);
+    handles.mapper = Some(mapper.clone());
+    let uuid = &*handles.uuid.insert(uuid);
+    ask(Step::Load, &mapper, || host.load(uuid, &line))
+        .map_err(|error| explain_load(host, error))?;
+    if mark {
+        // The kernel has written the header by now, and does not write it again while the store is valid.
+        let mark = exception_store::mark(origin.identity());
+        ask(Step::MarkFile, cow.path, || {
+            host.write_at(&cow.file, &mark, MARK_AT)
+        })?;
+    }
+    ask(Step::Resume, &mapper, || host.resume(uuid))?;
+    let device = ask(Step::Link, &mapper, || host.make_alias(&mapper, dev))?;
+    Ok((device, warnings))
+}
+
+/// A failure, with what undoing the steps before it leaves.
 fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
     match teardown::clean(host, handles, &UNDO_RETRY) {
         Err(Error::Debris { left, .. }) => error.leaving(left),
@@ -228,8 +207,8 @@ fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
 /// A refused table may mean that the kernel has no snapshot target; otherwise only the kernel log knows more.
 fn explain_load<H: Host>(host: &H, error: Error) -> Error {
     match target_version(host) {
-        Err(missing) => missing,
-        Ok(_) => error.noted("the kernel log has the target's reason"),
+        Err(missing) if missing.verdict() == Some(Verdict::Unsupported) => missing,
+        _ => error.noted("the kernel log has the target's reason"),
     }
 }
 
@@ -258,10 +237,13 @@ fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
 }
 
 fn target_version<H: Host>(host: &H) -> Result<[u32; 3]> {
-    ask(Step::TargetVersion, Path::new(MAPPER_CONTROL), || {
+    let asked = ask(Step::TargetVersion, Path::new(MAPPER_CONTROL), || {
         host.target_version()
+    });
+    asked.map_err(|error| match error.verdict() {
+        Some(Verdict::Unsupported) => error.noted("dm-snapshot is neither loaded nor loadable"),
+        _ => error,
     })
-    .map_err(|error| error.noted("dm-snapshot is neither loaded nor loadable"))
 }
 
 /// Finds a free loop device and binds `backing` to it. A device that was lost to another process is left alone.
@@ -269,9 +251,10 @@ fn attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,
+    handle: &mut Option<LoopHandle>,
 ) -> Result<Attached<H::Loop>> {
     patiently(host, &RACE_RETRY, Verdict::TakeAnother, || {
-        try_attach(host, backing, flags)
+        try_attach(host, backing, flags, handle)
     })
 }
 
@@ -279,29 +262,26 @@ fn try_attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,
+    handle: &mut Option<LoopHandle>,
 ) -> Result<Attached<H::Loop>> {
-    let free = ask(Step::FindLoop, Path::new(LOOP_CONTROL), || host.find_loop())?;
-    let path = PathBuf::from(format!("/dev/loop{free}"));
-    let device = ask(Step::OpenLoop, &path, || {
-        host.open_loop(&path, flags & LO_READ_ONLY == 0)
-    })?;
-    if flags & LO_READ_ONLY == 0 {
+    let number = ask(Step::FindLoop, Path::new(LOOP_CONTROL), || host.find_loop())?;
+    let path = loop_device::node(number);
+    let writable = flags & LO_READ_ONLY == 0;
+    let device = ask(Step::OpenLoop, &path, || host.open_loop(&path, writable))?;
+    if writable {
         hold(host, &device, &path)?;
     }
     ask(Step::AttachLoop, &path, || {
         host.attach_loop(&device, &backing.file, flags, backing.path)
     })?;
-    let number = ask(Step::InspectLoop, &path, || host.loop_number(&device))?;
-    let diskseq = host.loop_diskseq(&device);
-    let handle = LoopHandle {
-        path,
-        diskseq,
-        backing: Some(backing.facts.id),
-    };
+    let handle = handle.insert(LoopHandle::at(&path));
+    handle.backing = Some(backing.facts.id);
+    handle.diskseq = loop_device::diskseq(host, &device, &path)?;
+    let dev = ask(Step::InspectLoop, &path, || host.loop_number(&device))?;
     Ok(Attached {
-        handle,
-        node: free,
+        path,
         number,
+        dev,
         device,
     })
 }

@@ -8,6 +8,7 @@
     reason = "ioctls that no safe crate offers; every other file denies unsafe code"
 )]
 
+use std::ffi::CStr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use nix::errno::Errno;
@@ -174,10 +175,13 @@ pub(crate) fn dm_ioctl(
 
 // --- any file ---
 
-/// The descriptor of an owner that hands it out raw only, for as long as the owner is borrowed.
-pub(crate) fn borrow(owner: &impl AsRawFd) -> BorrowedFd<'_> {
-    // SAFETY: `owner` keeps its descriptor open for as long as it is borrowed, as `AsRawFd` owners that are not
-    // plain integers do; no memory is involved; what kind of file it is does not matter here.
+/// An owner of an open descriptor that hands it out raw only. Not for integers, which own nothing.
+pub(crate) trait OwnsFd: AsRawFd {}
+
+/// The owner's descriptor, for as long as the owner is borrowed.
+pub(crate) fn borrow(owner: &impl OwnsFd) -> BorrowedFd<'_> {
+    // SAFETY: `owner` keeps its descriptor open for as long as it lives, as `OwnsFd` demands; no memory is involved;
+    // what kind of file it is does not matter here.
     unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
 }
 
@@ -192,6 +196,30 @@ pub(crate) fn lock(file: BorrowedFd<'_>, exclusive: bool) -> Result<(), Errno> {
     // SAFETY: `file` is open for as long as it is borrowed; the call takes no pointer; files that cannot be locked
     // answer EBADF, EINVAL or ENOLCK.
     check(unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) }).map(drop)
+}
+
+// --- a path ---
+
+/// `statx` of a block device's node: its number, or `None` for any other file. Answers from what is cached, so that a file
+/// on a dead network file system does not block the caller.
+pub(crate) fn cached_block_number(path: &CStr) -> Result<Option<u64>, Errno> {
+    let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: no descriptor is involved; `path` is NUL-terminated; the kernel writes at most the 256 bytes of
+    // `found`; a path to any kind of file answers alike.
+    let answer = unsafe {
+        libc::statx(
+            libc::AT_FDCWD,
+            path.as_ptr(),
+            libc::AT_STATX_DONT_SYNC,
+            libc::STATX_TYPE,
+            found.as_mut_ptr(),
+        )
+    };
+    check(answer)?;
+    // SAFETY: all of it was zeroed above, and every field is an integer.
+    let found = unsafe { found.assume_init() };
+    let is_block = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
+    Ok(is_block.then(|| libc::makedev(found.stx_rdev_major, found.stx_rdev_minor)))
 }
 
 // --- no file ---

@@ -44,7 +44,8 @@ impl DeviceUuid {
         }
     }
 
-    /// A uuid that nobody has, for a snapshot over `origin` whose maker holds loop device `cow_loop`.
+    /// A uuid that nobody has, for a snapshot over `origin` whose maker holds loop device `cow_loop`. An origin of no
+    /// bytes is one that is not known.
     pub(crate) fn fresh(random: u128, origin: OriginIdentity, cow_loop: u32) -> Self {
         let OriginIdentity {
             size_bytes,
@@ -60,9 +61,10 @@ impl DeviceUuid {
     #[must_use]
     pub fn origin(&self) -> Option<OriginIdentity> {
         let [size_bytes, mtime_ns, _] = self.fields()?;
-        Some(OriginIdentity {
+        let mtime_ns = mtime_ns.cast_signed();
+        (size_bytes > 0).then_some(OriginIdentity {
             size_bytes,
-            mtime_ns: mtime_ns.cast_signed(),
+            mtime_ns,
         })
     }
 

@@ -50,7 +50,7 @@ fn calls_of_a_create() -> Vec<Step> {
 #[test]
 fn whichever_call_of_create_fails_nothing_is_left_and_the_error_names_it() {
     let calls = calls_of_a_create();
-    assert_eq!(calls.len(), 25);
+    assert_eq!(calls.len(), 27);
     for (index, step) in calls.iter().enumerate() {
         let script = Script::new(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
         let error = create_on(&script).expect_err("one call failed");
@@ -128,7 +128,11 @@ fn a_call_that_is_interrupted_is_repeated_but_not_for_ever() {
             .iter()
             .filter(|each| **each == step)
             .count();
-        assert_eq!(asked, AT_ONCE as usize, "{step:?}");
+        // Undoing may meet the same step, and is bounded as well.
+        assert!(
+            asked > 0 && asked % AT_ONCE as usize == 0 && asked <= 3 * AT_ONCE as usize,
+            "{step:?}"
+        );
         let script =
             Script::new(move |at, nth| (at == step && nth % 2 == 0).then_some(Errno::EINTR));
         let _ = create_on(&script).expect("interrupted now and then");
@@ -256,7 +260,7 @@ fn a_cow_file_that_was_made_goes_with_the_snapshot_that_fails() {
     let script = Script::new(never);
     let _ = create_with(&script, &options).expect("nothing fails");
     let calls = script.calls.take();
-    assert_eq!(calls.len(), calls_of_a_create().len() + 2);
+    assert_eq!(calls.len(), calls_of_a_create().len() + 1);
     for index in 0..calls.len() {
         let script = Script::new(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
         let error = create_with(&script, &options).expect_err("one call failed");
