@@ -72,12 +72,12 @@ fn when_undoing_fails_too_the_debris_is_exactly_what_is_left() {
         .iter()
         .position(|step| *step == Step::Create)
         .expect("it creates");
-    for index in created + 1..calls.len() {
-        let script = Script::new(move |step, nth| {
-            (nth == index + 1 || step == Step::Remove).then_some(Errno::EIO)
+    for (index, step) in calls.iter().enumerate().skip(created + 1) {
+        let script = Script::new(move |at, nth| {
+            (nth == index + 1 || at == Step::Remove).then_some(Errno::EIO)
         });
         let error = create_on(&script).expect_err("one call failed");
-        assert_eq!(step_of(&error), calls[index]);
+        assert_eq!(step_of(&error), *step);
         let named: BTreeSet<_> = error
             .left()
             .iter()
@@ -156,7 +156,7 @@ fn whichever_call_of_cleanup_fails_it_goes_on_and_names_what_stays() {
     let handles = made(&script);
     clean(&script, &handles, &Retry::ONCE).expect("nothing fails");
     let calls = script.calls.take();
-    for index in 0..calls.len() {
+    for (index, failed) in calls.iter().enumerate() {
         let script = Script::new(never);
         let handles = made(&script);
         script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
@@ -172,7 +172,7 @@ fn whichever_call_of_cleanup_fails_it_goes_on_and_names_what_stays() {
         assert!(
             residue.is_subset(&left),
             "call {index}, {:?}: {residue:?} but {left:?}",
-            calls[index]
+            failed
         );
     }
 }
@@ -261,18 +261,15 @@ fn a_cow_file_that_was_made_goes_with_the_snapshot_that_fails() {
     let _ = create_with(&script, &options).expect("nothing fails");
     let calls = script.calls.take();
     assert_eq!(calls.len(), calls_of_a_create().len() + 1);
-    for index in 0..calls.len() {
+    for (index, failed) in calls.iter().enumerate() {
         let script = Script::new(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
         let error = create_with(&script, &options).expect_err("one call failed");
-        assert_eq!(
-            (step_of(&error), error.left()),
-            (calls[index], [].as_slice())
-        );
+        assert_eq!((step_of(&error), error.left()), (*failed, [].as_slice()));
         assert_eq!(
             script.world.borrow().residue(),
             BTreeSet::new(),
             "after {:?}",
-            calls[index]
+            failed
         );
         for undoing in [Step::Unlink, Step::Remove] {
             let fault =
@@ -284,12 +281,7 @@ fn a_cow_file_that_was_made_goes_with_the_snapshot_that_fails() {
                 .iter()
                 .map(|each| each.object.clone())
                 .collect();
-            assert_eq!(
-                script.world.borrow().residue(),
-                left,
-                "after {:?}",
-                calls[index]
-            );
+            assert_eq!(script.world.borrow().residue(), left, "after {:?}", failed);
         }
     }
 }
