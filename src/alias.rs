@@ -57,7 +57,10 @@ fn remove_stale(path: &Path, taken: Errno) -> Result<(), Errno> {
 pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
     let ours = match fs::read_link(path) {
         Ok(target) => target.file_name() == number.dm_node().file_name(),
-        Err(_) => leads_to(path, number),
+        Err(error) => match fs::symlink_metadata(path) {
+            Ok(found) if found.is_symlink() => return Err(errno_of(&error)),
+            _ => leads_to(path, number),
+        },
     };
     if ours { unlink(path) } else { Ok(false) }
 }

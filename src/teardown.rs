@@ -133,15 +133,18 @@ fn claim<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<Claim>> {
 fn release_loop<H: Host>(host: &H, claim: &Claim, removed: bool, retry: &Retry) -> Result<()> {
     let path = &claim.handle.path;
     patiently(host, retry, Verdict::Busy, || {
-        if !release_once(host, claim)? || (removed && host.is_stacked_on(path)) {
+        if !detach(host, claim)? || still_bound(host, &claim.handle)?.is_none() {
+            return Ok(());
+        }
+        if removed && host.is_stacked_on(path) {
             return Ok(());
         }
         Err(Error::failed(Step::DetachLoop, path, policy::BUSY))
     })
 }
 
-/// Says whether it was bound a moment ago, and so is to be looked at again.
-fn release_once<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
+/// Has the kernel detach it when nobody has it open any more, us included. Says whether there was anything to detach.
+fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     let path = &claim.handle.path;
     let Some((device, status)) = still_bound(host, &claim.handle)? else {
         return Ok(false);

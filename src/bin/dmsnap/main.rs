@@ -52,7 +52,11 @@ fn run(command: Command) -> Result<(), Failure> {
             for warning in made.warnings() {
                 output::note(warning);
             }
-            print_json(made.handles())
+            print_json(made.handles()).or_else(|unprinted| {
+                // Nobody would know of it.
+                made.cleanup()?;
+                Err(unprinted)
+            })
         }
         Command::Cleanup { file, deadline } => {
             let handles = read_handles(&file)?;
