@@ -74,8 +74,8 @@ fn run(quick: bool) -> Result<()> {
     place.check_empty()
 }
 
-/// Every contestant in every round, each round begun by another one, so that neither drift nor what the one before
-/// leaves behind (deferred frees, warm slabs) favours anybody.
+/// Every contestant in every round, in an order in which each follows each other equally often, so that neither drift
+/// nor what the one before leaves behind (deferred frees, warm slabs) favours anybody.
 fn contest(
     place: &Place,
     contestants: &mut [Box<dyn Contestant>],
@@ -88,8 +88,7 @@ fn contest(
         .map(|each| Series::new(each.name()))
         .collect();
     for round in 0..WARM_UP + rounds {
-        for turn in 0..contestants.len() {
-            let nth = (round + turn) % contestants.len();
+        for nth in order(round, contestants.len()) {
             let (create, remove) = place.measure(contestants[nth].as_mut())?;
             if round >= WARM_UP {
                 series[nth].create.push(create);
@@ -98,6 +97,17 @@ fn contest(
         }
     }
     Ok(Scenario { name, series })
+}
+
+/// Rows of a Williams square: 0 1 3 2, 1 2 0 3, 2 3 1 0, 3 0 2 1 for four.
+fn order(round: usize, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |turn| {
+        let step = match turn % 2 {
+            0 => count - turn / 2,
+            _ => turn.div_ceil(2),
+        };
+        (round + step) % count
+    })
 }
 
 /// Criterion's view of the round trip, one contestant after the other.

@@ -1,0 +1,290 @@
+//! What a user reads: every message, word for word.
+
+use dmsnap::Warning;
+
+use super::*;
+
+/// The variants of a source file's enum: so that a golden list that misses one fails.
+fn variants<'a>(source: &'a str, opening: &str) -> Vec<&'a str> {
+    let body = source.split_once(opening).expect(opening).1;
+    let lines = body.lines().skip(1).take_while(|line| *line != "}");
+    let names = lines.filter_map(|line| line.strip_prefix("    "));
+    names
+        .filter(|line| line.starts_with(|first: char| first.is_ascii_uppercase()))
+        .map(|line| line.split([' ', '(', ',']).next().unwrap_or(line))
+        .collect()
+}
+
+/// The variant's name in what `Debug` prints.
+fn variant(value: &impl std::fmt::Debug) -> String {
+    let text = format!("{value:?}");
+    let end = text.find(|c: char| !c.is_ascii_alphanumeric());
+    text[..end.unwrap_or(text.len())].to_owned()
+}
+
+/// Every refusal, with what a user reads.
+fn refusals() -> Vec<(Refusal, &'static str)> {
+    let image = || Path::new("/images/base.ext4").to_owned();
+    let cow = || Path::new("/run/vm 42.cow").to_owned();
+    let name = |name: &str| DeviceName::new(name).expect_err(name);
+    let origin = |bytes, seconds: i64| dmsnap::OriginIdentity {
+        size_bytes: bytes,
+        mtime_ns: seconds * 1_000_000_000 + 5,
+    };
+    let chunk = |sectors| ChunkSize::new(sectors).expect("a power of two");
+    vec![
+        (name(""), r#"cannot name a device "": it is empty"#),
+        (
+            name("control"),
+            r#"cannot name a device "control": it is reserved below /dev/mapper"#,
+        ),
+        (
+            name("a\nb"),
+            r#"cannot name a device "a\nb": it has the character '\n' (allowed: 0-9 A-Z a-z # + - . : = @ _)"#,
+        ),
+        (
+            Refusal::Name {
+                name: "n...".to_owned(),
+                fault: NameFault::TooLong { bytes: 128 },
+            },
+            r#"cannot name a device "n...": it has 128 bytes, the kernel keeps 127"#,
+        ),
+        (
+            DeviceUuid::new("LVM-1").expect_err("foreign"),
+            r#""LVM-1" is not a uuid of a dmsnap device (DMSNAP-..., at most 128 bytes)"#,
+        ),
+        (
+            Refusal::NotOurs {
+                name: "vg-root".to_owned(),
+                uuid: "LVM-1".to_owned(),
+            },
+            r#""vg-root" is not a dmsnap device: its uuid is "LVM-1""#,
+        ),
+        (
+            "7:-1".parse::<DeviceNumber>().expect_err("negative"),
+            r#""7:-1" is not a device number (major:minor)"#,
+        ),
+        (
+            ChunkSize::new(1 << 31).expect_err("2^31"),
+            "cannot use chunks of 2147483648 sectors: need a power of two from 1 to 2097152",
+        ),
+        (
+            Refusal::NotAFile {
+                path: image(),
+                kind: "a FIFO",
+            },
+            r#""/images/base.ext4" is a FIFO, not a file or a block device"#,
+        ),
+        (
+            Refusal::NotABlockDevice { path: cow() },
+            r#""/run/vm 42.cow" is not a block device"#,
+        ),
+        (
+            Refusal::NotADmDevice {
+                path: Path::new("/dev/loop7").to_owned(),
+            },
+            r#""/dev/loop7" is not a dm device"#,
+        ),
+        (
+            Refusal::OriginTooShort {
+                path: image(),
+                bytes: 511,
+            },
+            r#"origin image "/images/base.ext4" has 511 bytes, less than one 512-byte sector"#,
+        ),
+        (
+            Refusal::OriginInUse { path: image() },
+            r#"origin image "/images/base.ext4" is locked by another process or serves as a COW file"#,
+        ),
+        (
+            Refusal::OriginChanged {
+                path: image(),
+                expected: origin(1024, 17),
+                found: origin(2048, -1),
+            },
+            r#"origin image "/images/base.ext4" has changed: 2048 bytes modified at -1.000000005, where the snapshot was made over 1024 bytes modified at 17.000000005"#,
+        ),
+        (
+            Refusal::SameFile {
+                origin: image(),
+                cow: cow(),
+            },
+            r#"COW file "/run/vm 42.cow" and origin image "/images/base.ext4" are the same file"#,
+        ),
+        (
+            Refusal::CowReadOnly {
+                path: cow(),
+                mode: 0o444,
+            },
+            r#"COW file "/run/vm 42.cow" is read-only (mode 0444)"#,
+        ),
+        (
+            Refusal::CowTooSmall {
+                path: cow(),
+                bytes: 8192,
+                chunk: chunk(8),
+                needed: 12288,
+            },
+            r#"COW file "/run/vm 42.cow" has 8192 bytes, too small: chunks of 8 sectors need at least 12288 bytes"#,
+        ),
+        (
+            Refusal::CowUnlinked { path: cow() },
+            r#"COW file "/run/vm 42.cow" was removed meanwhile"#,
+        ),
+        (
+            Refusal::CowTooLarge { path: cow() },
+            r#"COW file "/run/vm 42.cow" would be too large for any file system"#,
+        ),
+        (
+            Refusal::CowInUse { path: cow() },
+            r#"COW file "/run/vm 42.cow" is in use by another snapshot"#,
+        ),
+        (
+            Refusal::CowForeign { path: cow() },
+            r#"COW file "/run/vm 42.cow" holds foreign data: neither blank nor a snapshot's exception store"#,
+        ),
+        (
+            Refusal::CowInvalid { path: cow() },
+            r#"COW file "/run/vm 42.cow" holds a snapshot that the kernel has marked invalid (it overflowed or a write failed)"#,
+        ),
+        (
+            Refusal::CowDamaged {
+                path: cow(),
+                field: "version",
+                value: 2,
+            },
+            r#"COW file "/run/vm 42.cow" holds a damaged exception store: version is 2"#,
+        ),
+        (
+            Refusal::CowChunkSize {
+                path: cow(),
+                found: chunk(32),
+                asked: chunk(8),
+            },
+            r#"COW file "/run/vm 42.cow" was made with chunks of 32 sectors, not 8"#,
+        ),
+        (
+            Refusal::CowNotBlank { path: cow() },
+            r#"COW file "/run/vm 42.cow" is not blank, and a transient store would overwrite it (truncate it to reuse it)"#,
+        ),
+        (
+            Refusal::TargetLacks {
+                version: "1.15.0".to_owned(),
+                feature: "discard_zeroes_cow (1.16.0)",
+            },
+            "the kernel's snapshot target 1.15.0 lacks discard_zeroes_cow (1.16.0)",
+        ),
+    ]
+}
+
+#[test]
+fn every_refusal_reads_as_it_should() {
+    let source = include_str!("../../src/refusal.rs");
+    let listed = refusals();
+    for (refusal, message) in &listed {
+        assert_eq!(refusal.to_string(), *message);
+        let error = dmsnap::Error::from(refusal.clone());
+        assert_eq!(chain(&error), *message, "printed once, also as an Error");
+        assert_eq!((error.errno(), error.verdict()), (None, None));
+        assert!(error.left().is_empty());
+    }
+    for name in variants(source, "pub enum Refusal {") {
+        let seen = listed.iter().any(|(refusal, _)| variant(refusal) == name);
+        assert!(seen, "Refusal::{name} has no golden message");
+    }
+    let faults: Vec<_> = listed
+        .iter()
+        .filter_map(|(refusal, _)| match refusal {
+            Refusal::Name { fault, .. } => Some(variant(fault)),
+            _ => None,
+        })
+        .collect();
+    for name in variants(source, "pub enum NameFault {") {
+        let seen = faults.iter().any(|fault| fault == name);
+        assert!(seen, "NameFault::{name} has no golden message");
+    }
+}
+
+#[test]
+fn every_step_makes_a_sentence() {
+    let steps = [
+        (Step::OpenFile, "cannot open X"),
+        (Step::MakeFile, "cannot make X"),
+        (Step::SizeFile, "cannot set aside space for X"),
+        (Step::InspectFile, "cannot inspect X"),
+        (Step::LockFile, "cannot lock X"),
+        (Step::ReadFile, "cannot read X"),
+        (Step::MarkFile, "cannot mark X"),
+        (Step::OpenLoopControl, "cannot open loop control X"),
+        (Step::FindLoop, "cannot find a free loop device through X"),
+        (Step::OpenLoop, "cannot open loop device X"),
+        (Step::LockLoop, "cannot lock loop device X"),
+        (Step::AttachLoop, "cannot attach X"),
+        (Step::TestLock, "cannot test the lock of X"),
+        (
+            Step::ReadDiskseq,
+            "cannot read the disk sequence number of X",
+        ),
+        (Step::InspectLoop, "cannot inspect loop device X"),
+        (Step::SizeLoop, "cannot read the size of X"),
+        (Step::DetachLoop, "cannot detach X"),
+        (Step::OpenMapper, "cannot open device-mapper control X"),
+        (
+            Step::TargetVersion,
+            "cannot find the snapshot target through X",
+        ),
+        (Step::Create, "cannot create X"),
+        (Step::Load, "cannot load the table of X"),
+        (Step::Resume, "cannot resume X"),
+        (Step::SetUuid, "cannot give a uuid to X"),
+        (Step::Remove, "cannot remove X"),
+        (Step::Query, "cannot query X"),
+        (Step::Status, "cannot read the status of X"),
+        (Step::List, "cannot list the devices of X"),
+        (Step::Link, "cannot make X"),
+        (Step::Unlink, "cannot unlink X"),
+        (Step::Random, "cannot draw a uuid for X"),
+    ];
+    for (step, sentence) in steps {
+        assert_eq!(format!("cannot {step} X"), sentence);
+    }
+    for name in variants(include_str!("../../src/error.rs"), "\nsteps! {") {
+        let seen = steps.iter().any(|(step, _)| variant(step) == name);
+        assert!(seen, "Step::{name} has no golden text");
+    }
+}
+
+#[test]
+fn every_warning_reads_as_it_should() {
+    let warnings = [
+        (
+            Warning::OriginTail { bytes: 3 },
+            "the last 3 bytes of the origin image are no whole sector and not visible",
+        ),
+        (
+            Warning::CowBelowWorstCase {
+                bytes: 12288,
+                worst_case_bytes: 1081344,
+            },
+            "the COW file has 12288 bytes; overwriting the whole origin takes 1081344",
+        ),
+        (
+            Warning::CowSizeTrap {
+                bytes: 1056768,
+                sound_bytes: 1060864,
+            },
+            "a COW file of 1056768 bytes ends invalid when full, one of 1060864 does not",
+        ),
+        (
+            Warning::DirectIoUnavailable,
+            "the COW file's file system cannot do direct I/O",
+        ),
+    ];
+    for (warning, text) in &warnings {
+        assert_eq!(warning.to_string(), *text);
+    }
+    for name in variants(include_str!("../../src/backing.rs"), "pub enum Warning {") {
+        let seen = warnings.iter().any(|(warning, _)| variant(warning) == name);
+        assert!(seen, "Warning::{name} has no golden text");
+    }
+}
