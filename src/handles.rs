@@ -95,9 +95,11 @@ pub struct FileId {
 /// Reading what callers' databases hold: empty strings for empty fields, bare paths for loops.
 #[cfg(feature = "serde")]
 mod lenient {
+    use std::fmt;
     use std::path::PathBuf;
 
-    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::de::value::MapAccessDeserializer;
+    use serde::de::{Deserialize, Deserializer, Error, MapAccess, Visitor};
 
     use super::LoopHandle;
 
@@ -119,21 +121,44 @@ mod lenient {
         Ok(path.filter(|path| !path.as_os_str().is_empty()))
     }
 
-    #[derive(serde::Deserialize)]
-    #[serde(untagged)]
-    enum LoopForm {
-        Path(PathBuf),
-        Whole(LoopHandle),
+    /// A loop as an object, as a bare path, or empty. A visitor, because an untagged enum says nothing of what is wrong.
+    struct Loop;
+
+    impl<'de> Visitor<'de> for Loop {
+        type Value = Option<LoopHandle>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("a loop device: its path, or an object with path, diskseq and backing")
+        }
+
+        fn visit_none<E: Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_unit<E: Error>(self) -> Result<Self::Value, E> {
+            Ok(None)
+        }
+
+        fn visit_some<D: Deserializer<'de>>(
+            self,
+            deserializer: D,
+        ) -> Result<Self::Value, D::Error> {
+            deserializer.deserialize_any(self)
+        }
+
+        fn visit_str<E: Error>(self, path: &str) -> Result<Self::Value, E> {
+            Ok((!path.is_empty()).then(|| LoopHandle::at(path)))
+        }
+
+        fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+            let handle = LoopHandle::deserialize(MapAccessDeserializer::new(map))?;
+            Ok((!handle.path.as_os_str().is_empty()).then_some(handle))
+        }
     }
 
     pub(super) fn loop_handle<'de, D: Deserializer<'de>>(
         deserializer: D,
     ) -> Result<Option<LoopHandle>, D::Error> {
-        let form = Option::<LoopForm>::deserialize(deserializer)?;
-        let handle = form.map(|form| match form {
-            LoopForm::Path(path) => LoopHandle::at(path),
-            LoopForm::Whole(handle) => handle,
-        });
-        Ok(handle.filter(|handle| !handle.path.as_os_str().is_empty()))
+        deserializer.deserialize_option(Loop)
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::ask::ask;
+use crate::ask::{absent, ask};
 use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
 use crate::handles::{FileId, Handles, LoopHandle};
@@ -125,15 +125,18 @@ pub fn list() -> Result<Vec<Result<SnapshotInfo>>> {
 /// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device, [`Error::Refused`] when it is none of ours.
 pub fn status(device: impl AsRef<str>) -> Result<SnapshotInfo> {
     let text = device.as_ref();
-    open_mapper()?;
-    if let Ok(uuid) = DeviceUuid::new(text) {
-        match look(Address::Uuid(uuid.as_str()), text) {
-            Err(error) if error.verdict() == Some(Verdict::Gone) => (),
-            found => return found,
-        }
+    let uuid = DeviceUuid::new(text).ok();
+    let name = DeviceName::new(text);
+    if let (None, Err(refusal)) = (&uuid, &name) {
+        return Err(refusal.clone().into());
     }
-    let name = DeviceName::new(text)?;
-    look(Address::Name(name.as_str()), text)
+    open_mapper()?;
+    if let Some(uuid) = uuid
+        && let Some(info) = absent(look(Address::Uuid(uuid.as_str()), text))?
+    {
+        return Ok(info);
+    }
+    look(Address::Name(name?.as_str()), text)
 }
 
 /// Whole handles of a live snapshot, so that a control plane that has saved nothing, or only a name, can go on.

@@ -124,7 +124,7 @@ impl Subject {
 
     /// A name, a path below /dev/mapper, which is a name too, or another path to a device's node.
     fn at<H: Host>(host: &H, target: &Path) -> Result<Option<Self>> {
-        let bare = target.components().count() <= 1 && !target.has_root();
+        let bare = !target.has_root();
         let below = target.strip_prefix(MAPPER_DIR).ok();
         let name = match below.filter(|rest| rest.components().count() == 1) {
             Some(rest) => Some(DeviceName::new(rest.to_string_lossy())),
