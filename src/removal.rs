@@ -243,6 +243,9 @@ fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome>
         Ok(gone) => {
             if !is_ours {
                 unlink()?;
+            } else if alias != *path {
+                // Another program renamed it, and may have left the alias of its first name.
+                sweep_alias(host, path)?;
             }
             Ok(gone.map_or(Outcome::AlreadyGone, |_| Outcome::Removed))
         }

@@ -23,6 +23,7 @@ mod foreign;
 mod handles;
 mod kernel_facts;
 mod lifecycle;
+mod proof;
 mod stores;
 mod strace;
 mod teardown;

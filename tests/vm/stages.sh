@@ -1,4 +1,4 @@
-# test, demo and bench: what is built, and what of it runs where. Sourced by run.
+# test, demo, bench and soak: what is built, and what of it runs where. Sourced by run.
 
 stage_failures=0
 stage_report=()
@@ -187,4 +187,22 @@ command_bench() {
     guest_out=${guest_out:-$target_dir/vm-bench}
     ((guest_timeout_given)) || guest_timeout=3600
     guest_exec ./lifecycle --bench "${quick[@]}" "${guest_command[@]}"
+}
+
+# The kernel tests' proof in its long form, which no CI run has the time for.
+command_soak() {
+    local variables
+    guest_memory=4096
+    exec_options "$@"
+    ((guest_timeout_given)) || guest_timeout=7200
+    ((${#guest_command[@]} > 0)) || guest_command=(proof::)
+    host_guest
+    host_build
+    (cd "$root" && build_cli && build_kernel_tests)
+    kernel_ensure "$guest_kernel"
+    variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$guest_kernel" | cut -d. -f1,2)" DMSNAP_TEST_LONG=1)
+    ((guest_udev == 0)) || variables+=(DMSNAP_TEST_UDEV=1)
+    [[ -z ${DMSNAP_TEST_SEED:-} ]] || variables+=("DMSNAP_TEST_SEED=$DMSNAP_TEST_SEED")
+    guest_files+=("$target_dir/vm/kernel")
+    guest_exec env "${variables[@]}" ./kernel --test-threads=1 --show-output "${guest_command[@]}"
 }
