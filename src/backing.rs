@@ -1,14 +1,15 @@
 //! The files behind a snapshot: inspected and locked before any device is touched.
 
 use std::path::Path;
+use std::time::Duration;
 
-use crate::ask::ask;
+use crate::ask::{ask, patiently};
 use crate::error::{Error, Leftover, Result, Step};
 use crate::exception_store::{self, PROBE_BYTES, Probe};
 use crate::host::{FileFacts, FileKind, Host};
 use crate::options::{CowSize, SnapshotOptions};
 use crate::origin_identity::OriginIdentity;
-use crate::policy::Verdict;
+use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::table::Store;
 use crate::units::{SECTOR_BYTES, Sectors};
@@ -253,8 +254,14 @@ fn inspect<'a, H: Host>(host: &H, path: &'a Path, file: H::File) -> Result<Backi
 /// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
 /// same file, gets a COW file that a snapshot has. What is inspected afterwards is not changed by who takes locks.
 fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Result<()> {
-    ask(Step::LockFile, path, || host.lock_file(file, exclusive))
+    patiently(host, &LOCK_RETRY, Verdict::InUse, || {
+        ask(Step::LockFile, path, || host.lock_file(file, exclusive))
+    })
 }
+
+/// The kernel drops the lock of a killed maker's, or of a deferred removal's, loop device a moment after the device is
+/// gone (`delayed_fput`).
+const LOCK_RETRY: Retry = Retry::until(Duration::from_millis(100));
 
 fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
     match locked {
