@@ -1,0 +1,117 @@
+//! Living beside losetup and dmsetup: theirs taken down by us, ours by them.
+
+use dmsnap::{Handles, LoopHandle, Outcome, cleanup, remove};
+
+use crate::common::reading::{alias_exists, dm_exists, loops_below, number};
+use crate::common::scene::{IMAGE_BYTES, content};
+use crate::common::{Foreign, Losetup, Scene, run, udev};
+
+struct TheirSnapshot {
+    device: Foreign,
+    origin: Losetup,
+    cow: Losetup,
+}
+
+/// What the shell scripts of old did.
+fn their_snapshot(scene: &Scene, name: &str) -> TheirSnapshot {
+    let origin = Losetup::attach_read_only(scene.image());
+    let cow = Losetup::attach(&scene.cow(format!("{name}.cow")));
+    let table = format!(
+        "0 {} snapshot {} {} P 8",
+        IMAGE_BYTES / 512,
+        number(&origin.device),
+        number(&cow.device)
+    );
+    let device = Foreign::create(name, &table);
+    TheirSnapshot {
+        device,
+        origin,
+        cow,
+    }
+}
+
+#[test]
+fn theirs_is_removed_by_us_and_its_loops_stay() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let theirs = their_snapshot(&scene, &name);
+    assert_eq!(remove(&name), Ok(Outcome::Removed));
+    assert!(!dm_exists(&name) && !alias_exists(&name));
+    assert!(
+        theirs.origin.is_bound() && theirs.cow.is_bound(),
+        "they have no autoclear, and nobody named them"
+    );
+    drop(theirs.device);
+}
+
+#[test]
+fn theirs_is_cleaned_up_by_handles() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let theirs = their_snapshot(&scene, &name);
+    let mut handles = Handles::default();
+    handles.name = Some(name.parse().expect("a name"));
+    handles.origin_loop = Some(LoopHandle::at(&theirs.origin.device));
+    handles.cow_loop = Some(LoopHandle::at(&theirs.cow.device));
+    cleanup(&handles).expect("nobody has it open");
+    assert!(!dm_exists(&name) && !alias_exists(&name));
+    scene.assert_clean();
+    cleanup(&handles).expect("already gone");
+}
+
+#[test]
+fn theirs_is_not_in_our_list() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let theirs = their_snapshot(&scene, &name);
+    assert_eq!(dmsnap::list().expect("a list"), []);
+    let error = dmsnap::status(&name).expect_err("not ours");
+    println!(
+        "message: status of a foreign device: {}",
+        crate::common::chain(&error)
+    );
+    drop(theirs);
+}
+
+#[test]
+fn theirs_can_be_read_where_ours_is_made_over_the_same_image() {
+    let scene = Scene::new();
+    let theirs = their_snapshot(&scene, &scene.name());
+    let ours = scene.snapshot();
+    assert_eq!(content(ours.device()), content(scene.image()));
+    ours.cleanup().expect("nobody has it open");
+    drop(theirs);
+}
+
+#[test]
+fn ours_is_removed_by_dmsetup() {
+    let scene = Scene::new();
+    for by_name in [true, false] {
+        let handles = scene.snapshot().into_handles();
+        let name = handles.name.clone().expect("a name").to_string();
+        run!("dmsetup", "remove", &name);
+        assert!(!dm_exists(&name));
+        assert!(
+            loops_below(scene.dir()).is_empty() || udev(),
+            "autoclear detaches them"
+        );
+        // dmsetup leaves /dev/mapper to udev where there is one, and udev does not know of our link.
+        if by_name {
+            assert_eq!(remove(&name), Ok(Outcome::AlreadyGone));
+        } else {
+            cleanup(&handles).expect("already gone");
+        }
+        assert!(!alias_exists(&name), "a link that leads nowhere");
+    }
+}
+
+#[test]
+fn ours_is_suspended_resumed_and_read_by_dmsetup() {
+    let scene = Scene::new();
+    let snapshot = scene.snapshot();
+    let name = snapshot.handles().name.clone().expect("a name").to_string();
+    run!("dmsetup", "suspend", &name);
+    run!("dmsetup", "resume", &name);
+    assert_eq!(content(snapshot.device()), content(scene.image()));
+    snapshot.cleanup().expect("nobody has it open");
+}

@@ -1,0 +1,129 @@
+//! SIGKILL at every system call of create, cleanup and reap: one sweep afterwards leaves nothing.
+//!
+//! strace delivers the signal on entering the call, and the kernel does not begin a call with a fatal signal pending
+//! (`syscall_trace_enter`, `ptrace_report_syscall`): a process killed at call n has done all up to n - 1 and no more. Since nothing
+//! happens between two calls, death right after call n is death at n + 1, which has its own row.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+
+use super::long;
+use super::trace::{self, Call};
+use super::world::World;
+
+/// The calls to die at. In the short form, not at one that changes nothing: death at the next leaves the same.
+fn fatal(calls: Vec<Call>) -> Vec<(usize, Call)> {
+    let last = calls.len();
+    let numbered = calls
+        .into_iter()
+        .enumerate()
+        .map(|(nth, call)| (nth + 1, call));
+    numbered
+        .filter(|(nth, call)| long() || *nth == last || !call.only_looks())
+        .collect()
+}
+
+/// For every call of `dmsnap ARGUMENTS`: `prepare`, die there, `reap` once, look around.
+fn kill_at_each(world: &World, what: &str, prepare: impl Fn() -> Vec<String>) {
+    let log = world.scene.path("strace.log");
+    let run = |arguments: &[String], kill: Option<&Call>| {
+        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+        let Some(call) = kill else {
+            return trace::calls(&log, &arguments);
+        };
+        let done = trace::with(&log, call, "signal=KILL", &arguments);
+        assert_eq!(done.status.signal(), Some(9), "{what}, {call:?}: {done:?}");
+        Vec::new()
+    };
+    let calls = run(&prepare(), None);
+    world.reap_once();
+    world.assert_as_before("after the run without a kill");
+
+    let fatal = fatal(calls);
+    println!(
+        "SIGKILL at {} calls of {what}: n, call, what was left, what reap did",
+        fatal.len()
+    );
+    for (nth, call) in fatal {
+        run(&prepare(), Some(&call));
+        let left = world.left();
+        let reaped = world.reap_once();
+        println!("{nth:4}  {:40}  {left:24}  {reaped}", call.brief());
+        world.assert_as_before(&format!("{what}, killed at {nth}, {call:?}"));
+    }
+}
+
+fn words(words: &[&str], paths: &[&Path]) -> Vec<String> {
+    let paths = paths
+        .iter()
+        .map(|path| path.to_str().expect("ASCII").to_owned());
+    words
+        .iter()
+        .map(|word| (*word).to_owned())
+        .chain(paths)
+        .collect()
+}
+
+#[test]
+fn sigkill_at_every_call_of_create() {
+    let world = World::new();
+    kill_at_each(&world, "create", || {
+        let mut create = words(&["create"], &[world.scene.image(), &world.fresh_cow()]);
+        create.push(world.victim().to_owned());
+        create
+    });
+}
+
+#[test]
+fn sigkill_at_every_call_of_create_over_a_stale_alias() {
+    let world = World::new();
+    let alias = Path::new("/dev/mapper").join(world.victim());
+    let log = world.scene.path("strace.log");
+    let create = || {
+        symlink("/dev/mapper/../dm-987654", &alias).expect("a stale alias");
+        let mut create = words(&["create"], &[world.scene.image(), &world.fresh_cow()]);
+        create.push(world.victim().to_owned());
+        create
+    };
+    let arguments = create();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let calls = trace::calls(&log, &arguments);
+    world.reap_once();
+    // Up to the alias it is a create like any other.
+    let from = calls
+        .iter()
+        .position(|call| call.name.starts_with("symlink"));
+    for call in &calls[from.expect("create makes an alias")..] {
+        create();
+        trace::with(&log, call, "signal=KILL", &arguments);
+        let left = world.left();
+        let reaped = world.reap_once();
+        println!("      {:40}  {left:24}  {reaped}", call.brief());
+        world.assert_as_before(&format!("killed at {call:?}"));
+    }
+}
+
+#[test]
+fn sigkill_at_every_call_of_cleanup() {
+    let world = World::new();
+    let file = world.scene.path("handles.json");
+    kill_at_each(&world, "cleanup", || {
+        let handles = serde_json::to_string(&world.make_victim()).expect("plain data");
+        fs::write(&file, handles).expect("room");
+        words(&["cleanup"], &[&file])
+    });
+}
+
+#[test]
+fn sigkill_at_every_call_of_reap() {
+    let world = World::new();
+    let stale = Path::new("/dev/mapper").join(format!("{}-stale", world.victim()));
+    kill_at_each(&world, "reap", || {
+        let _ = fs::remove_file(&stale);
+        world.make_victim();
+        symlink("/dev/mapper/../dm-987654", &stale).expect("a stale alias");
+        words(&["reap", "--keep", &world.live_name()], &[])
+    });
+}

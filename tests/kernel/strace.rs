@@ -1,0 +1,69 @@
+//! What the kernel is asked for: no other program, no semaphore, and not more than is needed.
+
+use std::fs;
+use std::path::Path;
+
+use crate::common::tools::success;
+use crate::common::{Scene, dmsnap_under};
+
+/// Runs the command line under strace; returns its stdout and its system calls, one a line.
+fn traced(scene: &Scene, arguments: &[&Path]) -> (String, Vec<String>) {
+    let log = scene.path("strace.log");
+    let log_word = log.to_str().expect("UTF-8");
+    let printed = success(dmsnap_under(&["strace", "-f", "-o", log_word]).args(arguments));
+    let text = fs::read_to_string(&log).expect("strace wrote it");
+    // With -f each line begins with the process's number.
+    let call = |line: &str| line.split_once(' ').map(|(_, call)| call.trim().to_owned());
+    let calls = text.lines().filter_map(call);
+    // Reading the clock enters the kernel only where the clock is a slow one, as under emulation on 5.10.
+    let calls = calls.filter(|call| !call.starts_with("clock_gettime("));
+    // The seed of std's hash maps: once a process, not once a snapshot.
+    let calls = calls.filter(|call| !call.contains("GRND_INSECURE"));
+    (printed, calls.collect())
+}
+
+/// The calls from the opening of the last control node to the end of the library's work.
+fn work<'a>(calls: &'a [String], control: &str, end: &str) -> &'a [String] {
+    let first = calls
+        .iter()
+        .rposition(|call| call.starts_with("openat(") && call.contains(control))
+        .unwrap_or_else(|| panic!("{control} was not opened: {calls:#?}"));
+    let rest = &calls[first + 1..];
+    let last = rest
+        .iter()
+        .position(|call| call.starts_with(end))
+        .unwrap_or_else(|| panic!("no {end}: {rest:#?}"));
+    &rest[..last]
+}
+
+fn no_helpers(calls: &[String]) {
+    let begins = |call: &&String, with: &str| call.starts_with(with);
+    let executed = calls.iter().filter(|call| begins(call, "execve")).count();
+    assert_eq!(executed, 1, "the command itself: {calls:#?}");
+    for forbidden in ["sem", "fork", "vfork", "clone", "socket", "connect"] {
+        let found: Vec<_> = calls
+            .iter()
+            .filter(|call| begins(call, forbidden))
+            .collect();
+        assert!(found.is_empty(), "{found:#?}");
+    }
+}
+
+#[test]
+fn create_and_cleanup_run_nothing_and_wait_for_nobody() {
+    let scene = Scene::new();
+    let (name, cow) = (scene.name(), scene.cow("cow"));
+    let create = ["create".as_ref(), scene.image(), &cow, name.as_ref()];
+    let (handles, calls) = traced(&scene, &create);
+    no_helpers(&calls);
+    let created = work(&calls, "/dev/loop-control", "write(1,");
+    println!("create, {} calls:\n{}", created.len(), created.join("\n"));
+    assert!(created.len() <= 30);
+
+    let file = scene.file("handles.json", handles);
+    let (_, calls) = traced(&scene, &["cleanup".as_ref(), &file]);
+    no_helpers(&calls);
+    let cleaned = work(&calls, "/dev/mapper/control", "exit_group(");
+    println!("cleanup, {} calls:\n{}", cleaned.len(), cleaned.join("\n"));
+    assert!(cleaned.len() <= 16);
+}
