@@ -90,7 +90,7 @@ fn clean_all(fleet: Vec<Handles>) {
 #[test]
 fn a_fleet_over_one_image() {
     let scene = Scene::new();
-    let count = short_or_long(100, 1000);
+    let count = short_or_long(60, 1000);
     let ships = Fleet {
         scene: &scene,
         options: SnapshotOptions::new(),
@@ -153,7 +153,7 @@ fn a_fleet_over_one_image() {
 #[test]
 fn memory_by_store_chunk_size_and_cow_size() {
     let scene = Scene::new();
-    let count = short_or_long(6, 40);
+    let count = short_or_long(4, 40);
     println!("KiB of kernel memory for each of {count} snapshots:");
     for (store, sectors, mebibytes) in [
         (Store::Persistent, 8, 8),
