@@ -17,7 +17,7 @@ use crate::dm_message::{Address, Listed};
 use crate::handles::FileId;
 use crate::holders;
 use crate::loop_device::{LoopControl, LoopDevice, LoopStatus};
-use crate::mapper::{DevId, Device, Mapper};
+use crate::mapper::{DevId, Device, Mapper, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::origin_identity::OriginIdentity;
 use crate::sys;
@@ -88,7 +88,7 @@ pub(crate) trait Host {
     fn is_stacked_on(&self, path: &Path) -> bool;
 
     fn open_mapper(&self) -> Result<(), Errno>;
-    fn target_version(&self) -> Result<[u32; 3], Errno>;
+    fn target_version(&self) -> Result<TargetVersion, Errno>;
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
@@ -288,7 +288,7 @@ impl Host for Machine {
         self.mapper().map(drop)
     }
 
-    fn target_version(&self) -> Result<[u32; 3], Errno> {
+    fn target_version(&self) -> Result<TargetVersion, Errno> {
         self.mapper()?.target_version()
     }
 

@@ -45,6 +45,14 @@ const GET_TARGET_VERSION: u8 = 17;
 /// From this minor version of the dm interface on, the list of devices has their uuids.
 const LIST_HAS_UUIDS: u32 = 45;
 
+/// How old the kernel's snapshot target is, and the interface it is reached by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TargetVersion {
+    pub(crate) target: [u32; 3],
+    /// 48 in Linux 6.4 to 6.12, 50 in 6.18 and 7.3.
+    pub(crate) interface_minor: u32,
+}
+
 /// What the kernel says of a dm device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
@@ -234,13 +242,17 @@ impl Mapper {
     }
 
     /// The snapshot target's version; has the kernel load the module if need be.
-    pub(crate) fn target_version(&self) -> Result<[u32; 3], Errno> {
+    pub(crate) fn target_version(&self) -> Result<TargetVersion, Errno> {
         const ROOM: usize = 64;
         let mut buffer = [0; DM_HEAD_BYTES + ROOM];
         let head = Message::new(&mut buffer[..]);
         let mut message = head.with_name("snapshot");
         self.send(GET_TARGET_VERSION, &mut message)?;
-        dm_message::target_version(message.payload()).ok_or(Errno::EPROTO)
+        let target = dm_message::target_version(message.payload()).ok_or(Errno::EPROTO)?;
+        Ok(TargetVersion {
+            target,
+            interface_minor: message.minor_version(),
+        })
     }
 }
 

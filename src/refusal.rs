@@ -179,6 +179,14 @@ pub enum Refusal {
         /// The COW file.
         path: PathBuf,
     },
+    /// Discard with such small chunks crashes this kernel, whoever asks for it.
+    #[error(
+        "discard with chunks of {chunk} sectors crashes kernels as new as this one: use 512 or more"
+    )]
+    DiscardChunk {
+        /// The chunk size asked for.
+        chunk: ChunkSize,
+    },
     /// The snapshot target of this kernel cannot do what was asked.
     #[error("the kernel's snapshot target {version} lacks {feature}")]
     TargetLacks {

@@ -16,7 +16,7 @@ use crate::error::Step;
 use crate::handles::FileId;
 use crate::host::{FileFacts, FileKind, Host};
 use crate::loop_device::LoopStatus;
-use crate::mapper::Device;
+use crate::mapper::{Device, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Target, TargetLine};
@@ -321,9 +321,12 @@ impl Host for Script {
         self.call(Step::OpenMapper)
     }
 
-    fn target_version(&self) -> Result<[u32; 3], Errno> {
+    fn target_version(&self) -> Result<TargetVersion, Errno> {
         self.call(Step::TargetVersion)?;
-        Ok([1, 16, 0])
+        Ok(TargetVersion {
+            target: [1, 16, 0],
+            interface_minor: 48,
+        })
     }
 
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno> {

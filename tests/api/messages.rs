@@ -168,6 +168,12 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" is not blank, and a transient store would overwrite it (truncate it to reuse it)"#,
         ),
         (
+            Refusal::DiscardChunk {
+                chunk: ChunkSize::DEFAULT,
+            },
+            "discard with chunks of 8 sectors crashes kernels as new as this one: use 512 or more",
+        ),
+        (
             Refusal::TargetLacks {
                 version: "1.15.0".to_owned(),
                 feature: "discard_zeroes_cow (1.16.0)",

@@ -115,6 +115,14 @@ fn a_discard_gives_the_space_back_when_asked_for_and_fails_otherwise() {
     // sectors, loading such a table is a divide error, and the kernel is gone.
     if ["5.10", "6.1", "6.12"].contains(&stated_kernel().as_str()) {
         cases.push((true, 8));
+    } else {
+        let mut options = SnapshotOptions::new();
+        let cow = scene.cow("crash.cow");
+        let refused = options
+            .discard(true)
+            .create(scene.image(), &cow, &scene.name());
+        let refusal = Refusal::DiscardChunk { chunk: chunk(8) };
+        assert_eq!(refused, Err(Error::Refused(refusal)));
     }
     for (discard, sectors) in cases {
         let mut options = SnapshotOptions::new();

@@ -55,7 +55,7 @@ guest_boot() {
     truncate -s 4G "$guest_dir/scratch"
     touch "$guest_dir"/{console,output,verdict,out}
     # oops=panic, panic=-1 and -no-reboot: a guest that fails ends at once.
-    append="console=ttyS0 panic=-1 oops=panic random.trust_cpu=on"
+    append="console=ttyS0 panic=-1 oops=panic random.trust_cpu=on no_timer_check"
     # Crypto self-tests and the like are a third of the boot under emulation.
     append+=" mitigations=off cryptomgr.notests initcall_blacklist=init_encrypted,crypto_kdf108_init,jent_mod_init"
     # QEMU 7.2 leaves junk in the flags after cmpxchg16b; an interrupt just then

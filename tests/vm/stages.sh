@@ -122,7 +122,7 @@ kernel_tests() {
             continue
         fi
         log=$target_dir/vm/test-$spec.log
-        local options=(--kernel "$kernel" --timeout 1200 --file "$target_dir/vm/kernel")
+        local options=(--kernel "$kernel" --timeout 2400 --file "$target_dir/vm/kernel")
         local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
         if [[ $spec == *+udev ]]; then
             options+=(--udev)
