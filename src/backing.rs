@@ -259,9 +259,9 @@ fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Resu
     })
 }
 
-/// The kernel drops the lock of a killed maker's, or of a deferred removal's, loop device a moment after the device is
-/// gone (`delayed_fput`).
-const LOCK_RETRY: Retry = Retry::until(Duration::from_millis(100));
+/// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is gone: the
+/// kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node.
+const LOCK_RETRY: Retry = Retry::until(Duration::from_secs(1));
 
 fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
     match locked {
