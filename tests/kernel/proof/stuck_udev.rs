@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{median, timed};
-use crate::common::{Scene, eventually, output, run, udev};
+use super::{drain, median, timed};
+use crate::common::{Scene, eventually, output, udev};
 
 /// The pids of udevd and its workers; none where none runs.
 fn daemons() -> Vec<String> {
@@ -42,7 +42,7 @@ impl Drop for Stopped {
 
 /// What a create and a cleanup take, and the names they had.
 fn cost(scene: &Scene, names: &mut Vec<String>) -> [Duration; 2] {
-    let measured = (0..11).map(|_| {
+    let measured = (0..8).map(|_| {
         let (made, create) = timed(|| scene.snapshot());
         let name = made.handles().name.clone().expect("a name").to_string();
         fs::File::open(made.device()).expect("the device opens at once");
@@ -85,9 +85,7 @@ fn a_stuck_udevd_is_not_waited_for() {
     scene.assert_clean();
 
     drop(stopped);
-    if udev() {
-        run!("udevadm", "settle", "--timeout=50");
-    }
+    drain();
     scene.assert_clean();
     let stale = |name: &String| Path::new("/dev/mapper").join(name).is_symlink();
     assert!(
