@@ -121,7 +121,9 @@ pub(crate) fn open_cow<'a, H: Host>(
     let Some(size) = options.make_cow else {
         let file = open(host, path, true)?;
         let locked = lock(host, path, &file, true);
-        return admit_cow(host, inspect(host, path, file)?, locked, origin, options);
+        let cow = inspect(host, path, file)?;
+        let mark = admit_cow(host, &cow, locked, origin, options)?;
+        return Ok((cow, mark));
     };
     let bytes = made_bytes(path, size, origin, options)?;
     let file = ask(Step::MakeFile, path, || host.make_file(path))?;
@@ -139,11 +141,15 @@ pub(crate) fn open_cow<'a, H: Host>(
         host.size_file(&file, bytes, options.reserve)
     });
     let inspected = ask(Step::InspectFile, path, || host.inspect_file(&file));
-    match sized.and(inspected) {
-        Ok(facts) => admit_cow(host, Backing { path, file, facts }, Ok(()), origin, options),
-        Err(error) => Err(error),
+    let facts = sized
+        .and(inspected)
+        .map_err(|error| unmake(host, error, path))?;
+    let cow = Backing { path, file, facts };
+    match admit_cow(host, &cow, Ok(()), origin, options) {
+        Ok(mark) => Ok((cow, mark)),
+        // `cow` is still open here, and with it locked.
+        Err(error) => Err(unmake(host, error, path)),
     }
-    .map_err(|error| unmake(host, error, path))
 }
 
 /// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
@@ -183,13 +189,14 @@ fn made_bytes<F>(
         })
 }
 
-fn admit_cow<'a, H: Host>(
+/// Says whether the store is to be marked.
+fn admit_cow<H: Host>(
     host: &H,
-    cow: Backing<'a, H::File>,
+    cow: &Backing<'_, H::File>,
     locked: Result<()>,
     origin: &Backing<'_, H::File>,
     options: &SnapshotOptions,
-) -> Result<(Backing<'a, H::File>, bool)> {
+) -> Result<bool> {
     let path = || cow.path.to_owned();
     if cow.facts.id == origin.facts.id {
         return Err(Refusal::SameFile {
@@ -220,8 +227,7 @@ fn admit_cow<'a, H: Host>(
     if cow.facts.links == 0 {
         return Err(Refusal::CowUnlinked { path: path() }.into());
     }
-    let mark = check_store(host, &cow, origin, options)?;
-    Ok((cow, mark))
+    check_store(host, cow, origin, options)
 }
 
 fn open<H: Host>(host: &H, path: &Path, writable: bool) -> Result<H::File> {

@@ -124,6 +124,7 @@ impl SnapshotOptions {
     /// # Errors
     ///
     /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched.
+    /// A file that somebody else has locked is tried again for a second: a lock that is being dropped may take that long.
     /// [`Error::Failed`](crate::Error::Failed) names the first step that failed; nothing is left behind.
     /// [`Error::Debris`](crate::Error::Debris) says what is, when undoing failed too.
     pub fn create(
