@@ -86,6 +86,7 @@ pub(crate) trait Host {
     fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
     fn is_stacked_on(&self, path: &Path) -> bool;
+    fn shows_backing(&self, path: &Path) -> bool;
 
     fn open_mapper(&self) -> Result<(), Errno>;
     fn target_version(&self) -> Result<TargetVersion, Errno>;
@@ -282,6 +283,13 @@ impl Host for Machine {
     fn is_stacked_on(&self, path: &Path) -> bool {
         let number = self.device_number(path).ok().flatten();
         number.is_some_and(|number| !holders::stacked(number).is_empty())
+    }
+
+    /// Whether sysfs names a backing file for the loop device: it does until the device has let go of it.
+    fn shows_backing(&self, path: &Path) -> bool {
+        let name = path.file_name().unwrap_or_default();
+        let attributes = Path::new("/sys/block").join(name).join("loop");
+        attributes.exists()
     }
 
     fn open_mapper(&self) -> Result<(), Errno> {

@@ -175,6 +175,11 @@ fn take_over(name: &DeviceName) -> Result<()> {
     let [Some(origin), Some(cow)] = facts else {
         return Err(not_ours().into());
     };
+    let cow_loop = cow.device.to_string_lossy();
+    let cow_loop = cow_loop.strip_prefix("/dev/loop").map(str::parse);
+    let Some(Ok(cow_loop)) = cow_loop else {
+        return Err(not_ours().into());
+    };
     // While the dm table holds them, `LOOP_CLR_FD` only sets autoclear. Loops first: a snapshot that is ours has loops
     // that detach themselves, at every moment.
     for facts in [&origin, &cow] {
@@ -191,12 +196,7 @@ fn take_over(name: &DeviceName) -> Result<()> {
         mtime_ns: 0,
     };
     let identity = origin_identity(&origin).unwrap_or(unknown);
-    let cow_loop = cow
-        .device
-        .to_string_lossy()
-        .trim_start_matches("/dev/loop")
-        .parse();
-    let uuid = DeviceUuid::fresh(random, identity, cow_loop.unwrap_or(0));
+    let uuid = DeviceUuid::fresh(random, identity, cow_loop);
     ask(Step::SetUuid, &path, || MACHINE.set_uuid(name, &uuid))
 }
 

@@ -43,6 +43,8 @@ pub(crate) struct World {
     made_files: BTreeSet<PathBuf>,
     /// When the users of each dm device close it.
     pub(crate) busy_until: Duration,
+    /// When loop devices that are being cleared are done with it.
+    pub(crate) letting_go_until: Duration,
 }
 
 struct Binding {
@@ -315,6 +317,10 @@ impl Host for Script {
             .strip_prefix("/dev/loop")
             .and_then(|digits| digits.parse().ok());
         number.is_some_and(|number| self.world.borrow().held(number))
+    }
+
+    fn shows_backing(&self, _path: &Path) -> bool {
+        self.clock.get() < self.world.borrow().letting_go_until
     }
 
     fn open_mapper(&self) -> Result<(), Errno> {

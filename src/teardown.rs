@@ -114,7 +114,7 @@ fn claim<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<Claim>> {
             is_ours: true,
         }));
     }
-    let Some((device, status)) = still_bound(host, handle)? else {
+    let Binding::Bound(device, status) = binding(host, handle)? else {
         return Ok(None);
     };
     let mut handle = handle.clone();
@@ -133,7 +133,7 @@ fn claim<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<Claim>> {
 fn release_loop<H: Host>(host: &H, claim: &Claim, removed: bool, retry: &Retry) -> Result<()> {
     let path = &claim.handle.path;
     patiently(host, retry, Verdict::Busy, || {
-        if !detach(host, claim)? || still_bound(host, &claim.handle)?.is_none() {
+        if !detach(host, claim)? || matches!(binding(host, &claim.handle)?, Binding::Gone) {
             return Ok(());
         }
         if removed && host.is_stacked_on(path) {
@@ -146,8 +146,10 @@ fn release_loop<H: Host>(host: &H, claim: &Claim, removed: bool, retry: &Retry) 
 /// Has the kernel detach it when nobody has it open any more, us included. Says whether there was anything to detach.
 fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     let path = &claim.handle.path;
-    let Some((device, status)) = still_bound(host, &claim.handle)? else {
-        return Ok(false);
+    let (device, status) = match binding(host, &claim.handle)? {
+        Binding::Bound(device, status) => (device, status),
+        Binding::LettingGo => return Ok(true),
+        Binding::Gone => return Ok(false),
     };
     if status.autoclear {
         return Ok(true);
@@ -167,16 +169,30 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     absent(detached).map(|found| found.is_some())
 }
 
-/// The handle's loop device, if it is bound to what the handle says.
-fn still_bound<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<(H::Loop, LoopStatus)>> {
+/// What a handle's loop device is to the handle.
+enum Binding<L> {
+    /// Bound to what the handle says.
+    Bound(L, LoopStatus),
+    /// Unbound to whoever asks (`LOOP_GET_STATUS64` answers ENXIO), and the kernel still at it (`__loop_clr_fd`): the
+    /// backing file is in use until it is done.
+    LettingGo,
+    /// Free, or bound to something else.
+    Gone,
+}
+
+fn binding<H: Host>(host: &H, handle: &LoopHandle) -> Result<Binding<H::Loop>> {
     let path = &handle.path;
     let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
     let Some(device) = absent(opened)? else {
-        return Ok(None);
+        return Ok(Binding::Gone);
     };
     let asked = ask(Step::InspectLoop, path, || host.loop_status(&device));
     let Some(status) = absent(asked)? else {
-        return Ok(None);
+        return Ok(if host.shows_backing(path) {
+            Binding::LettingGo
+        } else {
+            Binding::Gone
+        });
     };
     let same_file = handle
         .backing
@@ -187,7 +203,11 @@ fn still_bound<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<(H::Loop
         }
         None => Ok(true),
     };
-    Ok((same_file && same_binding()?).then_some((device, status)))
+    Ok(if same_file && same_binding()? {
+        Binding::Bound(device, status)
+    } else {
+        Binding::Gone
+    })
 }
 
 /// Waits until nothing of what the handles name is left: for after a deferred removal, which takes the dm device
@@ -217,7 +237,8 @@ fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
         .into_iter()
         .flatten();
     for handle in loops.filter(|handle| handle.has_identity()) {
-        if still_bound(host, handle)?.is_some() && !host.is_stacked_on(&handle.path) {
+        let gone = matches!(binding(host, handle)?, Binding::Gone);
+        if !gone && !host.is_stacked_on(&handle.path) {
             return Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY));
         }
     }

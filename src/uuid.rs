@@ -76,7 +76,11 @@ impl DeviceUuid {
 
     fn fields(&self) -> Option<[u64; 3]> {
         let mut fields = self.0.strip_prefix(Self::PREFIX)?.split('-').skip(1);
-        let mut next = || u64::from_str_radix(fields.next()?, 16).ok();
+        let mut next = || {
+            let field = fields.next()?;
+            let digits = field.bytes().all(|byte| byte.is_ascii_hexdigit());
+            u64::from_str_radix(field, 16).ok().filter(|_| digits)
+        };
         Some([next()?, next()?, next()?])
     }
 
@@ -138,6 +142,8 @@ mod tests {
         );
         assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
         assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
+        let signed = DeviceUuid::new("DMSNAP-0-+5-0-0").expect("a uuid");
+        assert_eq!(signed.origin(), None, "not as it is printed");
         let largest = OriginIdentity {
             size_bytes: u64::MAX,
             mtime_ns: -1,

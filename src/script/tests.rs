@@ -196,6 +196,20 @@ fn a_busy_device_is_waited_for_until_it_is_closed_or_the_deadline() {
     assert!(script.now() < Duration::from_millis(90));
 }
 
+/// Seen on 5.10: a removal returned while the kernel was still clearing the loop device, and the backing file was in use.
+#[test]
+fn a_loop_device_that_is_being_cleared_is_waited_for() {
+    let script = Script::new(never);
+    let handles = made(&script);
+    script.world.borrow_mut().letting_go_until = Duration::from_millis(70);
+    let error = clean(&script, &handles, &Retry::until(Duration::from_millis(50)));
+    let error = error.expect_err("the deadline comes first");
+    assert_eq!(error.verdict(), Some(Verdict::Busy));
+    assert_eq!(error.left().len(), 2, "{error}");
+    clean(&script, &handles, &Retry::default()).expect("done at 70 ms");
+    assert!((70..90).contains(&script.now().as_millis()));
+}
+
 #[test]
 fn what_is_somebody_elses_by_now_is_left_alone() {
     let script = Script::new(never);

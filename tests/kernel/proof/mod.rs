@@ -7,6 +7,7 @@
 
 mod contention;
 mod fault;
+mod faulty;
 mod full_disk;
 mod identity;
 mod kill;
