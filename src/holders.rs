@@ -1,7 +1,7 @@
 //! Who holds a block device, as far as /proc and /sys show it. For messages: nothing is decided by it.
 
 use std::ffi::CString;
-use std::fs;
+use std::fs::{self, DirEntry};
 use std::path::Path;
 
 use crate::name::DeviceNumber;
@@ -12,7 +12,10 @@ const NAMED: usize = 4;
 
 /// Each holder in words, such as `mounted at /mnt` or `firecracker (pid 812)`.
 pub(crate) fn holders(number: DeviceNumber) -> Vec<String> {
-    let mut found = stacked(number);
+    let mut found: Vec<_> = stacked(number)
+        .iter()
+        .map(|entry| format!("in use by /dev/{}", entry.file_name().to_string_lossy()))
+        .collect();
     found.extend(mounts(number));
     found.extend(swaps(number));
     found.extend(processes(number));
@@ -21,12 +24,17 @@ pub(crate) fn holders(number: DeviceNumber) -> Vec<String> {
 }
 
 /// The dm devices and other block devices that stand on this one.
-pub(crate) fn stacked(number: DeviceNumber) -> Vec<String> {
-    let devices = fs::read_dir(format!("/sys/dev/block/{number}/holders"));
-    let names = devices.into_iter().flatten().flatten();
-    names
-        .map(|entry| format!("in use by /dev/{}", entry.file_name().to_string_lossy()))
+pub(crate) fn stacked_on(number: DeviceNumber) -> Vec<DeviceNumber> {
+    let of = |entry: &DirEntry| fs::read_to_string(entry.path().join("dev")).ok();
+    stacked(number)
+        .iter()
+        .filter_map(|entry| of(entry)?.trim_end().parse().ok())
         .collect()
+}
+
+fn stacked(number: DeviceNumber) -> Vec<DirEntry> {
+    let devices = fs::read_dir(format!("/sys/dev/block/{number}/holders"));
+    devices.into_iter().flatten().flatten().collect()
 }
 
 /// `/proc/self/mountinfo`: the third word is the device, the fifth the mount point with its blanks escaped.

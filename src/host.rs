@@ -85,7 +85,7 @@ pub(crate) trait Host {
     fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
     fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
-    fn is_stacked_on(&self, path: &Path) -> bool;
+    fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber>;
     fn shows_backing(&self, path: &Path) -> bool;
 
     fn open_mapper(&self) -> Result<(), Errno>;
@@ -280,9 +280,9 @@ impl Host for Machine {
         device.detach()
     }
 
-    fn is_stacked_on(&self, path: &Path) -> bool {
+    fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
         let number = self.device_number(path).ok().flatten();
-        number.is_some_and(|number| !holders::stacked(number).is_empty())
+        number.map(holders::stacked_on).unwrap_or_default()
     }
 
     /// Whether sysfs names a backing file for the loop device: it does until the device has let go of it.

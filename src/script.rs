@@ -41,6 +41,10 @@ pub(crate) struct World {
     devices: BTreeMap<String, ScriptDevice>,
     aliases: BTreeSet<PathBuf>,
     made_files: BTreeSet<PathBuf>,
+    /// Devices that are removed by their name, and still hold their loop devices.
+    dying: Vec<ScriptDevice>,
+    /// Until when the kernel takes its time to destroy a removed device's table.
+    pub(crate) dying_until: Duration,
     /// When the users of each dm device close it.
     pub(crate) busy_until: Duration,
     /// When loop devices that are being cleared are done with it.
@@ -87,10 +91,14 @@ impl World {
         self.loops.insert(number, binding);
     }
 
-    fn held(&self, number: u32) -> bool {
+    fn holding(&self, number: u32) -> impl Iterator<Item = DeviceNumber> {
+        let holds =
+            move |device: &&ScriptDevice| device.table.is_some_and(|loops| loops.contains(&number));
         self.devices
             .values()
-            .any(|device| device.table.is_some_and(|loops| loops.contains(&number)))
+            .chain(&self.dying)
+            .filter(holds)
+            .map(|device| device.number)
     }
 
     fn settle(&mut self) {
@@ -98,7 +106,7 @@ impl World {
             .loops
             .iter()
             .filter(|(number, binding)| {
-                binding.autoclear && binding.opens == 0 && !self.held(**number)
+                binding.autoclear && binding.opens == 0 && self.holding(**number).next().is_none()
             })
             .map(|(number, _)| *number)
             .collect();
@@ -311,12 +319,15 @@ impl Host for Script {
         Ok(())
     }
 
-    fn is_stacked_on(&self, path: &Path) -> bool {
+    fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
         let number = path
             .to_string_lossy()
             .strip_prefix("/dev/loop")
             .and_then(|digits| digits.parse().ok());
-        number.is_some_and(|number| self.world.borrow().held(number))
+        let world = self.world.borrow();
+        number
+            .map(|number| world.holding(number).collect())
+            .unwrap_or_default()
     }
 
     fn shows_backing(&self, _path: &Path) -> bool {
@@ -404,7 +415,10 @@ impl Host for Script {
             };
         }
         let mut world = self.world.borrow_mut();
-        world.devices.remove(&uuid);
+        let device = world.devices.remove(&uuid);
+        if self.clock.get() < world.dying_until {
+            world.dying.extend(device);
+        }
         world.settle();
         Ok(false)
     }
@@ -458,6 +472,11 @@ impl Host for Script {
 
     fn sleep(&self, pause: Duration) {
         self.clock.set(self.clock.get() + pause);
+        let mut world = self.world.borrow_mut();
+        if self.clock.get() >= world.dying_until {
+            world.dying.clear();
+            world.settle();
+        }
     }
 }
 

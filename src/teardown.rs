@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask, patiently};
+use crate::dm_message::Address;
 use crate::error::{Error, Leftover, Result, Step};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::{Host, MACHINE};
@@ -72,7 +73,7 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
             Retry::ONCE
         };
         let released = claim.and_then(|claim| match claim {
-            Some(claim) => release_loop(host, &claim, removed, &patience),
+            Some(claim) => release_loop(host, &claim, removed.then_some(handles), &patience),
             None => Ok(()),
         });
         if let Err(error) = released {
@@ -128,15 +129,22 @@ fn claim<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<Claim>> {
 
 /// Sees to it that the loop device is detached, if it still is the one that is claimed.
 ///
-/// With our dm device gone, other dm devices on it are other snapshots', as on a shared origin: autoclear detaches it
+/// With our dm device `gone`, other dm devices on it are other snapshots', as on a shared origin: autoclear detaches it
 /// behind the last of them.
-fn release_loop<H: Host>(host: &H, claim: &Claim, removed: bool, retry: &Retry) -> Result<()> {
+fn release_loop<H: Host>(
+    host: &H,
+    claim: &Claim,
+    gone: Option<&Handles>,
+    retry: &Retry,
+) -> Result<()> {
     let path = &claim.handle.path;
     patiently(host, retry, Verdict::Busy, || {
         if !detach(host, claim)? || matches!(binding(host, &claim.handle)?, Binding::Gone) {
             return Ok(());
         }
-        if removed && host.is_stacked_on(path) {
+        if let Some(gone) = gone
+            && is_shared(host, gone, path)?
+        {
             return Ok(());
         }
         Err(Error::failed(Step::DetachLoop, path, policy::BUSY))
@@ -210,6 +218,21 @@ fn binding<H: Host>(host: &H, handle: &LoopHandle) -> Result<Binding<H::Loop>> {
     })
 }
 
+/// Whether other dm devices than the handles' own, which is gone by its name and uuid, stand on the loop device.
+///
+/// The kernel forgets a device's name before it destroys the table (`__dm_destroy`), so for a moment a removed device
+/// still holds its loop devices, under a number by which it can no longer be asked about.
+fn is_shared<H: Host>(host: &H, gone: &Handles, path: &Path) -> Result<bool> {
+    for number in host.stacked_on(path) {
+        let address = Address::Number(number);
+        let alive = || ask(Step::Query, &number.dm_node(), || host.query(address));
+        if gone.dev != Some(number) || absent(alive())?.is_some() {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Waits until nothing of what the handles name is left: for after a deferred removal, which takes the dm device
 /// away at its last close and its loop devices a little later. It removes nothing itself.
 ///
@@ -238,7 +261,7 @@ fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
         .flatten();
     for handle in loops.filter(|handle| handle.has_identity()) {
         let gone = matches!(binding(host, handle)?, Binding::Gone);
-        if !gone && !host.is_stacked_on(&handle.path) {
+        if !gone && !is_shared(host, handles, &handle.path)? {
             return Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY));
         }
     }

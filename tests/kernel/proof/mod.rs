@@ -21,8 +21,6 @@ mod world;
 
 use std::time::{Duration, Instant};
 
-use crate::common::{output, udev};
-
 /// Whether the long form was asked for.
 fn long() -> bool {
     std::env::var_os("DMSNAP_TEST_LONG").is_some_and(|value| value == "1")
@@ -31,14 +29,6 @@ fn long() -> bool {
 /// `short`, or `long` in the long form.
 fn short_or_long<T>(short: T, in_full: T) -> T {
     if long() { in_full } else { short }
-}
-
-/// Waits for udevd, if there is one, to come to the end of what some hundred snapshots have it look at. That takes it
-/// longer than other tests wait, and is not theirs to wait for.
-fn drain() {
-    let settle = || output!("udevadm", "settle", "--timeout=40");
-    let drained = !udev() || (0..10).any(|_| settle().status.success());
-    assert!(drained, "udevd does not settle");
 }
 
 /// What `work` returns, and how long it took.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use dmsnap::{ChunkSize, Handles, Snapshot, SnapshotOptions, Store, cleanup};
 
 use super::worker::use_disk;
-use super::{drain, median, short_or_long, timed};
-use crate::common::{PREFIX, Scene, chain};
+use super::{median, short_or_long, timed};
+use crate::common::{PREFIX, Scene, chain, settle};
 
 /// Of /proc/meminfo, in KiB.
 #[derive(Clone, Copy, Debug)]
@@ -147,7 +147,7 @@ fn a_fleet_over_one_image() {
 
     let ((), clearing) = timed(|| clean_all(fleet));
     println!("all cleaned up by 8 threads in {clearing:.1?}");
-    drain();
+    settle();
 }
 
 #[test]
@@ -178,7 +178,7 @@ fn memory_by_store_chunk_size_and_cow_size() {
         ships.grow(&mut fleet, if warm { 1 } else { count });
         clean_all(std::mem::take(&mut fleet));
         warm = true;
-        drain();
+        settle();
         let before = Memory::now();
         ships.grow(&mut fleet, count);
         let after = Memory::now();
@@ -188,5 +188,5 @@ fn memory_by_store_chunk_size_and_cow_size() {
         // The hash tables are bounded at 2.25 MiB or twice that, kcopyd reserves 512 KiB; the rest is small.
         assert!(each < 8 << 10, "{each} KiB for one snapshot");
     }
-    drain();
+    settle();
 }

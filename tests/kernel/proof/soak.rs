@@ -9,9 +9,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use dmsnap::{Fate, Outcome, ReapOptions, Retry, cleanup, remove_deferred, wait_gone};
 
 use super::scale::Memory;
+use super::short_or_long;
 use super::worker::{Job, cycle, use_disk};
-use super::{drain, short_or_long};
-use crate::common::{Scene, chain, eventually, udev};
+use crate::common::{Scene, chain, eventually, settle, udev};
 
 /// Slab may end this much higher than it began, in KiB: caches breathe. Over 5,000 cycles a leak of one 1 KiB object
 /// in each would be more.
@@ -168,7 +168,7 @@ fn nothing_grows() {
         soak.one(nth);
     }
     soak.killed();
-    drain();
+    settle();
     let before = sample(&scene, "before");
     for nth in 0..cycles {
         soak.one(nth);
@@ -176,7 +176,7 @@ fn nothing_grows() {
             sample(&scene, &format!("after {}", nth + 1));
         }
     }
-    drain();
+    settle();
     println!("done, forgotten, busy, deferred, killed: {:?}", soak.tally);
 
     // Memory is given back some time after it was let go.

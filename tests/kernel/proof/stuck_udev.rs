@@ -4,8 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{drain, median, timed};
-use crate::common::{Scene, eventually, output, udev};
+use super::{median, timed};
+use crate::common::{Scene, eventually, output, settle, udev};
 
 /// The pids of udevd and its workers; none where none runs.
 fn daemons() -> Vec<String> {
@@ -85,7 +85,7 @@ fn a_stuck_udevd_is_not_waited_for() {
     scene.assert_clean();
 
     drop(stopped);
-    drain();
+    settle();
     scene.assert_clean();
     let stale = |name: &String| Path::new("/dev/mapper").join(name).is_symlink();
     assert!(
