@@ -237,10 +237,14 @@ fn open<H: Host>(host: &H, path: &Path, writable: bool) -> Result<H::File> {
             kind: "a directory",
         }
         .into()),
-        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(Refusal::CowInUse {
-            path: path.to_owned(),
+        Err(error) if error.verdict() == Some(Verdict::InUse) => {
+            let path = path.to_owned();
+            Err(if writable {
+                Refusal::CowInUse { path }.into()
+            } else {
+                Refusal::OriginInUse { path }.into()
+            })
         }
-        .into()),
         opened => opened,
     }
 }

@@ -5,6 +5,7 @@ use crate::error::{Error, Result};
 use crate::handles::{Handles, LoopHandle};
 use crate::options::{CowSize, SnapshotOptions};
 use crate::policy::{AT_ONCE, Retry, Verdict};
+use crate::refusal::Refusal;
 use crate::snapshot::{Snapshot, create};
 use crate::teardown::clean;
 
@@ -194,6 +195,24 @@ fn a_busy_device_is_waited_for_until_it_is_closed_or_the_deadline() {
     );
     clean(&script, &handles, &Retry::default()).expect("closed at 70 ms");
     assert!(script.now() < Duration::from_millis(90));
+}
+
+/// The image's turn once passed for the COW file's.
+#[test]
+fn a_file_that_somebody_claims_is_refused_by_what_it_is_for() {
+    for (nth, path) in [(1, "/image"), (2, "/cow")] {
+        let opens = Cell::new(0);
+        let script = Script::new(move |step, _| {
+            opens.set(opens.get() + usize::from(step == Step::OpenFile));
+            (step == Step::OpenFile && opens.get() == nth).then_some(Errno::EBUSY)
+        });
+        let path = PathBuf::from(path);
+        let refusal = match nth {
+            1 => Refusal::OriginInUse { path },
+            _ => Refusal::CowInUse { path },
+        };
+        assert_eq!(create_on(&script), Err(Error::Refused(refusal)));
+    }
 }
 
 /// Seen on 5.10: a removal returned while the kernel was still clearing the loop device, and the backing file was in use.

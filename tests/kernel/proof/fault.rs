@@ -10,7 +10,7 @@ use dmsnap::SnapshotOptions;
 use super::faulty::{Act, Cell, Fault, arguments, with_cow};
 use super::trace::{self, Call};
 use super::world::World;
-use super::{long, short_or_long};
+use super::{has_its_turn, long, short_or_long};
 
 const ERRNOS: [(&str, i32); 9] = [
     ("EBUSY", 16),
@@ -64,7 +64,11 @@ fn matrix(world: &World, what: &str, calls: &[Call], act: Act) {
     let mut wrong = Vec::new();
     // The short form asks one of the nine of each call, and goes through them from call to call.
     let asked = short_or_long(1, ERRNOS.len());
-    for (nth, call) in calls.iter().enumerate() {
+    for (nth, call) in calls
+        .iter()
+        .enumerate()
+        .filter(|(nth, _)| has_its_turn(*nth))
+    {
         let mut row = String::new();
         for (column, errno) in ERRNOS.into_iter().enumerate() {
             let turn = (column + ERRNOS.len() - nth * 2 % ERRNOS.len()) % ERRNOS.len();

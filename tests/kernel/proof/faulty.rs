@@ -160,8 +160,9 @@ impl Fault<'_> {
     fn judge(&self, done: &Output) -> Result<Cell, String> {
         let line = complaint(done);
         let (named, cause) = named(&line);
-        // EAGAIN from flock says that somebody else has the lock, which is no failure of the call.
-        let locked = self.call.name == "flock" && self.errno.0 == "EAGAIN";
+        // These say that somebody else has the file, which is no failure of the call.
+        let in_use = [("flock", "EAGAIN"), ("openat", "EBUSY")];
+        let locked = in_use.contains(&(self.call.name.as_str(), self.errno.0));
         let number = format!("(os error {})", self.errno.1);
         let object = cause.contains('/') || cause.contains("stdout");
         let typed = cause.starts_with("cannot ") && object && cause.contains(&number);
