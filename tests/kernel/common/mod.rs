@@ -42,13 +42,14 @@ pub(crate) fn udev() -> bool {
     std::env::var_os("DMSNAP_TEST_UDEV").is_some_and(|value| value == "1")
 }
 
-/// Waits until udevd, if there is one, has seen all that there is. Some hundred snapshots give it work for minutes.
+/// Waits until udevd, if there is one, has seen all that there is. Some hundred snapshots give it work for minutes, and
+/// `udevadm settle` may take twice its timeout: once for udevd's answer, once for its queue.
 pub(crate) fn settle() {
     let settled = || {
-        output!("udevadm", "settle", "--timeout=40")
+        output!("udevadm", "settle", "--timeout=25")
             .status
             .success()
     };
-    let well = !udev() || (0..10).any(|_| settled());
+    let well = !udev() || (0..16).any(|_| settled());
     assert!(well, "udevd does not settle");
 }
