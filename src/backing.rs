@@ -43,12 +43,12 @@ pub enum Warning {
         /// The size at which a full overwrite fits.
         worst_case_bytes: u64,
     },
-    /// At this very size the kernel invalidates a full `PO` store instead of only stopping its writes: there is no room
-    /// for the metadata area behind the last full one. Give the COW file the other size.
-    CowSizeTrap {
-        /// The COW file's size.
+    /// The COW file was made a chunk longer. At its old size the kernel invalidates a full `PO` store instead of only
+    /// stopping its writes: there is no room for the metadata area behind the last full one.
+    CowLengthened {
+        /// The size it had.
         bytes: u64,
-        /// The least size above it that is sound.
+        /// The size it has now.
         sound_bytes: u64,
     },
     /// Direct I/O was asked for, and the COW file's file system cannot do it.
@@ -73,10 +73,10 @@ impl std::fmt::Display for Warning {
                     "the COW file has {bytes} bytes; overwriting the whole origin takes {worst_case_bytes}"
                 )
             }
-            Self::CowSizeTrap { bytes, sound_bytes } => {
+            Self::CowLengthened { bytes, sound_bytes } => {
                 write!(
                     f,
-                    "a COW file of {bytes} bytes ends invalid when full, one of {sound_bytes} does not"
+                    "the COW file was made {sound_bytes} bytes long: one of {bytes} ends invalid when full"
                 )
             }
             Self::DirectIoUnavailable => {
@@ -106,24 +106,37 @@ pub(crate) fn open_origin<'a, H: Host>(
     in_use(locked, || Refusal::OriginInUse {
         path: path.to_owned(),
     })?;
-    check_identity(&origin, options.expected_origin, options)?;
+    check_identity(path, origin.identity(), options.expected_origin, options)?;
     Ok(origin)
 }
 
-/// Opens the COW file, or makes it, and locks it against a second snapshot. Says whether the store is to be marked as
-/// made over this origin.
+/// A COW file that a snapshot can be made over.
+pub(crate) struct Cow<'a, F> {
+    pub(crate) backing: Backing<'a, F>,
+    /// Whether the store is to be marked as made over this origin.
+    pub(crate) mark: bool,
+    /// What was done to it.
+    pub(crate) warning: Option<Warning>,
+}
+
+/// Opens the COW file, or makes it, and locks it against a second snapshot.
 pub(crate) fn open_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
     origin: &Backing<'_, H::File>,
     options: &SnapshotOptions,
-) -> Result<(Backing<'a, H::File>, bool)> {
+) -> Result<Cow<'a, H::File>> {
     let Some(size) = options.make_cow else {
         let file = open(host, path, true)?;
         let locked = lock(host, path, &file, true);
-        let cow = inspect(host, path, file)?;
-        let mark = admit_cow(host, &cow, locked, origin, options)?;
-        return Ok((cow, mark));
+        let mut backing = inspect(host, path, file)?;
+        let mark = admit_cow(host, &backing, locked, origin, options)?;
+        let warning = mend_size(host, &mut backing, options)?;
+        return Ok(Cow {
+            backing,
+            mark,
+            warning,
+        });
     };
     let bytes = made_bytes(path, size, origin, options)?;
     let file = ask(Step::MakeFile, path, || host.make_file(path))?;
@@ -146,7 +159,11 @@ pub(crate) fn open_cow<'a, H: Host>(
         .map_err(|error| unmake(host, error, path))?;
     let cow = Backing { path, file, facts };
     match admit_cow(host, &cow, Ok(()), origin, options) {
-        Ok(mark) => Ok((cow, mark)),
+        Ok(mark) => Ok(Cow {
+            backing: cow,
+            mark,
+            warning: None,
+        }),
         // `cow` is still open here, and with it locked.
         Err(error) => Err(unmake(host, error, path)),
     }
@@ -161,6 +178,35 @@ pub(crate) fn unmake<H: Host>(host: &H, error: Error, path: &Path) -> Error {
         None => error,
         Some(why) => error.leaving(vec![Leftover::new(path, why)]),
     }
+}
+
+/// Makes a `PO` store's file a chunk longer where its size is a trap ([`exception_store::sound`]). Longer, not shorter: of
+/// a store that was in use, the last chunk may hold data. It stays so whatever comes of the snapshot.
+fn mend_size<H: Host>(
+    host: &H,
+    cow: &mut Backing<'_, H::File>,
+    options: &SnapshotOptions,
+) -> Result<Option<Warning>> {
+    let bytes = cow.facts.size_bytes;
+    let sound = exception_store::sound_from(bytes, options.store, options.chunk);
+    if options.store != Store::PersistentOverflow || sound == Some(bytes) {
+        return Ok(None);
+    }
+    let path = || cow.path.to_owned();
+    let sound_bytes = sound.ok_or_else(|| Refusal::CowTooLarge { path: path() })?;
+    if cow.facts.kind != FileKind::Regular {
+        return Err(Refusal::CowSizeTrap {
+            path: path(),
+            bytes,
+            sound_bytes,
+        }
+        .into());
+    }
+    ask(Step::SizeFile, cow.path, || {
+        host.size_file(&cow.file, sound_bytes, false)
+    })?;
+    cow.facts.size_bytes = sound_bytes;
+    Ok(Some(Warning::CowLengthened { bytes, sound_bytes }))
 }
 
 fn made_bytes<F>(
@@ -281,15 +327,15 @@ fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
 }
 
 /// Holds the image against what a store's exceptions were made over.
-fn check_identity<F>(
-    origin: &Backing<'_, F>,
+pub(crate) fn check_identity(
+    origin: &Path,
+    found: OriginIdentity,
     expected: Option<OriginIdentity>,
     options: &SnapshotOptions,
 ) -> Result<()> {
-    let found = origin.identity();
     match expected {
         Some(expected) if expected != found && !options.any_origin => {
-            let path = origin.path.to_owned();
+            let path = origin.to_owned();
             Err(Refusal::OriginChanged {
                 path,
                 expected,
@@ -324,7 +370,7 @@ fn check_store<H: Host>(
             asked: options.chunk,
         },
         Probe::Store(header) => {
-            check_identity(origin, header.origin, options)?;
+            check_identity(origin.path, origin.identity(), header.origin, options)?;
             return Ok(header.origin != Some(origin.identity()));
         }
         Probe::Damaged(fault) => Refusal::CowDamaged {
@@ -385,16 +431,6 @@ pub(crate) fn note_sizes(
             bytes: cow.size_bytes,
             worst_case_bytes: worst_case,
         });
-    }
-    let whole = cow.size_bytes / options.chunk.bytes() * options.chunk.bytes();
-    match exception_store::sound(whole, options.store, options.chunk) {
-        Some(sound_bytes) if options.store == Store::PersistentOverflow && sound_bytes != whole => {
-            warnings.push(Warning::CowSizeTrap {
-                bytes: cow.size_bytes,
-                sound_bytes,
-            });
-        }
-        _ => (),
     }
     warnings
 }

@@ -75,6 +75,11 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
         }
     }
 
+    pub(crate) fn with_address(mut self, address: Address<'_>) -> Self {
+        self.address(address);
+        self
+    }
+
     pub(crate) fn with_flags(mut self, flags: u32) -> Self {
         self.put(FLAGS, flags);
         self
@@ -180,6 +185,19 @@ pub(crate) fn target_version(payload: &[u8]) -> Option<[u32; 3]> {
     ])
 }
 
+/// The first target's name and what it says, in an answer made of `struct dm_target_spec` and text each
+/// (`retrieve_status`, `drivers/md/dm-ioctl.c`).
+pub(crate) fn first_target(payload: &[u8]) -> Option<(&str, &str)> {
+    const TARGET_TYPE: usize = 24;
+    const SPEC_BYTES: usize = 40;
+    let text = |field: &'_ [u8]| field.iter().position(|byte| *byte == 0);
+    let kind = payload.get(TARGET_TYPE..SPEC_BYTES)?;
+    let status = payload.get(SPEC_BYTES..)?;
+    let kind = &kind[..text(kind)?];
+    let status = &status[..text(status)?];
+    Some((str::from_utf8(kind).ok()?, str::from_utf8(status).ok()?))
+}
+
 /// One device in the answer to `DM_LIST_DEVICES`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listed {
@@ -252,6 +270,19 @@ mod tests {
         let long = "u".repeat(128);
         assert_eq!(Head::to(Address::Uuid(&long)).uuid(), long);
         assert_eq!(Head::to(Address::Name("vm")).name(), "vm");
+    }
+
+    #[test]
+    fn a_status_is_read_only_if_it_is_whole() {
+        let mut payload = vec![0; 40];
+        payload[24..32].copy_from_slice(b"snapshot");
+        payload.extend(b"16/2048 16\0\0\0");
+        assert_eq!(first_target(&payload), Some(("snapshot", "16/2048 16")));
+        for cut in 0..51 {
+            assert_eq!(first_target(&payload[..cut]), None, "{cut}");
+        }
+        payload[41] = 0xff;
+        assert_eq!(first_target(&payload), None, "not UTF-8");
     }
 
     fn entry(name: &str, uuid: Option<&str>, last: bool) -> Vec<u8> {

@@ -208,7 +208,7 @@ steps! {
     OpenFile = "open",
     /// `open` with `O_CREAT | O_EXCL` of the COW file.
     MakeFile = "make",
-    /// `ftruncate` or `fallocate` of the COW file.
+    /// `ftruncate` or `fallocate` of the COW file, new or longer than it was.
     SizeFile = "set aside space for",
     /// `fstat` of the origin image, the COW file or a device node.
     InspectFile = "inspect",
@@ -232,10 +232,12 @@ steps! {
     TestLock = "test the lock of",
     /// `BLKGETDISKSEQ` of a loop device.
     ReadDiskseq = "read the disk sequence number of",
-    /// `LOOP_GET_STATUS64` or `fstat` of a loop device.
+    /// `LOOP_GET_STATUS64` or `fstat` of a loop device, or its backing file's path in sysfs.
     InspectLoop = "inspect loop device",
     /// `BLKGETSIZE64`.
     SizeLoop = "read the size of",
+    /// `LOOP_SET_CAPACITY`.
+    ResizeLoop = "resize loop device",
     /// `LOOP_CLR_FD`.
     DetachLoop = "detach",
     /// `open` of `/dev/mapper/control`.
@@ -254,8 +256,10 @@ steps! {
     Remove = "remove",
     /// `DM_DEV_STATUS`.
     Query = "query",
-    /// `DM_TABLE_STATUS`.
+    /// `DM_TABLE_STATUS`, for the status or the table.
     Status = "read the status of",
+    /// `DM_DEV_ARM_POLL`.
+    ArmPoll = "watch for events through",
     /// `DM_LIST_DEVICES`.
     List = "list the devices of",
     /// Making `/dev/mapper/<name>`.

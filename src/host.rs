@@ -16,10 +16,11 @@ use crate::alias;
 use crate::dm_message::{Address, Listed};
 use crate::handles::FileId;
 use crate::holders;
-use crate::loop_device::{LoopControl, LoopDevice, LoopStatus};
+use crate::loop_device::{self, LoopControl, LoopDevice, LoopStatus};
 use crate::mapper::{DevId, Device, Mapper, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::origin_identity::OriginIdentity;
+use crate::status::SnapshotStatus;
 use crate::sys;
 use crate::table::TargetLine;
 use crate::uuid::DeviceUuid;
@@ -63,6 +64,8 @@ pub(crate) trait Host {
     fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
     fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
     fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
+    fn open_backing(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
+    fn lengthen_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
@@ -87,6 +90,8 @@ pub(crate) trait Host {
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber>;
     fn shows_backing(&self, path: &Path) -> bool;
+    fn resize_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
+    fn backing_of(&self, number: DeviceNumber) -> Result<(PathBuf, PathBuf), Errno>;
 
     fn open_mapper(&self) -> Result<(), Errno>;
     fn target_version(&self) -> Result<TargetVersion, Errno>;
@@ -94,6 +99,8 @@ pub(crate) trait Host {
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
+    fn live_table(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
+    fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno>;
 
     fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno>;
@@ -157,12 +164,12 @@ impl Machine {
         self.mapper()?.table(id, inactive)
     }
 
-    pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
-        self.mapper()?.set_uuid(name, uuid)
+    pub(crate) fn glance(&self, uuid: &DeviceUuid) -> Result<Option<SnapshotStatus>, Errno> {
+        self.mapper()?.glance(uuid)
     }
 
-    pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
-        self.mapper()?.status(uuid)
+    pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.mapper()?.set_uuid(name, uuid)
     }
 }
 
@@ -198,6 +205,25 @@ impl Host for Machine {
         } else {
             nix::unistd::ftruncate(file, length)
         }
+    }
+
+    /// Without `O_EXCL`: a block device is claimed by the loop device over it.
+    fn open_backing(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
+        let access = if writable {
+            OFlag::O_RDWR
+        } else {
+            OFlag::O_RDONLY
+        };
+        let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        open(path, access | flags, Mode::empty())
+    }
+
+    /// `fallocate` of the last byte alone, or of all: unlike `ftruncate` it never makes a file shorter that somebody else
+    /// has just made longer still, and it leaves what is there as it is.
+    fn lengthen_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
+        let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        let from = if reserve { 0 } else { (length - 1).max(0) };
+        nix::fcntl::fallocate(file, FallocateFlags::empty(), from, length - from)
     }
 
     fn inspect_file(&self, file: &OwnedFd) -> Result<FileFacts, Errno> {
@@ -280,6 +306,17 @@ impl Host for Machine {
         device.detach()
     }
 
+    fn resize_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
+        device.resize()
+    }
+
+    fn backing_of(&self, number: DeviceNumber) -> Result<(PathBuf, PathBuf), Errno> {
+        Ok((
+            loop_device::node_of(number)?,
+            loop_device::backing_path(number)?,
+        ))
+    }
+
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
         let number = self.device_number(path).ok().flatten();
         number.map(holders::stacked_on).unwrap_or_default()
@@ -314,6 +351,14 @@ impl Host for Machine {
 
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
         self.mapper()?.query(address)
+    }
+
+    fn live_table(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.mapper()?.table(DevId::Uuid(uuid), false)
+    }
+
+    fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.mapper()?.status(uuid)
     }
 
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {

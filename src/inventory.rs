@@ -1,13 +1,14 @@
 //! What there is: our snapshots, read from the kernel's state alone.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use crate::ask::{absent, ask};
+use crate::ask::ask;
 use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
 use crate::handles::{FileId, Handles, LoopHandle};
 use crate::host::{Host, MACHINE, Machine};
+use crate::lookup;
+use crate::loop_device;
 use crate::mapper::{DevId, Device, MAPPER_CONTROL};
 use crate::name::{DeviceName, DeviceNumber, MAPPER_DIR};
 use crate::origin_identity::OriginIdentity;
@@ -124,19 +125,8 @@ pub fn list() -> Result<Vec<Result<SnapshotInfo>>> {
 ///
 /// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device, [`Error::Refused`] when it is none of ours.
 pub fn status(device: impl AsRef<str>) -> Result<SnapshotInfo> {
-    let text = device.as_ref();
-    let uuid = DeviceUuid::new(text).ok();
-    let name = DeviceName::new(text);
-    if let (None, Err(refusal)) = (&uuid, &name) {
-        return Err(refusal.clone().into());
-    }
-    open_mapper()?;
-    if let Some(uuid) = uuid
-        && let Some(info) = absent(look(Address::Uuid(uuid.as_str()), text))?
-    {
-        return Ok(info);
-    }
-    look(Address::Name(name?.as_str()), text)
+    let (device, uuid) = lookup::find(&MACHINE, device.as_ref())?;
+    read(&MACHINE, device, uuid)
 }
 
 /// Whole handles of a live snapshot, so that a control plane that has saved nothing, or only a name, can go on.
@@ -234,16 +224,8 @@ pub(crate) fn ours() -> Result<Vec<(String, Result<SnapshotInfo>)>> {
 }
 
 fn look(address: Address<'_>, name: &str) -> Result<SnapshotInfo> {
-    let path = Path::new(MAPPER_DIR).join(name);
-    let device = ask(Step::Query, &path, || MACHINE.query(address))?;
-    match DeviceUuid::new(device.uuid.as_str()) {
-        Ok(uuid) => read(&MACHINE, device, uuid),
-        Err(_) => Err(Refusal::NotOurs {
-            name: device.name,
-            uuid: device.uuid,
-        }
-        .into()),
-    }
+    let (device, uuid) = lookup::ours(&MACHINE, address, name)?;
+    read(&MACHINE, device, uuid)
 }
 
 fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotInfo> {
@@ -291,10 +273,8 @@ fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
 
 /// `None` when the device is no loop device.
 fn loop_facts(machine: &Machine, number: DeviceNumber) -> Option<LoopFacts> {
-    let sysfs = fs::canonicalize(format!("/sys/dev/block/{number}")).ok()?;
-    sysfs.join("loop").exists().then_some(())?;
-    let device = Path::new("/dev").join(sysfs.file_name()?);
-    let path = read_path(&sysfs.join("loop/backing_file"));
+    let device = loop_device::node_of(number).ok()?;
+    let path = loop_device::backing_path(number).ok();
     let open = machine.open_loop(&device, false).ok();
     let status = open
         .as_ref()
@@ -308,12 +288,4 @@ fn loop_facts(machine: &Machine, number: DeviceNumber) -> Option<LoopFacts> {
         backing: status.map(|status| status.backing),
         diskseq,
     })
-}
-
-/// A path as sysfs prints it: raw bytes and a newline.
-fn read_path(file: &Path) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStringExt;
-    let mut bytes = fs::read(file).ok()?;
-    bytes.pop_if(|last| *last == b'\n');
-    Some(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
 }

@@ -1,9 +1,13 @@
 //! Loop devices: the control node, attaching, inspecting, detaching.
 //!
 //! The only importer of `loopdev`, which opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
-//! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds.
+//! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds. So does
+//! `LOOP_SET_CAPACITY`, which the crate asks for through a node that is open for writing: its close wakes udev's watch.
 
+use std::ffi::OsString;
+use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -24,6 +28,23 @@ pub(crate) const LOOP_CONTROL: &str = "/dev/loop-control";
 /// `/dev/loopN`.
 pub(crate) fn node(number: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{number}"))
+}
+
+/// The node of the loop device of that number; ENOTBLK for a device that is no loop device.
+pub(crate) fn node_of(number: DeviceNumber) -> Result<PathBuf, Errno> {
+    let sysfs = fs::canonicalize(format!("/sys/dev/block/{number}"));
+    let sysfs = sysfs.map_err(|error| errno_of(&error))?;
+    let name = sysfs.file_name().filter(|_| sysfs.join("loop").exists());
+    Ok(Path::new("/dev").join(name.ok_or(Errno::ENOTBLK)?))
+}
+
+/// The path of the file behind it, as sysfs prints it: raw bytes and a newline, with ` (deleted)` behind the path once
+/// the file is unlinked.
+pub(crate) fn backing_path(number: DeviceNumber) -> Result<PathBuf, Errno> {
+    let read = fs::read(format!("/sys/dev/block/{number}/loop/backing_file"));
+    let mut bytes = read.map_err(|error| errno_of(&error))?;
+    bytes.pop_if(|last| *last == b'\n');
+    Ok(PathBuf::from(OsString::from_vec(bytes)))
 }
 
 /// `/dev/loop-control`, open.
@@ -104,6 +125,11 @@ impl LoopDevice {
             Self::Writable(device) => device.detach().map_err(|error| errno_of(&error)),
             Self::ReadOnly(_) => Err(Errno::EBADF),
         }
+    }
+
+    /// Takes over the backing file's size as it is now.
+    pub(crate) fn resize(&self) -> Result<(), Errno> {
+        sys::loop_set_capacity(self.fd())
     }
 
     pub(crate) fn number(&self) -> Result<DeviceNumber, Errno> {

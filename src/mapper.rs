@@ -7,19 +7,25 @@
 //! | create, load, status | `devicemapper` | it builds and parses target specs well |
 //! | resume, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
+//! | a glance at the status | `sys.rs` | the crate allocates six times for it |
+//! | arming a poll | `sys.rs` | the crate arms the one fd that all its callers share |
 //! | query | `sys.rs` | the crate finds no device by number, and fails on names that are not ASCII |
 //! | list | `sys.rs` | the crate returns no uuids, and one odd name hides every device |
 //! | target version | `sys.rs` | the crate has only the list of loaded targets, which loads no module |
 
 use std::fmt;
 use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use devicemapper::{DM, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
 use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::sys::stat::Mode;
 
 use crate::dm_message::{self, Address, Head, Listed, Message};
 use crate::error;
 use crate::name::{DeviceName, DeviceNumber};
+use crate::status::SnapshotStatus;
 use crate::sys::{self, DM_HEAD_BYTES};
 use crate::table::TargetLine;
 use crate::uuid::DeviceUuid;
@@ -40,6 +46,8 @@ const DEV_REMOVE: u8 = 4;
 const DEV_RENAME: u8 = 5;
 const DEV_SUSPEND: u8 = 6;
 const DEV_STATUS: u8 = 7;
+const TABLE_STATUS: u8 = 12;
+const ARM_POLL: u8 = 16;
 const GET_TARGET_VERSION: u8 = 17;
 
 /// From this minor version of the dm interface on, the list of devices has their uuids.
@@ -207,6 +215,31 @@ impl Mapper {
         self.first_line(DevId::Uuid(uuid), DmFlags::DM_NOFLUSH)
     }
 
+    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target.
+    pub(crate) fn glance(&self, uuid: &DeviceUuid) -> Result<Option<SnapshotStatus>, Errno> {
+        const ROOM: usize = 200;
+        let mut buffer = [0; DM_HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_flags(dm_message::NOFLUSH);
+        let mut message = message.with_address(Address::Uuid(uuid.as_str()));
+        self.send(TABLE_STATUS, &mut message)?;
+        if message.flags() & dm_message::ACTIVE_PRESENT == 0 {
+            return Ok(None);
+        }
+        let line = if message.flags() & dm_message::BUFFER_FULL != 0 {
+            self.status(uuid)?
+        } else {
+            None
+        };
+        let owned = line
+            .as_ref()
+            .map(|(kind, text)| (kind.as_str(), text.as_str()));
+        let seen = owned.or_else(|| dm_message::first_target(message.payload()));
+        Ok(seen.and_then(|(kind, text)| {
+            let Ok(status) = text.parse();
+            matches!(kind, "snapshot" | "snapshot-merge").then_some(status)
+        }))
+    }
+
     fn first_line(&self, id: DevId<'_>, flags: DmFlags) -> Result<Option<(String, String)>, Errno> {
         let options = DmOptions::default().set_flags(flags);
         let id = match id {
@@ -253,6 +286,29 @@ impl Mapper {
             target,
             interface_minor: message.minor_version(),
         })
+    }
+}
+
+/// `/dev/mapper/control`, open once more: readable from the first dm event on that follows the last arming, whichever
+/// device it is of. Each open file has an event number of its own (`dm_poll`, `drivers/md/dm-ioctl.c`).
+#[derive(Debug)]
+pub(crate) struct EventFd(OwnedFd);
+
+impl EventFd {
+    pub(crate) fn open() -> Result<Self, Errno> {
+        let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        nix::fcntl::open(MAPPER_CONTROL, flags, Mode::empty()).map(Self)
+    }
+
+    pub(crate) fn arm(&self) -> Result<(), Errno> {
+        let mut message = Head::new([0; DM_HEAD_BYTES]);
+        sys::dm_ioctl(self.0.as_fd(), ARM_POLL, message.bytes_mut())
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 

@@ -121,6 +121,9 @@ impl SnapshotOptions {
     /// last user is gone. Both may be regular files or block devices. Bytes of the image behind its last whole
     /// 512-byte sector are not visible to the guest ([`Warning::OriginTail`](crate::Warning::OriginTail)).
     ///
+    /// A COW file of a size at which the kernel invalidates a full `PO` store is made a chunk longer, and stays so
+    /// ([`Warning::CowLengthened`](crate::Warning::CowLengthened)); a block device of such a size is refused.
+    ///
     /// # Errors
     ///
     /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched.

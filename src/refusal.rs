@@ -131,6 +131,30 @@ pub enum Refusal {
         /// The COW file.
         path: PathBuf,
     },
+    /// A `PO` store on a block device of this very size ends invalid instead of full, and devices are not made longer here.
+    #[error(
+        "COW device {path:?} has {bytes} bytes, and a full store of that size ends invalid: make it {sound_bytes} bytes or a chunk shorter"
+    )]
+    CowSizeTrap {
+        /// The COW device.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The least size above it that is sound.
+        sound_bytes: u64,
+    },
+    /// A COW device that is no file has to be made longer by whoever made it, and is then taken at its new size.
+    #[error(
+        "COW device {path:?} has {bytes} bytes, less than the {asked} asked for: only files are made longer here"
+    )]
+    CowDeviceShort {
+        /// The COW device.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The size asked for.
+        asked: u64,
+    },
     /// Another snapshot has the COW file: its loop device holds the `flock`. Or it is a block device that is mounted.
     #[error("COW file {path:?} is in use by another snapshot")]
     CowInUse {
@@ -186,6 +210,45 @@ pub enum Refusal {
     DiscardChunk {
         /// The chunk size asked for.
         chunk: ChunkSize,
+    },
+    /// The device has no live table, or one of another target.
+    #[error("{name:?} is not a live snapshot")]
+    NotLive {
+        /// The dm device's name.
+        name: String,
+    },
+    /// The path that the kernel has for an image or COW file leads to it no more, or not in this mount namespace.
+    #[error(
+        "{path:?} is not the file that {name:?} has: it was removed, replaced or is mounted elsewhere"
+    )]
+    FileElsewhere {
+        /// The dm device's name.
+        name: String,
+        /// The path, with ` (deleted)` behind it once the file is unlinked.
+        path: PathBuf,
+    },
+    /// A longer COW file does not bring the device's writes back: it has to be removed and made again, which
+    /// [`recover`](crate::recover) does.
+    #[error(
+        "{name:?} has overflowed: its writes fail until it is removed and made again (recover)"
+    )]
+    Overflowed {
+        /// The dm device's name.
+        name: String,
+    },
+    /// A `P` or `N` store has overflowed, or the COW file's writes have failed: the kernel gives nothing of it back.
+    #[error(
+        "{name:?} is invalid: it overflowed or a write to its COW file failed, and the kernel has given it up"
+    )]
+    Invalid {
+        /// The dm device's name.
+        name: String,
+    },
+    /// There is nothing to recover from.
+    #[error("{name:?} has not overflowed: it can be grown as it is")]
+    NotOverflowed {
+        /// The dm device's name.
+        name: String,
     },
     /// The snapshot target of this kernel cannot do what was asked.
     #[error("the kernel's snapshot target {version} lacks {feature}")]

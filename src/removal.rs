@@ -115,6 +115,14 @@ impl Subject {
         }
     }
 
+    /// Our device of that uuid, or none.
+    pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
+        Self {
+            key: Key::Uuid(uuid),
+            path: name.mapper_path(),
+        }
+    }
+
     fn named(name: DeviceName) -> Self {
         Self {
             path: name.mapper_path(),

@@ -19,7 +19,7 @@ use crate::loop_device::LoopStatus;
 use crate::mapper::{Device, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::LO_AUTOCLEAR;
-use crate::table::{Target, TargetLine};
+use crate::table::{SnapshotParams, Target, TargetLine};
 use crate::uuid::DeviceUuid;
 
 /// Whether the call made as `Step`, the n-th of all (from 1), is to fail, and how.
@@ -49,10 +49,20 @@ pub(crate) struct World {
     pub(crate) busy_until: Duration,
     /// When loop devices that are being cleared are done with it.
     pub(crate) letting_go_until: Duration,
+    /// Inode to size, of files that are no longer as they were made.
+    sizes: BTreeMap<u64, u64>,
+    /// What every live device says of itself, if it is not in working order.
+    pub(crate) status: Option<&'static str>,
 }
+
+/// The size of a file that nobody has made longer.
+const FILE_BYTES: u64 = 1 << 20;
 
 struct Binding {
     backing: FileId,
+    path: PathBuf,
+    /// The size that the loop device has noticed.
+    bytes: u64,
     autoclear: bool,
     diskseq: u64,
     opens: usize,
@@ -61,8 +71,22 @@ struct Binding {
 struct ScriptDevice {
     name: String,
     number: DeviceNumber,
-    table: Option<[u32; 2]>,
+    table: Option<TargetLine>,
     live: bool,
+}
+
+impl ScriptDevice {
+    fn params(&self) -> Option<&SnapshotParams> {
+        match &self.table.as_ref()?.target {
+            Target::Snapshot(params) => Some(params),
+            _ => None,
+        }
+    }
+
+    fn holds(&self, number: u32) -> bool {
+        self.params()
+            .is_some_and(|params| [params.origin.minor, params.cow.minor].contains(&number))
+    }
 }
 
 impl World {
@@ -84,6 +108,8 @@ impl World {
     pub(crate) fn bind_foreign(&mut self, number: u32, inode: u64) {
         let binding = Binding {
             backing: file_id(inode),
+            path: PathBuf::from("/foreign"),
+            bytes: FILE_BYTES,
             autoclear: false,
             diskseq: 0,
             opens: 0,
@@ -92,13 +118,18 @@ impl World {
     }
 
     fn holding(&self, number: u32) -> impl Iterator<Item = DeviceNumber> {
-        let holds =
-            move |device: &&ScriptDevice| device.table.is_some_and(|loops| loops.contains(&number));
+        let holds = move |device: &&ScriptDevice| device.holds(number);
         self.devices
             .values()
             .chain(&self.dying)
             .filter(holds)
             .map(|device| device.number)
+    }
+
+    /// How long the file of that path is.
+    pub(crate) fn file_bytes(&self, path: &Path) -> u64 {
+        let size = self.sizes.get(&inode(path));
+        size.copied().unwrap_or(FILE_BYTES)
     }
 
     fn settle(&mut self) {
@@ -119,6 +150,11 @@ fn file_id(inode: u64) -> FileId {
         dev: DeviceNumber { major: 8, minor: 1 },
         inode,
     }
+}
+
+/// The length of the path, so that two paths are two files.
+fn inode(path: &Path) -> u64 {
+    path.as_os_str().len() as u64
 }
 
 pub(crate) struct ScriptLoop {
@@ -181,10 +217,21 @@ impl Host for Script {
     type File = u64;
     type Loop = ScriptLoop;
 
-    /// The inode is the length of the path, so that two paths are two files.
     fn open_file(&self, path: &Path, _writable: bool) -> Result<u64, Errno> {
         self.call(Step::OpenFile)?;
-        Ok(path.as_os_str().len() as u64)
+        Ok(inode(path))
+    }
+
+    fn open_backing(&self, path: &Path, writable: bool) -> Result<u64, Errno> {
+        self.open_file(path, writable)
+    }
+
+    fn lengthen_file(&self, file: &u64, bytes: u64, _reserve: bool) -> Result<(), Errno> {
+        self.call(Step::SizeFile)?;
+        let mut world = self.world.borrow_mut();
+        let size = world.sizes.entry(*file).or_insert(FILE_BYTES);
+        *size = bytes.max(*size);
+        Ok(())
     }
 
     fn make_file(&self, path: &Path) -> Result<u64, Errno> {
@@ -203,7 +250,7 @@ impl Host for Script {
             id: file_id(*file),
             kind: FileKind::Regular,
             mode: 0o600,
-            size_bytes: 1 << 20,
+            size_bytes: *self.world.borrow().sizes.get(file).unwrap_or(&FILE_BYTES),
             mtime_ns: 1,
             links: 1,
             has_blocks: false,
@@ -256,13 +303,15 @@ impl Host for Script {
         device: &ScriptLoop,
         backing: &u64,
         flags: u32,
-        _: &Path,
+        path: &Path,
     ) -> Result<(), Errno> {
         self.call(Step::AttachLoop)?;
         let mut world = self.world.borrow_mut();
         world.next_diskseq += 1;
         let binding = Binding {
             backing: file_id(*backing),
+            path: path.to_owned(),
+            bytes: world.file_bytes(path),
             autoclear: flags & LO_AUTOCLEAR != 0,
             diskseq: world.next_diskseq,
             opens: 1,
@@ -319,6 +368,24 @@ impl Host for Script {
         Ok(())
     }
 
+    fn resize_loop(&self, device: &ScriptLoop) -> Result<(), Errno> {
+        self.call(Step::ResizeLoop)?;
+        let mut world = self.world.borrow_mut();
+        let binding = world.loops.get(&device.number).ok_or(Errno::ENXIO)?;
+        let bytes = world.file_bytes(&binding.path);
+        let binding = world.loops.get_mut(&device.number).ok_or(Errno::ENXIO)?;
+        binding.bytes = bytes;
+        Ok(())
+    }
+
+    fn backing_of(&self, number: DeviceNumber) -> Result<(PathBuf, PathBuf), Errno> {
+        self.call(Step::InspectLoop)?;
+        let world = self.world.borrow();
+        let binding = world.loops.get(&number.minor).ok_or(Errno::ENOENT)?;
+        let node = PathBuf::from(format!("/dev/loop{}", number.minor));
+        Ok((node, binding.path.clone()))
+    }
+
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
         let number = path
             .to_string_lossy()
@@ -366,13 +433,9 @@ impl Host for Script {
 
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
         self.call(Step::Load)?;
-        let Target::Snapshot(params) = &line.target else {
-            return Err(Errno::EINVAL);
-        };
-        let loops = [params.origin.minor, params.cow.minor];
         let mut world = self.world.borrow_mut();
         let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
-        device.table = Some(loops);
+        device.table = Some(line.clone());
         Ok(())
     }
 
@@ -404,6 +467,27 @@ impl Host for Script {
         })
     }
 
+    fn live_table(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.call(Step::Status)?;
+        let world = self.world.borrow();
+        let device = world.devices.get(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        let line = device.table.as_ref().filter(|_| device.live);
+        Ok(line.map(|line| (line.target.kind().to_owned(), line.target.params())))
+    }
+
+    fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.call(Step::Status)?;
+        let world = self.world.borrow();
+        let device = world.devices.get(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        let Some(params) = device.params().filter(|_| device.live) else {
+            return Ok(None);
+        };
+        let sectors = world.loops[&params.cow.minor].bytes / 512;
+        let usage = || format!("16/{sectors} 16");
+        let text = world.status.map_or_else(usage, str::to_owned);
+        Ok(Some(("snapshot".to_owned(), text)))
+    }
+
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
         self.call(Step::Remove)?;
         let uuid = self.find(address)?;
@@ -419,6 +503,7 @@ impl Host for Script {
         if self.clock.get() < world.dying_until {
             world.dying.extend(device);
         }
+        world.status = None;
         world.settle();
         Ok(false)
     }
@@ -480,4 +565,5 @@ impl Host for Script {
     }
 }
 
+mod growth;
 mod tests;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ask::{ask, patiently};
-use crate::backing::{Backing, Warning, note_sizes, open_cow, open_origin, unmake};
+use crate::backing::{Backing, Cow, Warning, note_sizes, open_cow, open_origin, unmake};
 use crate::error::{Error, Result, Step};
 use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
@@ -18,6 +18,7 @@ use crate::name::{DeviceName, DeviceNumber};
 use crate::options::SnapshotOptions;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
+use crate::status::SnapshotStatus;
 use crate::sys::{LO_AUTOCLEAR, LO_DIRECT_IO, LO_READ_ONLY};
 use crate::table::{Discard, SnapshotParams, Target, TargetLine};
 use crate::teardown;
@@ -63,6 +64,16 @@ impl Snapshot {
         &self.warnings
     }
 
+    /// Makes its COW file at least `bytes` long while it works, as [`grow`](crate::grow()) does.
+    ///
+    /// # Errors
+    ///
+    /// As [`grow`](crate::grow()).
+    pub fn grow(&self, bytes: u64) -> Result<SnapshotStatus> {
+        let uuid = self.handles.uuid.as_ref().map_or("", DeviceUuid::as_str);
+        crate::grow::grow(uuid, bytes)
+    }
+
     /// Takes it down, as [`cleanup`](crate::cleanup) does. The COW file stays.
     ///
     /// # Errors
@@ -98,13 +109,13 @@ pub(crate) fn create<H: Host>(
     })?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, options)?;
-    let (cow, mark) = open_cow(host, cow, &origin, options)?;
+    let cow = open_cow(host, cow, &origin, options)?;
 
     let mut handles = Handles {
         origin: Some(origin.identity()),
         ..Handles::default()
     };
-    match build(host, options, &origin, &cow, mark, name, &mut handles) {
+    match build(host, options, &origin, &cow, name, &mut handles) {
         Ok((device, warnings)) => {
             handles.device = Some(device.clone());
             Ok(Snapshot {
@@ -116,7 +127,7 @@ pub(crate) fn create<H: Host>(
         Err(error) => {
             let error = undone(host, error, &handles);
             Err(if options.make_cow.is_some() {
-                unmake(host, error, cow.path)
+                unmake(host, error, cow.backing.path)
             } else {
                 error
             })
@@ -130,8 +141,7 @@ fn build<H: Host>(
     host: &H,
     options: &SnapshotOptions,
     origin: &Backing<'_, H::File>,
-    cow: &Backing<'_, H::File>,
-    mark: bool,
+    cow: &Cow<'_, H::File>,
     name: &DeviceName,
     handles: &mut Handles,
 ) -> Result<(PathBuf, Vec<Warning>)> {
@@ -141,6 +151,11 @@ fn build<H: Host>(
         LO_READ_ONLY | LO_AUTOCLEAR,
         &mut handles.origin_loop,
     )?;
+    let Cow {
+        backing: cow,
+        mark,
+        warning,
+    } = cow;
     let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
     let cow_loop = attach(host, cow, LO_AUTOCLEAR | direct_io, &mut handles.cow_loop)?;
     let bytes = ask(Step::SizeLoop, &origin_loop.path, || {
@@ -148,6 +163,7 @@ fn build<H: Host>(
     })?;
     let length = Sectors::from_bytes_floor(bytes);
     let mut warnings = note_sizes(options, length, &origin.facts, &cow.facts);
+    warnings.extend(warning.clone());
     if options.direct_io {
         let status = || host.loop_status(&cow_loop.device);
         if !ask(Step::InspectLoop, &cow_loop.path, status)?.direct_io {
@@ -186,7 +202,7 @@ fn build<H: Host>(
         ask(Step::Load, &mapper, || host.load(uuid, &line))
     })
     .map_err(|error| explain_load(host, error))?;
-    if mark {
+    if *mark {
         // The kernel has written the header by now, and does not write it again while the store is valid.
         let mark = exception_store::mark(origin.identity());
         ask(Step::MarkFile, cow.path, || {
@@ -225,7 +241,8 @@ const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500));
 const RACE_RETRY: Retry =
     Retry::until(Duration::from_secs(5)).pauses(Duration::from_micros(1), Duration::from_millis(1));
 
-fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
+/// Refuses what this kernel's snapshot target cannot do.
+pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
     if !options.discard {
         return Ok(());
     }

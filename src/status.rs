@@ -4,7 +4,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::str::FromStr;
 
-use crate::units::Sectors;
+use crate::units::{ChunkSize, Sectors};
 
 /// What the kernel says of a snapshot (`snapshot_status` in `drivers/md/dm-snap.c`).
 ///
@@ -40,6 +40,40 @@ pub struct Usage {
     pub total: Sectors,
     /// Taken by the header and metadata alone.
     pub metadata: Sectors,
+}
+
+impl Usage {
+    /// How much of the COW device is taken, in whole percent, rounded down: 100 when there is no room at all.
+    ///
+    /// ```
+    /// use dmsnap::{Sectors, Usage};
+    ///
+    /// let mut usage = Usage { allocated: Sectors::new(1640), total: Sectors::new(2048), ..Usage::default() };
+    /// assert_eq!(usage.percent(), 80);
+    /// usage.allocated = Sectors::new(2056);
+    /// assert_eq!(usage.percent(), 100);
+    /// ```
+    #[must_use]
+    pub fn percent(&self) -> u8 {
+        if self.allocated >= self.total {
+            return 100;
+        }
+        let (allocated, total) = (self.allocated.count(), self.total.count());
+        u8::try_from(u128::from(allocated) * 100 / u128::from(total)).unwrap_or(100)
+    }
+
+    /// Whether the next new chunk overflows it. The kernel takes whole chunks only, so `allocated` may stay below
+    /// `total` for ever (`persistent_prepare_exception`).
+    #[must_use]
+    pub fn is_full(&self, chunk: ChunkSize) -> bool {
+        self.room() < chunk.sectors()
+    }
+
+    /// What is not taken yet; may be less than a chunk when full.
+    #[must_use]
+    pub fn room(&self) -> Sectors {
+        Sectors::new(self.total.count().saturating_sub(self.allocated.count()))
+    }
 }
 
 impl FromStr for SnapshotStatus {
@@ -108,6 +142,30 @@ mod tests {
                 !matches!(text, "Unknown" | "16/ 16" | "1/2 x" | ""),
                 "{text:?}"
             );
+        }
+    }
+
+    #[test]
+    fn a_store_is_full_when_no_chunk_fits_any_more() {
+        let usage = |allocated, total| Usage {
+            allocated: Sectors::new(allocated),
+            total: Sectors::new(total),
+            metadata: Sectors::default(),
+        };
+        let chunk = ChunkSize::DEFAULT;
+        for (allocated, total, percent, full, room) in [
+            (16, 2048, 0, false, 2032),
+            (2032, 2048, 99, false, 16),
+            (2040, 2048, 99, false, 8),
+            (2040, 2047, 99, true, 7),
+            (2048, 2048, 100, true, 0),
+            (2056, 2048, 100, true, 0),
+            (0, 0, 100, true, 0),
+            (u64::MAX - 1, u64::MAX, 99, true, 1),
+        ] {
+            let usage = usage(allocated, total);
+            let found = (usage.percent(), usage.is_full(chunk), usage.room().count());
+            assert_eq!(found, (percent, full, room), "{usage:?}");
         }
     }
 }

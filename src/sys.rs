@@ -17,6 +17,7 @@ use nix::errno::Errno;
 type Request = u32;
 
 const LOOP_GET_STATUS64: Request = 0x4C05;
+const LOOP_SET_CAPACITY: Request = 0x4C07;
 const LOOP_CONFIGURE: Request = 0x4C0A;
 const LOOP_CTL_GET_FREE: Request = 0x4C82;
 const BLKGETSIZE64: Request = 0x8008_1272;
@@ -129,6 +130,14 @@ pub(crate) fn loop_status(device: BorrowedFd<'_>) -> Result<LoopInfo, Errno> {
     // of whose fields are integers; a file that is no loop device answers ENOTTY or EINVAL.
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_GET_STATUS64 as _, &raw mut info) })?;
     Ok(info)
+}
+
+/// `LOOP_SET_CAPACITY` (2.6.30): takes over the backing file's size. EPERM for a descriptor that is not open for writing,
+/// unless the caller has CAP_SYS_ADMIN; ENXIO when nothing is bound.
+pub(crate) fn loop_set_capacity(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: `device` is open for as long as it is borrowed; the request has no argument, so the kernel touches no
+    // memory of ours; a file that is no loop device answers ENOTTY or EINVAL.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_SET_CAPACITY as _) }).map(drop)
 }
 
 // --- any block device ---

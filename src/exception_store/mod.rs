@@ -6,4 +6,4 @@ mod header;
 mod sizing;
 
 pub(crate) use header::{MARK_AT, PROBE_BYTES, Probe, mark, probe};
-pub(crate) use sizing::{least_bytes, sound, worst_case};
+pub(crate) use sizing::{grown, least_bytes, sound, sound_from, worst_case};

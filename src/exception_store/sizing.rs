@@ -42,6 +42,25 @@ pub(crate) fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     (chunks + u64::from(trapped)).checked_mul(chunk.bytes())
 }
 
+/// What a file of `bytes` that a store is or will be in has to be made: itself where that is sound, and longer
+/// otherwise. A last, partial chunk is never used (`persistent_prepare_exception`), so it does not count.
+pub(crate) fn sound_from(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
+    let whole = bytes - bytes % chunk.bytes();
+    match sound(whole, store, chunk)? {
+        same if same == whole => Some(bytes),
+        longer => Some(longer),
+    }
+}
+
+/// What a file of `bytes` has to be made to be sound and no shorter than `asked`.
+pub(crate) fn grown(bytes: u64, asked: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
+    if asked <= bytes {
+        sound_from(bytes, store, chunk)
+    } else {
+        sound(asked, store, chunk)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -80,5 +99,64 @@ mod tests {
                 "the worst case of {origin} chunks"
             );
         }
+    }
+
+    /// The store as the kernel fills it: whether the device of so many chunks is full before the kernel finds no room to
+    /// zero a metadata area (`persistent_prepare_exception`, `persistent_commit_exception`).
+    fn fills_soundly(chunks: u64, chunk: ChunkSize) -> bool {
+        let per_area = chunk.bytes() / EXCEPTION_BYTES;
+        let (mut next_free, mut committed) = (2, 0);
+        while next_free < chunks {
+            next_free += 1;
+            if next_free % (per_area + 1) == 1 {
+                next_free += 1;
+            }
+            committed += 1;
+            if committed % per_area == 0 && 1 + committed / per_area * (per_area + 1) >= chunks {
+                return false;
+            }
+        }
+        true
+    }
+
+    #[test]
+    fn a_size_is_sound_exactly_when_the_kernel_fills_it() {
+        let store = Store::PersistentOverflow;
+        for sectors in [1, 2, 8, 32] {
+            let chunk = ChunkSize::new(sectors).expect("a chunk size");
+            let areas = 4 * (chunk.bytes() / EXCEPTION_BYTES + 1);
+            for chunks in 3..areas {
+                let bytes = chunks * chunk.bytes();
+                let sound = sound(bytes, store, chunk) == Some(bytes);
+                assert_eq!(sound, fills_soundly(chunks, chunk), "{chunks} of {sectors}");
+                let partial = bytes + chunk.bytes() - 1;
+                let mended = sound_from(partial, store, chunk).expect("small");
+                let same = mended == partial;
+                assert!(same == sound && (same || mended == bytes + chunk.bytes()));
+            }
+        }
+    }
+
+    #[test]
+    fn growth_ends_on_sound_sizes_and_is_never_shorter() {
+        let (chunk, store) = (ChunkSize::DEFAULT, Store::PersistentOverflow);
+        let trap = 258 * 4096;
+        for (bytes, asked, then) in [
+            (3 * 4096, trap, trap + 4096),
+            (trap, 0, trap + 4096),
+            (trap + 100, trap, trap + 4096),
+            (trap + 100, trap + 100, trap + 4096),
+            (trap - 1, 0, trap - 1),
+            (4 * 4096, 3 * 4096, 4 * 4096),
+            (4 * 4096 + 1, 3 * 4096, 4 * 4096 + 1),
+            (4 * 4096 + 1, 4 * 4096 + 2, 5 * 4096),
+        ] {
+            assert_eq!(
+                grown(bytes, asked, store, chunk),
+                Some(then),
+                "{bytes} {asked}"
+            );
+        }
+        assert_eq!(grown(4096, u64::MAX, store, chunk), None);
     }
 }

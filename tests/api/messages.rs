@@ -136,6 +136,53 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" would be too large for any file system"#,
         ),
         (
+            Refusal::CowSizeTrap {
+                path: cow(),
+                bytes: 1056768,
+                sound_bytes: 1060864,
+            },
+            r#"COW device "/run/vm 42.cow" has 1056768 bytes, and a full store of that size ends invalid: make it 1060864 bytes or a chunk shorter"#,
+        ),
+        (
+            Refusal::CowDeviceShort {
+                path: cow(),
+                bytes: 1056768,
+                asked: 2097152,
+            },
+            r#"COW device "/run/vm 42.cow" has 1056768 bytes, less than the 2097152 asked for: only files are made longer here"#,
+        ),
+        (
+            Refusal::NotLive {
+                name: "vm-42".to_owned(),
+            },
+            r#""vm-42" is not a live snapshot"#,
+        ),
+        (
+            Refusal::FileElsewhere {
+                name: "vm-42".to_owned(),
+                path: cow(),
+            },
+            r#""/run/vm 42.cow" is not the file that "vm-42" has: it was removed, replaced or is mounted elsewhere"#,
+        ),
+        (
+            Refusal::Overflowed {
+                name: "vm-42".to_owned(),
+            },
+            r#""vm-42" has overflowed: its writes fail until it is removed and made again (recover)"#,
+        ),
+        (
+            Refusal::Invalid {
+                name: "vm-42".to_owned(),
+            },
+            r#""vm-42" is invalid: it overflowed or a write to its COW file failed, and the kernel has given it up"#,
+        ),
+        (
+            Refusal::NotOverflowed {
+                name: "vm-42".to_owned(),
+            },
+            r#""vm-42" has not overflowed: it can be grown as it is"#,
+        ),
+        (
             Refusal::CowInUse { path: cow() },
             r#"COW file "/run/vm 42.cow" is in use by another snapshot"#,
         ),
@@ -233,6 +280,7 @@ fn every_step_makes_a_sentence() {
         ),
         (Step::InspectLoop, "cannot inspect loop device X"),
         (Step::SizeLoop, "cannot read the size of X"),
+        (Step::ResizeLoop, "cannot resize loop device X"),
         (Step::DetachLoop, "cannot detach X"),
         (Step::OpenMapper, "cannot open device-mapper control X"),
         (
@@ -246,6 +294,7 @@ fn every_step_makes_a_sentence() {
         (Step::Remove, "cannot remove X"),
         (Step::Query, "cannot query X"),
         (Step::Status, "cannot read the status of X"),
+        (Step::ArmPoll, "cannot watch for events through X"),
         (Step::List, "cannot list the devices of X"),
         (Step::Link, "cannot make X"),
         (Step::Unlink, "cannot unlink X"),
@@ -275,11 +324,11 @@ fn every_warning_reads_as_it_should() {
             "the COW file has 12288 bytes; overwriting the whole origin takes 1081344",
         ),
         (
-            Warning::CowSizeTrap {
+            Warning::CowLengthened {
                 bytes: 1056768,
                 sound_bytes: 1060864,
             },
-            "a COW file of 1056768 bytes ends invalid when full, one of 1060864 does not",
+            "the COW file was made 1060864 bytes long: one of 1056768 ends invalid when full",
         ),
         (
             Warning::DirectIoUnavailable,

@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
 use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
 
+use crate::amounts::{bytes, cow_size, duration, percent};
+
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
 #[command(name = "dmsnap", version, about)]
@@ -59,6 +61,55 @@ pub(crate) enum Command {
         /// The dm device's name, or its uuid
         name: String,
     },
+    /// Make the COW file of a live snapshot longer, and show the snapshot
+    Grow {
+        /// Set the space of the whole COW file aside
+        #[arg(long)]
+        reserve: bool,
+        /// The dm device's name, or its uuid
+        name: String,
+        /// How long at least: bytes, or 512K, 64MiB, 2G; never made shorter
+        #[arg(value_parser = bytes)]
+        size: u64,
+    },
+    /// Make an overflowed snapshot anew over a longer COW file, and print its handles as JSON
+    Recover {
+        /// Set the space of the whole COW file aside
+        #[arg(long)]
+        reserve: bool,
+        /// How long to wait while the device is open, such as 15s or 200ms
+        #[arg(long, default_value = "15s", value_parser = duration)]
+        deadline: Duration,
+        /// The dm device's name, or its uuid
+        name: String,
+        /// How long the COW file is to be at least: bytes, or 512K, 64MiB, 2G
+        #[arg(value_parser = bytes)]
+        size: u64,
+    },
+    /// Say what happens to snapshots, and grow them as they fill up, until all of them are gone
+    Watch(Watch),
+}
+
+#[derive(Debug, Arguments)]
+pub(crate) struct Watch {
+    /// From how full on a COW file is told of, and grown
+    #[arg(long, value_name = "PERCENT", default_value = "80%", value_parser = percent)]
+    pub(crate) at: u8,
+    /// Make it this much longer, several times over if need be: bytes, or 512K, 64MiB, 2G
+    #[arg(long, value_name = "SIZE", value_parser = positive)]
+    pub(crate) grow_by: Option<u64>,
+    /// Make none longer than this (rounded up to whole chunks)
+    #[arg(long, value_name = "SIZE", value_parser = bytes, requires = "grow_by")]
+    pub(crate) max: Option<u64>,
+    /// Set the space of the whole COW file aside
+    #[arg(long, requires = "grow_by")]
+    pub(crate) reserve: bool,
+    /// Print each event as a line of JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// The dm devices' names, or their uuids
+    #[arg(required = true, value_name = "NAME")]
+    pub(crate) names: Vec<String>,
 }
 
 #[derive(Debug, Arguments)]
@@ -148,40 +199,9 @@ fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     ChunkSize::new(sectors).map_err(|refusal| refusal.to_string())
 }
 
-/// `67108864`, `64M`, `25%` or `worst-case`.
-fn cow_size(text: &str) -> Result<CowSize, String> {
-    if text == "worst-case" {
-        return Ok(CowSize::WorstCase);
+fn positive(text: &str) -> Result<u64, String> {
+    match bytes(text)? {
+        0 => Err("need at least one byte".to_owned()),
+        size => Ok(size),
     }
-    if let Some(percent) = text.strip_suffix('%') {
-        return percent
-            .parse()
-            .map(CowSize::Percent)
-            .map_err(|error| format!("{error}"));
-    }
-    let units = [
-        ('K', 1u64 << 10),
-        ('M', 1 << 20),
-        ('G', 1 << 30),
-        ('T', 1 << 40),
-    ];
-    let unit = units
-        .iter()
-        .find_map(|(letter, unit)| Some((text.strip_suffix(*letter)?, *unit)));
-    let (number, unit) = unit.unwrap_or((text, 1));
-    let number: u64 = number.parse().map_err(|error| format!("{error}"))?;
-    number
-        .checked_mul(unit)
-        .map(CowSize::Bytes)
-        .ok_or_else(|| "too large".to_owned())
-}
-
-/// `15s`, `1.5s` or `200ms`.
-fn duration(text: &str) -> Result<Duration, String> {
-    let (number, unit) = match text.strip_suffix("ms") {
-        Some(number) => (number, 0.001),
-        None => (text.strip_suffix('s').unwrap_or(text), 1.0),
-    };
-    let seconds = number.parse::<f64>().map_err(|error| error.to_string())? * unit;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }

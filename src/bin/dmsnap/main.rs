@@ -2,15 +2,17 @@
 //!
 //! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage.
 
+mod amounts;
 mod args;
 mod output;
+mod watch;
 
 use std::fs;
 use std::io::{self, Read, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
-use dmsnap::{Handles, Outcome, ReapOptions, Retry, SnapshotInfo};
+use dmsnap::{GrowOptions, Handles, Outcome, ReapOptions, Retry, SnapshotInfo};
 
 use args::{Args, Command, Reap};
 
@@ -35,6 +37,8 @@ enum Failure {
     Input { from: String, source: io::Error },
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
+    #[error("cannot wait for events")]
+    Wait(#[source] io::Error),
     /// Some snapshots could not be read; the others were printed.
     #[error("cannot read {0} of the snapshots")]
     Unreadable(usize),
@@ -77,14 +81,37 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::List { json } => list(json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
-        Command::Status { json, name } => {
-            let info = dmsnap::status(name)?;
-            if json {
-                print_json(&output::Entry::from(&info))
-            } else {
-                print(output::table(&[&info]))
-            }
+        Command::Status { json, name } => status(&name, json),
+        Command::Grow {
+            reserve,
+            name,
+            size,
+        } => {
+            GrowOptions::new().reserve(reserve).grow(&name, size)?;
+            status(&name, false)
         }
+        Command::Recover {
+            reserve,
+            deadline,
+            name,
+            size,
+        } => {
+            let mut options = GrowOptions::new();
+            options.reserve(reserve).retry(Retry::until(deadline));
+            let recovered = options.recover(name, size)?;
+            recovered.warnings().iter().for_each(output::note);
+            print_json(recovered.handles())
+        }
+        Command::Watch(options) => watch::watch(&options),
+    }
+}
+
+fn status(name: &str, json: bool) -> Result<(), Failure> {
+    let info = dmsnap::status(name)?;
+    if json {
+        print_json(&output::Entry::from(&info))
+    } else {
+        print(output::table(&[&info]))
     }
 }
 

@@ -1,5 +1,6 @@
 //! What the tests share: the scene they play in, tools that are not ours, and readings that do not trust the library.
 
+pub(crate) mod filling;
 pub(crate) mod fixtures;
 pub(crate) mod reading;
 pub(crate) mod rows;

@@ -70,6 +70,10 @@ pub(crate) fn start(command: &mut Command) -> Running {
 }
 
 impl Running {
+    pub(crate) fn id(&self) -> u32 {
+        self.id
+    }
+
     pub(crate) fn join(self) -> Output {
         match self.done.recv_timeout(DEADLINE) {
             Ok(output) => output.expect("a child can be waited for"),

@@ -30,7 +30,7 @@ fn long() -> bool {
 }
 
 /// `short`, or `long` in the long form.
-fn short_or_long<T>(short: T, in_full: T) -> T {
+pub(crate) fn short_or_long<T>(short: T, in_full: T) -> T {
     if long() { in_full } else { short }
 }
 

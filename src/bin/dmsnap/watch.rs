@@ -1,0 +1,175 @@
+//! `dmsnap watch`: grows COW files that fill up, and says what it sees.
+
+use std::fmt::{self, Display};
+use std::os::fd::AsFd;
+
+use dmsnap::{Change, DeviceUuid, GrowOptions, SnapshotStatus, Usage, WatchEvent};
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+
+use crate::args::Watch;
+use crate::{Failure, output, print};
+
+/// Watches until every snapshot is gone, or until SIGINT or SIGTERM, which is how it is meant to be ended.
+pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
+    let signals = signals().map_err(|errno| Failure::Wait(errno.into()))?;
+    let mut watch = dmsnap::Watch::new()?;
+    watch.threshold(options.at);
+    for name in &options.names {
+        watch.add(name)?;
+    }
+    loop {
+        for event in watch.check()? {
+            // Grown first and told then: whoever reads may be slow.
+            let grown = grow(options, &event);
+            tell(options, &Line::of(&event))?;
+            grown.map_or(Ok(()), |line| tell(options, &line))?;
+        }
+        if watch.is_empty() || wait(&watch, &signals)? {
+            return Ok(());
+        }
+    }
+}
+
+/// Has the signals that end it come through a descriptor instead.
+fn signals() -> Result<SignalFd, Errno> {
+    let ending: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
+    ending.thread_block()?;
+    SignalFd::with_flags(&ending, SfdFlags::SFD_CLOEXEC)
+}
+
+/// Waits until there is something to check; says whether a signal came.
+fn wait(watch: &dmsnap::Watch, signals: &SignalFd) -> Result<bool, Failure> {
+    let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
+    let mut fds = [readable(watch.as_fd()), readable(signals.as_fd())];
+    let millis = watch.pause().as_micros().div_ceil(1000);
+    let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
+    match poll(&mut fds, timeout) {
+        Ok(_) | Err(Errno::EINTR) => Ok(fds[1].any().unwrap_or(false)),
+        Err(errno) => Err(Failure::Wait(errno.into())),
+    }
+}
+
+/// Makes the COW file of one that is above the threshold longer, if that was asked for.
+fn grow<'a>(options: &Watch, event: &'a WatchEvent) -> Option<Line<'a>> {
+    let (Change::Above(usage), Some(by)) = (&event.change, options.grow_by) else {
+        return None;
+    };
+    let line = |what, status, error| {
+        Some(Line {
+            name: &event.name,
+            uuid: &event.uuid,
+            event: what,
+            usage: status,
+            error,
+        })
+    };
+    let total = usage.total.to_bytes().unwrap_or(u64::MAX);
+    let most = options.max.unwrap_or(u64::MAX);
+    if total >= most {
+        return line("at-max", Some(*usage), None);
+    }
+    let wanted = wanted(*usage, options.at, by).min(most);
+    let mut how = GrowOptions::new();
+    match how.reserve(options.reserve).grow(&event.uuid, wanted) {
+        Ok(SnapshotStatus::Usage(usage)) => line("grown", Some(usage), None),
+        Ok(other) => line("grow-failed", None, Some(other.to_string())),
+        Err(error) => line("grow-failed", None, Some(output::whole(&error))),
+    }
+}
+
+/// The size that is below the threshold again, in steps of `by` bytes.
+fn wanted(usage: Usage, at: u8, by: u64) -> u64 {
+    let [allocated, total] =
+        [usage.allocated, usage.total].map(|each| u128::from(each.count()) * 512);
+    let least = allocated * 100 / u128::from(at.max(1)) + 1;
+    let steps = least.saturating_sub(total).div_ceil(u128::from(by)).max(1);
+    u64::try_from(total + steps * u128::from(by)).unwrap_or(u64::MAX)
+}
+
+fn tell(options: &Watch, line: &Line<'_>) -> Result<(), Failure> {
+    if !options.json {
+        return print(format!("{line}\n"));
+    }
+    let mut text = serde_json::to_string(line).map_err(|error| Failure::Output(error.into()))?;
+    text.push('\n');
+    print(text)
+}
+
+/// A line of `watch`. The keys are stable; new ones may be added.
+#[derive(Debug, serde::Serialize)]
+struct Line<'a> {
+    name: &'a str,
+    uuid: &'a DeviceUuid,
+    /// `above`, `grown`, `at-max`, `grow-failed`, `overflow`, `invalid`, `merge-failed`, `gone`, `unknown` or
+    /// `unreadable`.
+    event: &'static str,
+    /// In 512-byte sectors.
+    usage: Option<Usage>,
+    error: Option<String>,
+}
+
+impl<'a> Line<'a> {
+    fn of(event: &'a WatchEvent) -> Self {
+        let (what, usage, error) = match &event.change {
+            Change::Above(usage) => ("above", Some(*usage), None),
+            Change::Overflow => ("overflow", None, None),
+            Change::Invalid => ("invalid", None, None),
+            Change::MergeFailed => ("merge-failed", None, None),
+            Change::Gone => ("gone", None, None),
+            Change::Unreadable(error) => ("unreadable", None, Some(output::whole(error))),
+            other => ("unknown", None, Some(other.to_string())),
+        };
+        Self {
+            name: &event.name,
+            uuid: &event.uuid,
+            event: what,
+            usage,
+            error,
+        }
+    }
+}
+
+impl Display for Line<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.event)?;
+        if let Some(usage) = &self.usage {
+            let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
+            write!(f, ": {}% of {bytes} bytes", usage.percent())?;
+        }
+        match &self.error {
+            Some(error) => write!(f, ": {error}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use dmsnap::Sectors;
+
+    #[test]
+    fn it_grows_in_steps_until_it_is_below_again() {
+        let usage = |allocated, total| Usage {
+            allocated: Sectors::new(allocated),
+            total: Sectors::new(total),
+            metadata: Sectors::default(),
+        };
+        for (allocated, total, at, by, then) in [
+            (80, 100, 80, 512, 101),
+            (80, 100, 80, 10 * 512, 110),
+            (100, 100, 80, 10 * 512, 130),
+            (100, 100, 100, 512, 101),
+            (108, 100, 50, 100 * 512, 300),
+        ] {
+            let wanted = wanted(usage(allocated, total), at, by);
+            assert_eq!(wanted, then * 512, "{allocated} of {total}");
+            let percent = usage(allocated, wanted / 512).percent();
+            assert!(percent < at || at == 100, "{percent}");
+        }
+        assert_eq!(wanted(usage(u64::MAX, u64::MAX), 80, 1), u64::MAX);
+    }
+}
