@@ -45,6 +45,7 @@ fn wrong_usage_is_status_2_and_nothing_on_stdout() {
         &["remove", "--deadline", "soon", "vm"],
         &["remove", "--deadline", "-1s", "vm"],
         &["status"],
+        &["merge", "--origin", "image"],
     ] {
         let output = run(args, "");
         assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -68,7 +69,7 @@ fn help_and_version_are_status_0_on_stdout() {
     let text = String::from_utf8_lossy(&help.stdout).into_owned();
     assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
     for command in [
-        "create", "cleanup", "remove", "list", "adopt", "reap", "status",
+        "create", "cleanup", "remove", "list", "adopt", "reap", "merge", "status",
     ] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }
