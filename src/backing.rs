@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use crate::ask::{ask, patiently};
 use crate::error::{Error, Leftover, Result, Step};
-use crate::exception_store::{self, PROBE_BYTES, Probe};
+use crate::exception_store::{self, Header, HeaderFault, PROBE_BYTES, Probe};
+use crate::half_merged::is_half_merged;
 use crate::host::{FileFacts, FileKind, Host};
 use crate::options::{CowSize, SnapshotOptions};
 use crate::origin_identity::OriginIdentity;
@@ -92,8 +93,28 @@ pub(crate) fn open_origin<'a, H: Host>(
     path: &'a Path,
     options: &SnapshotOptions,
 ) -> Result<Backing<'a, H::File>> {
-    let file = open(host, path, false)?;
-    let locked = lock(host, path, &file, false);
+    let origin = open_locked_origin(host, path, false)?;
+    check_identity(
+        path,
+        origin.identity(),
+        options.expected_origin,
+        options.any_origin,
+    )?;
+    Ok(origin)
+}
+
+/// Opens the origin image, with a shared lock, or writable with an exclusive one: against that stands the lock of every
+/// snapshot over it.
+pub(crate) fn open_locked_origin<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    writable: bool,
+) -> Result<Backing<'a, H::File>> {
+    let in_use_by = || Refusal::OriginInUse {
+        path: path.to_owned(),
+    };
+    let file = open(host, path, writable, in_use_by)?;
+    let locked = lock(host, path, &file, writable);
     let origin = inspect(host, path, file)?;
     let bytes = origin.facts.size_bytes;
     if bytes < SECTOR_BYTES {
@@ -103,10 +124,7 @@ pub(crate) fn open_origin<'a, H: Host>(
         }
         .into());
     }
-    in_use(locked, || Refusal::OriginInUse {
-        path: path.to_owned(),
-    })?;
-    check_identity(path, origin.identity(), options.expected_origin, options)?;
+    in_use(locked, in_use_by)?;
     Ok(origin)
 }
 
@@ -127,9 +145,8 @@ pub(crate) fn open_cow<'a, H: Host>(
     options: &SnapshotOptions,
 ) -> Result<Cow<'a, H::File>> {
     let Some(size) = options.make_cow else {
-        let file = open(host, path, true)?;
-        let locked = lock(host, path, &file, true);
-        let mut backing = inspect(host, path, file)?;
+        let (mut backing, locked) = open_made_cow(host, path)?;
+        admit_file(&backing, origin)?;
         let mark = admit_cow(host, &backing, locked, origin, options)?;
         let warning = mend_size(host, &mut backing, options)?;
         return Ok(Cow {
@@ -158,7 +175,7 @@ pub(crate) fn open_cow<'a, H: Host>(
         .and(inspected)
         .map_err(|error| unmake(host, error, path))?;
     let cow = Backing { path, file, facts };
-    match admit_cow(host, &cow, Ok(()), origin, options) {
+    match admit_file(&cow, origin).and_then(|()| admit_cow(host, &cow, Ok(()), origin, options)) {
         Ok(mark) => Ok(Cow {
             backing: cow,
             mark,
@@ -167,6 +184,43 @@ pub(crate) fn open_cow<'a, H: Host>(
         // `cow` is still open here, and with it locked.
         Err(error) => Err(unmake(host, error, path)),
     }
+}
+
+/// Opens a COW file that is there; says whether it could be locked.
+fn open_made_cow<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+) -> Result<(Backing<'a, H::File>, Result<()>)> {
+    let file = open(host, path, true, || Refusal::CowInUse {
+        path: path.to_owned(),
+    })?;
+    let locked = lock(host, path, &file, true);
+    Ok((inspect(host, path, file)?, locked))
+}
+
+/// Opens the COW file for a merge, locked against every snapshot, with its header: a valid store's, made over this origin.
+pub(crate) fn open_merged_cow<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    origin: &Backing<'_, H::File>,
+    any_origin: bool,
+) -> Result<(Backing<'a, H::File>, Header)> {
+    let (cow, locked) = open_made_cow(host, path)?;
+    admit_file(&cow, origin)?;
+    in_use(locked, || Refusal::CowInUse {
+        path: path.to_owned(),
+    })?;
+    let header = match probe_store(host, &cow)? {
+        Some(header) => valid(&cow, header)?,
+        None => {
+            return Err(Refusal::CowBlank {
+                path: path.to_owned(),
+            }
+            .into());
+        }
+    };
+    check_header(origin, &cow, &header, any_origin)?;
+    Ok((cow, header))
 }
 
 /// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
@@ -235,14 +289,8 @@ fn made_bytes<F>(
         })
 }
 
-/// Says whether the store is to be marked.
-fn admit_cow<H: Host>(
-    host: &H,
-    cow: &Backing<'_, H::File>,
-    locked: Result<()>,
-    origin: &Backing<'_, H::File>,
-    options: &SnapshotOptions,
-) -> Result<bool> {
+/// What no snapshot and no merge takes as a COW file, whatever it holds.
+fn admit_file<F>(cow: &Backing<'_, F>, origin: &Backing<'_, F>) -> Result<()> {
     let path = || cow.path.to_owned();
     if cow.facts.id == origin.facts.id {
         return Err(Refusal::SameFile {
@@ -258,6 +306,18 @@ fn admit_cow<H: Host>(
         }
         .into());
     }
+    Ok(())
+}
+
+/// Says whether the store is to be marked.
+fn admit_cow<H: Host>(
+    host: &H,
+    cow: &Backing<'_, H::File>,
+    locked: Result<()>,
+    origin: &Backing<'_, H::File>,
+    options: &SnapshotOptions,
+) -> Result<bool> {
+    let path = || cow.path.to_owned();
     let needed = exception_store::least_bytes(options.store, options.chunk);
     if cow.facts.size_bytes < needed {
         let (bytes, chunk) = (cow.facts.size_bytes, options.chunk);
@@ -276,21 +336,19 @@ fn admit_cow<H: Host>(
     check_store(host, cow, origin, options)
 }
 
-fn open<H: Host>(host: &H, path: &Path, writable: bool) -> Result<H::File> {
+fn open<H: Host>(
+    host: &H,
+    path: &Path,
+    writable: bool,
+    in_use: impl FnOnce() -> Refusal,
+) -> Result<H::File> {
     match ask(Step::OpenFile, path, || host.open_file(path, writable)) {
         Err(error) if error.verdict() == Some(Verdict::NotAFile) => Err(Refusal::NotAFile {
             path: path.to_owned(),
             kind: "a directory",
         }
         .into()),
-        Err(error) if error.verdict() == Some(Verdict::InUse) => {
-            let path = path.to_owned();
-            Err(if writable {
-                Refusal::CowInUse { path }.into()
-            } else {
-                Refusal::OriginInUse { path }.into()
-            })
-        }
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(in_use().into()),
         opened => opened,
     }
 }
@@ -331,10 +389,10 @@ pub(crate) fn check_identity(
     origin: &Path,
     found: OriginIdentity,
     expected: Option<OriginIdentity>,
-    options: &SnapshotOptions,
+    any_origin: bool,
 ) -> Result<()> {
     match expected {
-        Some(expected) if expected != found && !options.any_origin => {
+        Some(expected) if expected != found && !any_origin => {
             let path = origin.to_owned();
             Err(Refusal::OriginChanged {
                 path,
@@ -355,32 +413,68 @@ fn check_store<H: Host>(
     origin: &Backing<'_, H::File>,
     options: &SnapshotOptions,
 ) -> Result<bool> {
-    let mut start = [0; PROBE_BYTES];
-    let length = read(host, cow, &mut start, 0)?;
     let path = || cow.path.to_owned();
-    let refusal = match exception_store::probe(&start[..length]) {
-        Probe::Blank if is_blank_further_on(host, cow)? => {
-            return Ok(options.store.is_persistent());
-        }
-        _ if !options.store.is_persistent() => Refusal::CowNotBlank { path: path() },
-        Probe::Store(header) if !header.valid => Refusal::CowInvalid { path: path() },
-        Probe::Store(header) if header.chunk != options.chunk => Refusal::CowChunkSize {
+    let probed = probe_store(host, cow);
+    if !options.store.is_persistent() {
+        return match probed {
+            Ok(None) => Ok(false),
+            Ok(Some(_)) | Err(Error::Refused(_)) => {
+                Err(Refusal::CowNotBlank { path: path() }.into())
+            }
+            Err(error) => Err(error),
+        };
+    }
+    let Some(header) = probed? else {
+        return Ok(true);
+    };
+    let header = valid(cow, header)?;
+    if header.chunk != options.chunk {
+        return Err(Refusal::CowChunkSize {
             path: path(),
             found: header.chunk,
             asked: options.chunk,
-        },
-        Probe::Store(header) => {
-            check_identity(origin.path, origin.identity(), header.origin, options)?;
-            return Ok(header.origin != Some(origin.identity()));
         }
-        Probe::Damaged(fault) => Refusal::CowDamaged {
-            path: path(),
-            field: fault.field,
-            value: fault.value,
-        },
-        Probe::Blank | Probe::Foreign => Refusal::CowForeign { path: path() },
+        .into());
+    }
+    check_header(origin, cow, &header, options.any_origin)?;
+    Ok(header.origin != Some(origin.identity()) || header.merging_into.is_some())
+}
+
+/// The header of the store in the COW file; `None` in a blank one.
+fn probe_store<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<Header>> {
+    let mut start = [0; PROBE_BYTES];
+    let length = read(host, cow, &mut start, 0)?;
+    let path = cow.path.to_owned();
+    let refusal = match exception_store::probe(&start[..length]) {
+        Probe::Blank if is_blank_further_on(host, cow)? => return Ok(None),
+        Probe::Store(header) => return Ok(Some(header)),
+        Probe::Damaged(HeaderFault { field, value }) => Refusal::CowDamaged { path, field, value },
+        Probe::Blank | Probe::Foreign => Refusal::CowForeign { path },
     };
     Err(refusal.into())
+}
+
+fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
+    match header.valid {
+        true => Ok(header),
+        false => Err(Refusal::CowInvalid {
+            path: cow.path.to_owned(),
+        }
+        .into()),
+    }
+}
+
+/// Holds the image against what the store was made over, or is half merged into.
+fn check_header<F>(
+    origin: &Backing<'_, F>,
+    cow: &Backing<'_, F>,
+    header: &Header,
+    any_origin: bool,
+) -> Result<()> {
+    if is_half_merged(&origin.facts, &cow.facts, header) {
+        return Ok(());
+    }
+    check_identity(origin.path, origin.identity(), header.origin, any_origin)
 }
 
 /// Whether a file that begins with zeroes goes on with them where file systems that leave their first sectors empty

@@ -214,10 +214,14 @@ steps! {
     InspectFile = "inspect",
     /// `flock` of the origin image or the COW file.
     LockFile = "lock",
-    /// `pread` of the COW file's header.
+    /// `pread` of the COW file's header and metadata.
     ReadFile = "read",
     /// `pwrite` of the mark that ties the COW file to its origin.
     MarkFile = "mark",
+    /// `fsync` of the origin image or the COW file.
+    SyncFile = "flush",
+    /// `futimens` of the origin image.
+    DateFile = "set the modification time of",
     /// `open` of `/dev/loop-control`.
     OpenLoopControl = "open loop control",
     /// `LOOP_CTL_GET_FREE`.
@@ -250,6 +254,8 @@ steps! {
     Load = "load the table of",
     /// `DM_DEV_SUSPEND` without its flag.
     Resume = "resume",
+    /// What the kernel's snapshot-merge target does by itself once it is resumed.
+    Merge = "merge by",
     /// `DM_DEV_RENAME` with `DM_UUID_FLAG`.
     SetUuid = "give a uuid to",
     /// `DM_DEV_REMOVE`.

@@ -192,7 +192,12 @@ pub(crate) fn recover_on<H: Host>(
     snapshot::check_target(host, &anew)?;
     let origin = bound(host, live.params.origin)?;
     let (_, facts) = reach(host, &origin, name.as_str(), false)?;
-    check_identity(&origin.path, facts.identity(), anew.expected_origin, &anew)?;
+    check_identity(
+        &origin.path,
+        facts.identity(),
+        anew.expected_origin,
+        anew.any_origin,
+    )?;
     lengthen(host, options, &live, bytes)?;
 
     // Open, the loop devices would outlive the dm device, and with them the COW file's lock.

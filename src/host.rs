@@ -10,7 +10,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, open};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens};
+use nix::sys::time::TimeSpec;
 
 use crate::alias;
 use crate::dm_message::{Address, Listed};
@@ -71,6 +72,8 @@ pub(crate) trait Host {
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
 
     fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;
+    fn sync_file(&self, file: &Self::File) -> Result<(), Errno>;
+    fn date_file(&self, file: &Self::File, mtime_ns: Option<i64>) -> Result<(), Errno>;
 
     fn open_loop_control(&self) -> Result<(), Errno>;
     fn find_loop(&self) -> Result<u32, Errno>;
@@ -98,6 +101,7 @@ pub(crate) trait Host {
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn status_line(&self, uuid: &DeviceUuid) -> Result<Option<String>, Errno>;
     fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
     fn live_table(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
     fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
@@ -260,6 +264,18 @@ impl Host for Machine {
         }
     }
 
+    fn sync_file(&self, file: &OwnedFd) -> Result<(), Errno> {
+        nix::unistd::fsync(file)
+    }
+
+    /// `None` is now. The access time stays.
+    fn date_file(&self, file: &OwnedFd, mtime_ns: Option<i64>) -> Result<(), Errno> {
+        let time = mtime_ns.map_or(TimeSpec::UTIME_NOW, |ns| {
+            TimeSpec::new(ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000))
+        });
+        futimens(file, &TimeSpec::UTIME_OMIT, &time)
+    }
+
     fn open_loop_control(&self) -> Result<(), Errno> {
         self.loops().map(drop)
     }
@@ -347,6 +363,11 @@ impl Host for Machine {
 
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
         self.mapper()?.resume(uuid)
+    }
+
+    fn status_line(&self, uuid: &DeviceUuid) -> Result<Option<String>, Errno> {
+        let line = self.mapper()?.status(uuid)?;
+        Ok(line.map(|(_, text)| text))
     }
 
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {

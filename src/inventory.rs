@@ -30,6 +30,9 @@ pub struct SnapshotInfo {
     pub dev: DeviceNumber,
     /// How far it got.
     pub state: State,
+    /// Whether it merges its COW file into its image: [`MergeOptions`](crate::MergeOptions) made it, and the kernel goes
+    /// on even if the process that did is dead.
+    pub merging: bool,
     /// Whether it goes at its last close.
     pub deferred_remove: bool,
     /// How many users have it open.
@@ -242,8 +245,10 @@ fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
             machine.table(DevId::Uuid(&uuid), !device.live_table)
         })?,
     };
-    let params = table.and_then(|(kind, params)| match Target::parse(&kind, &params) {
-        Ok(Target::Snapshot(params) | Target::SnapshotMerge(params)) => Some(params),
+    let target = table.and_then(|(kind, params)| Target::parse(&kind, &params).ok());
+    let merging = matches!(target, Some(Target::SnapshotMerge(_)));
+    let params = target.and_then(|target| match target {
+        Target::Snapshot(params) | Target::SnapshotMerge(params) => Some(params),
         _ => None,
     });
     let status = match device.live_table {
@@ -255,6 +260,7 @@ fn read(machine: &Machine, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
         uuid,
         dev: device.number,
         state,
+        merging,
         deferred_remove: device.deferred_remove,
         open_count: device.open_count,
         origin: params

@@ -102,6 +102,9 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
 /// What stands in a message for a device that was seen to be in use, so that the kernel was not even asked.
 pub(crate) const BUSY: Errno = Errno::EBUSY;
 
+/// What stands in a message for a merge that the kernel gave up, which it says in a status line only.
+pub(crate) const MERGE_FAILED: Errno = Errno::EIO;
+
 /// How often a call is repeated at once on [`Verdict::Again`] before it counts as failed.
 ///
 /// None of our ioctls sleeps interruptibly, so one repetition is already rare; the bound keeps a kernel or a

@@ -71,8 +71,11 @@ pub enum Refusal {
         /// Its size.
         bytes: u64,
     },
-    /// Somebody holds an exclusive `flock` on the origin image: it serves as COW file, or is being written.
-    #[error("origin image {path:?} is locked by another process or serves as a COW file")]
+    /// Somebody holds an exclusive `flock` on the origin image: it serves as COW file, is merged into, or is being written.
+    /// Or it is to be merged into and has live snapshots, each of which holds a shared one.
+    #[error(
+        "origin image {path:?} is locked: by another process, as a COW file, by a merge, or against one by the snapshots over it, which must be cleaned up first"
+    )]
     OriginInUse {
         /// The image.
         path: PathBuf,
@@ -194,6 +197,44 @@ pub enum Refusal {
         found: ChunkSize,
         /// The chunk size asked for.
         asked: ChunkSize,
+    },
+    /// The COW file holds no store, so there is nothing to merge: no snapshot with a persistent store was made on it.
+    #[error("COW file {path:?} is blank: it holds no exception store to merge")]
+    CowBlank {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// The store's metadata names chunks behind the COW file's end: it was cut off, or comes from a damaged copy.
+    #[error(
+        "COW file {path:?} has {bytes} bytes, too few: its exception store needs at least {needed} bytes"
+    )]
+    CowTruncated {
+        /// The COW file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The least size that holds all that its metadata names.
+        needed: u64,
+    },
+    /// The store has changes behind the end of the image: it was made over a longer one.
+    #[error(
+        "origin image {path:?} has {bytes} bytes, too small: the COW file has changes for one of at least {needed} bytes"
+    )]
+    OriginTooSmall {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The least size that has a sector of the last changed chunk.
+        needed: u64,
+    },
+    /// The image has no write permission for anybody: somebody wants it kept.
+    #[error("origin image {path:?} is read-only (mode {mode:04o})")]
+    OriginReadOnly {
+        /// The image.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
     },
     /// A transient store would overwrite what the COW file holds.
     #[error(

@@ -25,6 +25,9 @@ use crate::uuid::DeviceUuid;
 /// Whether the call made as `Step`, the n-th of all (from 1), is to fail, and how.
 type Fault = Box<dyn Fn(Step, usize) -> Option<Errno>>;
 
+/// The chunk size of a store that a test puts into the COW file.
+const CHUNK: usize = 4096;
+
 pub(crate) struct Script {
     fault: RefCell<Fault>,
     /// Every call so far, in order.
@@ -45,6 +48,10 @@ pub(crate) struct World {
     dying: Vec<ScriptDevice>,
     /// Until when the kernel takes its time to destroy a removed device's table.
     pub(crate) dying_until: Duration,
+    /// What the COW file holds, if a test says so; zeroes without end otherwise.
+    pub(crate) store: Vec<u8>,
+    /// What files' modification times were set to, by inode.
+    pub(crate) mtimes: BTreeMap<u64, i64>,
     /// When the users of each dm device close it.
     pub(crate) busy_until: Duration,
     /// When loop devices that are being cleared are done with it.
@@ -78,7 +85,7 @@ struct ScriptDevice {
 impl ScriptDevice {
     fn params(&self) -> Option<&SnapshotParams> {
         match &self.table.as_ref()?.target {
-            Target::Snapshot(params) => Some(params),
+            Target::Snapshot(params) | Target::SnapshotMerge(params) => Some(params),
             _ => None,
         }
     }
@@ -130,6 +137,17 @@ impl World {
     pub(crate) fn file_bytes(&self, path: &Path) -> u64 {
         let size = self.sizes.get(&inode(path));
         size.copied().unwrap_or(FILE_BYTES)
+    }
+
+    /// What a look at a merging device finds: since the last one, one exception more has left the store.
+    fn merge_on(&mut self) -> String {
+        let area = self.store.get_mut(CHUNK..2 * CHUNK).unwrap_or_default();
+        let exceptions = || area.chunks(16).take_while(|each| each[8..] != [0; 8]);
+        let left = exceptions().count().saturating_sub(1);
+        if let Some(last) = area.get_mut(left * 16..left * 16 + 16) {
+            last.fill(0);
+        }
+        format!("{}/2048 16", 16 + 8 * left)
     }
 
     fn settle(&mut self) {
@@ -246,12 +264,13 @@ impl Host for Script {
 
     fn inspect_file(&self, file: &u64) -> Result<FileFacts, Errno> {
         self.call(Step::InspectFile)?;
+        let mtime = self.world.borrow().mtimes.get(file).copied();
         Ok(FileFacts {
             id: file_id(*file),
             kind: FileKind::Regular,
             mode: 0o600,
             size_bytes: *self.world.borrow().sizes.get(file).unwrap_or(&FILE_BYTES),
-            mtime_ns: 1,
+            mtime_ns: mtime.unwrap_or(1),
             links: 1,
             has_blocks: false,
         })
@@ -261,13 +280,33 @@ impl Host for Script {
         self.call(Step::LockFile)
     }
 
-    fn read_at(&self, _file: &u64, buffer: &mut [u8], _at: usize) -> Result<usize, Errno> {
+    fn read_at(&self, _file: &u64, buffer: &mut [u8], at: usize) -> Result<usize, Errno> {
         self.call(Step::ReadFile)?;
+        if let Some(stored) = self.world.borrow().store.get(at..at + buffer.len()) {
+            buffer.copy_from_slice(stored);
+        }
         Ok(buffer.len())
     }
 
-    fn write_at(&self, _file: &u64, _bytes: &[u8], _at: usize) -> Result<(), Errno> {
-        self.call(Step::MarkFile)
+    fn write_at(&self, _file: &u64, bytes: &[u8], at: usize) -> Result<(), Errno> {
+        self.call(Step::MarkFile)?;
+        let mut world = self.world.borrow_mut();
+        if let Some(stored) = world.store.get_mut(at..at + bytes.len()) {
+            stored.copy_from_slice(bytes);
+        }
+        Ok(())
+    }
+
+    fn sync_file(&self, _file: &u64) -> Result<(), Errno> {
+        self.call(Step::SyncFile)
+    }
+
+    fn date_file(&self, file: &u64, mtime_ns: Option<i64>) -> Result<(), Errno> {
+        self.call(Step::DateFile)?;
+        let now = 1_000_000;
+        let mut world = self.world.borrow_mut();
+        world.mtimes.insert(*file, mtime_ns.unwrap_or(now));
+        Ok(())
     }
 
     fn open_loop_control(&self) -> Result<(), Errno> {
@@ -450,6 +489,12 @@ impl Host for Script {
         Ok(())
     }
 
+    fn status_line(&self, uuid: &DeviceUuid) -> Result<Option<String>, Errno> {
+        self.call(Step::Status)?;
+        self.find(Address::Uuid(uuid.as_str()))?;
+        Ok(Some(self.world.borrow_mut().merge_on()))
+    }
+
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
         self.call(Step::Query)?;
         let uuid = self.find(address)?;
@@ -566,4 +611,5 @@ impl Host for Script {
 }
 
 mod growth;
+mod merging;
 mod tests;

@@ -16,6 +16,7 @@ use crate::loop_device::{self, LOOP_CONTROL};
 use crate::mapper::{MAPPER_CONTROL, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::options::SnapshotOptions;
+use crate::origin_identity::OriginIdentity;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::status::SnapshotStatus;
@@ -85,12 +86,12 @@ impl Snapshot {
 }
 
 /// A loop device that is ours for as long as `device` is open or a dm table holds it.
-struct Attached<L> {
-    path: PathBuf,
+pub(crate) struct Attached<L> {
+    pub(crate) path: PathBuf,
     /// The N of `/dev/loopN`.
     number: u32,
-    dev: DeviceNumber,
-    device: L,
+    pub(crate) dev: DeviceNumber,
+    pub(crate) device: L,
 }
 
 /// Makes a snapshot and brings it live, or leaves nothing.
@@ -190,32 +191,54 @@ fn build<H: Host>(
         target,
     };
 
-    let mapper = name.mapper_path();
-    let random = ask(Step::Random, &mapper, || host.random())?;
-    let uuid = DeviceUuid::fresh(random, origin.identity(), cow_loop.number);
-    let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
-    handles.name = Some(name.clone());
-    handles.dev = Some(dev);
-    handles.mapper = Some(mapper.clone());
-    let uuid = &*handles.uuid.insert(uuid);
-    patiently(host, &LOAD_RETRY, Verdict::Exhausted, || {
-        ask(Step::Load, &mapper, || host.load(uuid, &line))
-    })
-    .map_err(|error| explain_load(host, error))?;
+    let made = make_device(host, name, origin.identity(), &cow_loop, &line, handles)?;
     if *mark {
         // The kernel has written the header by now, and does not write it again while the store is valid.
-        let mark = exception_store::mark(origin.identity());
+        let mark = exception_store::mark(origin.identity(), None);
         ask(Step::MarkFile, cow.path, || {
             host.write_at(&cow.file, &mark, MARK_AT)
         })?;
     }
-    ask(Step::Resume, &mapper, || host.resume(uuid))?;
-    let device = ask(Step::Link, &mapper, || host.make_alias(&mapper, dev))?;
+    let mapper = &made.mapper;
+    ask(Step::Resume, mapper, || host.resume(&made.uuid))?;
+    let device = ask(Step::Link, mapper, || host.make_alias(mapper, made.dev))?;
     Ok((device, warnings))
 }
 
+/// A dm device with a table that is not live yet.
+pub(crate) struct Made {
+    pub(crate) uuid: DeviceUuid,
+    /// `/dev/mapper/<name>`, there or not.
+    pub(crate) mapper: PathBuf,
+    dev: DeviceNumber,
+}
+
+/// Makes the dm device and loads its one line.
+pub(crate) fn make_device<H: Host>(
+    host: &H,
+    name: &DeviceName,
+    origin: OriginIdentity,
+    cow_loop: &Attached<H::Loop>,
+    line: &TargetLine,
+    handles: &mut Handles,
+) -> Result<Made> {
+    let mapper = name.mapper_path();
+    let random = ask(Step::Random, &mapper, || host.random())?;
+    let uuid = DeviceUuid::fresh(random, origin, cow_loop.number);
+    let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
+    handles.name = Some(name.clone());
+    handles.dev = Some(dev);
+    handles.mapper = Some(mapper.clone());
+    handles.uuid = Some(uuid.clone());
+    patiently(host, &LOAD_RETRY, Verdict::Exhausted, || {
+        ask(Step::Load, &mapper, || host.load(&uuid, line))
+    })
+    .map_err(|error| explain_load(host, error))?;
+    Ok(Made { uuid, mapper, dev })
+}
+
 /// A failure, with what undoing the steps before it leaves.
-fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
+pub(crate) fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
     match teardown::clean(host, handles, &UNDO_RETRY) {
         Err(Error::Debris { left, .. }) => error.leaving(left),
         _ => error,
@@ -282,7 +305,7 @@ fn target_version<H: Host>(host: &H) -> Result<TargetVersion> {
 }
 
 /// Finds a free loop device and binds `backing` to it. A device that was lost to another process is left alone.
-fn attach<H: Host>(
+pub(crate) fn attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,

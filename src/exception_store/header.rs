@@ -35,6 +35,8 @@ pub(crate) struct Header {
     pub(crate) chunk: ChunkSize,
     /// What the origin was, if we made the store.
     pub(crate) origin: Option<OriginIdentity>,
+    /// The inode of the image that it is being merged into, or was when a merge was cut off.
+    pub(crate) merging_into: Option<u64>,
 }
 
 /// Where our mark stands: in the part of the header's sector that the kernel zeroes when it writes a new header and
@@ -44,14 +46,30 @@ pub(crate) const MARK_AT: usize = 64;
 /// What our mark begins with; the origin's size and modification time follow, 64 bits each.
 const MARK: [u8; 16] = *b"dmsnap origin 1\0";
 
+/// What the second half of the mark begins with while the store is merged; the image's inode follows, 64 bits.
+const MERGING: [u8; 16] = *b"dmsnap merging 1";
+
 /// The mark that ties a store to its origin: over any other image its exceptions are garbage, and nothing that the
 /// kernel writes could tell.
-pub(crate) fn mark(origin: OriginIdentity) -> [u8; 32] {
-    let mut mark = [0; 32];
+///
+/// A merge changes the image's modification time until its last write, so that nothing which is written before can name
+/// it: `merging_into` says that such a merge has begun, and into which file. Every mark without it takes that back.
+pub(crate) fn mark(origin: OriginIdentity, merging_into: Option<u64>) -> [u8; 64] {
+    let mut mark = [0; 64];
     mark[..16].copy_from_slice(&MARK);
     mark[16..24].copy_from_slice(&origin.size_bytes.to_le_bytes());
-    mark[24..].copy_from_slice(&origin.mtime_ns.to_le_bytes());
+    mark[24..32].copy_from_slice(&origin.mtime_ns.to_le_bytes());
+    if let Some(inode) = merging_into {
+        mark[32..48].copy_from_slice(&MERGING);
+        mark[48..56].copy_from_slice(&inode.to_le_bytes());
+    }
     mark
+}
+
+fn merging_into(start: &[u8]) -> Option<u64> {
+    let mark = start.get(MARK_AT + 32..MARK_AT + 56)?;
+    let inode = mark.strip_prefix(&MERGING)?;
+    inode.try_into().ok().map(u64::from_le_bytes)
 }
 
 fn marked(start: &[u8]) -> Option<OriginIdentity> {
@@ -89,6 +107,7 @@ pub(crate) fn probe(start: &[u8]) -> Probe {
             valid: valid == 1,
             chunk,
             origin: marked(start),
+            merging_into: merging_into(start),
         }),
         (VERSION, 0 | 1, Err(_)) => damaged("chunk_size", chunk),
         (VERSION, _, _) => damaged("valid", valid),
@@ -141,7 +160,8 @@ mod tests {
             Probe::Store(Header {
                 valid: true,
                 chunk,
-                origin: None
+                origin: None,
+                merging_into: None
             })
         );
         assert_eq!(
@@ -149,7 +169,8 @@ mod tests {
             Probe::Store(Header {
                 valid: false,
                 chunk,
-                origin: None
+                origin: None,
+                merging_into: None
             })
         );
         for (fields, field, value) in [
@@ -172,11 +193,16 @@ mod tests {
             size_bytes: 1 << 40,
             mtime_ns: -5,
         };
-        let mut start = header([MAGIC, 1, 1, 1]);
-        start[MARK_AT..MARK_AT + 32].copy_from_slice(&mark(origin));
-        let Probe::Store(header) = probe(&start[..512]) else {
-            panic!("a store of the least chunk size")
-        };
-        assert_eq!(header.origin, Some(origin));
+        for merging in [None, Some(u64::MAX), None] {
+            let mut start = header([MAGIC, 1, 1, 1]);
+            start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(origin, merging));
+            let Probe::Store(header) = probe(&start[..512]) else {
+                panic!("a store of the least chunk size")
+            };
+            assert_eq!(
+                (header.origin, header.merging_into),
+                (Some(origin), merging)
+            );
+        }
     }
 }

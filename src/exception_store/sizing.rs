@@ -7,7 +7,7 @@ use crate::table::Store;
 use crate::units::{ChunkSize, Sectors};
 
 /// Bytes of one exception on disk: two 64-bit chunk numbers.
-const EXCEPTION_BYTES: u64 = 16;
+pub(crate) const EXCEPTION_BYTES: u64 = 16;
 
 /// The least COW size that takes one write: for a persistent store its header, its first metadata area and a
 /// chunk of data. With two chunks the kernel builds the snapshot, and the first write overflows it.

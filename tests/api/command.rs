@@ -53,6 +53,7 @@ fn wrong_usage_is_status_2_and_nothing_on_stdout() {
         &["watch", "--at", "101%", "vm"],
         &["watch", "--grow-by", "0", "vm"],
         &["watch", "--max", "1G", "vm"],
+        &["merge", "--origin", "image"],
     ] {
         let output = run(args, "");
         assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -77,7 +78,7 @@ fn help_and_version_are_status_0_on_stdout() {
     assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
     for command in [
         "create", "cleanup", "remove", "list", "adopt", "reap", "status", "grow", "recover",
-        "watch",
+        "watch", "merge",
     ] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }

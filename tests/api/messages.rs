@@ -94,7 +94,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
         ),
         (
             Refusal::OriginInUse { path: image() },
-            r#"origin image "/images/base.ext4" is locked by another process or serves as a COW file"#,
+            r#"origin image "/images/base.ext4" is locked: by another process, as a COW file, by a merge, or against one by the snapshots over it, which must be cleaned up first"#,
         ),
         (
             Refusal::OriginChanged {
@@ -211,6 +211,33 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" was made with chunks of 32 sectors, not 8"#,
         ),
         (
+            Refusal::CowBlank { path: cow() },
+            r#"COW file "/run/vm 42.cow" is blank: it holds no exception store to merge"#,
+        ),
+        (
+            Refusal::CowTruncated {
+                path: cow(),
+                bytes: 8192,
+                needed: 12288,
+            },
+            r#"COW file "/run/vm 42.cow" has 8192 bytes, too few: its exception store needs at least 12288 bytes"#,
+        ),
+        (
+            Refusal::OriginTooSmall {
+                path: image(),
+                bytes: 4096,
+                needed: 4608,
+            },
+            r#"origin image "/images/base.ext4" has 4096 bytes, too small: the COW file has changes for one of at least 4608 bytes"#,
+        ),
+        (
+            Refusal::OriginReadOnly {
+                path: image(),
+                mode: 0o444,
+            },
+            r#"origin image "/images/base.ext4" is read-only (mode 0444)"#,
+        ),
+        (
             Refusal::CowNotBlank { path: cow() },
             r#"COW file "/run/vm 42.cow" is not blank, and a transient store would overwrite it (truncate it to reuse it)"#,
         ),
@@ -268,6 +295,8 @@ fn every_step_makes_a_sentence() {
         (Step::LockFile, "cannot lock X"),
         (Step::ReadFile, "cannot read X"),
         (Step::MarkFile, "cannot mark X"),
+        (Step::SyncFile, "cannot flush X"),
+        (Step::DateFile, "cannot set the modification time of X"),
         (Step::OpenLoopControl, "cannot open loop control X"),
         (Step::FindLoop, "cannot find a free loop device through X"),
         (Step::OpenLoop, "cannot open loop device X"),
@@ -290,6 +319,7 @@ fn every_step_makes_a_sentence() {
         (Step::Create, "cannot create X"),
         (Step::Load, "cannot load the table of X"),
         (Step::Resume, "cannot resume X"),
+        (Step::Merge, "cannot merge by X"),
         (Step::SetUuid, "cannot give a uuid to X"),
         (Step::Remove, "cannot remove X"),
         (Step::Query, "cannot query X"),

@@ -43,7 +43,9 @@ fn a_cow_file_of_a_live_snapshot() {
     let (_, text) = row.refused(&options);
     assert_eq!(
         text,
-        format!("origin image {cow:?} is locked by another process or serves as a COW file")
+        format!(
+            "origin image {cow:?} is locked: by another process, as a COW file, by a merge, or against one by the snapshots over it, which must be cleaned up first"
+        )
     );
     snapshot.cleanup().expect("nobody has it open");
     let again = options

@@ -53,6 +53,8 @@ pub(crate) enum Command {
     },
     /// Take down our snapshots that nobody claims, half-built ones included
     Reap(Reap),
+    /// Fold a COW file's changes back into its image; neither may be in use
+    Merge(Merge),
     /// Show one of our snapshots
     Status {
         /// Print JSON
@@ -110,6 +112,25 @@ pub(crate) struct Watch {
     /// The dm devices' names, or their uuids
     #[arg(required = true, value_name = "NAME")]
     pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Arguments)]
+pub(crate) struct Merge {
+    /// The image, which is changed: every other COW file made over it becomes useless
+    #[arg(long, value_name = "IMAGE")]
+    pub(crate) origin: PathBuf,
+    /// The COW file; empty afterwards
+    #[arg(long, value_name = "COW")]
+    pub(crate) cow: PathBuf,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Merge even though the image's size or modification time is not what the COW file was made over
+    #[arg(long)]
+    pub(crate) any_origin: bool,
+    /// The name of the dm device that exists meanwhile
+    #[arg(long)]
+    pub(crate) name: Option<String>,
 }
 
 #[derive(Debug, Arguments)]

@@ -1,9 +1,11 @@
 //! `dmsnap`: the library's jobs for operators and scripts.
 //!
-//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage.
+//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage, 130 for
+//! a merge that SIGINT or SIGTERM stopped.
 
 mod amounts;
 mod args;
+mod merge;
 mod output;
 mod watch;
 
@@ -39,6 +41,11 @@ enum Failure {
     Output(#[source] io::Error),
     #[error("cannot wait for events")]
     Wait(#[source] io::Error),
+    #[error("cannot wait for signals")]
+    Signals(#[source] io::Error),
+    /// The user stopped a merge.
+    #[error("stopped, {left_bytes} bytes are left: the same command goes on")]
+    Stopped { left_bytes: u64 },
     /// Some snapshots could not be read; the others were printed.
     #[error("cannot read {0} of the snapshots")]
     Unreadable(usize),
@@ -81,6 +88,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::List { json } => list(json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
+        Command::Merge(options) => merge::merge(&options),
         Command::Status { json, name } => status(&name, json),
         Command::Grow {
             reserve,

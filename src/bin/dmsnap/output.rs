@@ -21,6 +21,7 @@ pub(crate) struct Entry<'a> {
     dev: DeviceNumber,
     device: String,
     state: State,
+    merging: bool,
     deferred_remove: bool,
     open_count: u32,
     store: Option<Store>,
@@ -71,6 +72,7 @@ impl<'a> From<&'a SnapshotInfo> for Entry<'a> {
             dev: info.dev,
             device: format!("/dev/dm-{}", info.dev.minor),
             state: info.state,
+            merging: info.merging,
             deferred_remove: info.deferred_remove,
             open_count: info.open_count,
             store: info.params.as_ref().map(|params| params.store),
@@ -106,6 +108,7 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
             State::Suspended => "suspended",
             _ => "unknown",
         };
+        let merging = if info.merging { ", merging" } else { "" };
         let due = if info.deferred_remove {
             ", removal due"
         } else {
@@ -115,7 +118,7 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
         rows.push([
             info.name.clone(),
             entry.device,
-            format!("{state}{due}"),
+            format!("{state}{merging}{due}"),
             info.open_count.to_string(),
             used,
             path(&entry.origin).unwrap_or_else(|| "-".to_owned()),
@@ -168,7 +171,10 @@ pub(crate) fn failure(failure: &Failure) -> ExitCode {
         other => chain(other),
     };
     note(line);
-    ExitCode::FAILURE
+    match failure {
+        Failure::Stopped { .. } => ExitCode::from(130),
+        _ => ExitCode::FAILURE,
+    }
 }
 
 /// On one line the chain of the first cause, then those of what else was left behind.

@@ -1,0 +1,553 @@
+//! Merging a COW file into its image: the right bytes, whatever cuts it off.
+
+use std::fs::{self, File};
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use dmsnap::{
+    ChunkSize, Error, Fate, MergeOptions, MergeOutcome, ReapOptions, Refusal, Sectors,
+    SnapshotOptions, State, Step, Store,
+};
+
+use crate::common::scene::patterned;
+use crate::common::tools::{complaint, finish};
+use crate::common::{Mounted, Scene, TempSetting, chain, dmsnap, eventually, output, run};
+
+/// How many chunks are changed at random places, and of how many.
+const CHANGED: u64 = 1000;
+const CHUNKS: u64 = 4096;
+
+/// No merge here takes longer, on the slowest guest.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// An image of its own and a COW file over it, with what the snapshot showed.
+struct Pair {
+    scene: Scene,
+    image: PathBuf,
+    cow: PathBuf,
+    shown: Vec<u8>,
+}
+
+impl Pair {
+    /// Changes [`CHANGED`] chunks in an order that is not theirs on the disk.
+    fn of_random_chunks() -> Self {
+        let mut next = 12345u64;
+        let mut random = || {
+            // Knuth's MMIX generator: its high bits are good enough.
+            next = next
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            next >> 33
+        };
+        let mut places: Vec<u64> = (0..CHUNKS).collect();
+        for nth in (1..places.len()).rev() {
+            let other = usize::try_from(random()).expect("31 bits") % (nth + 1);
+            places.swap(nth, other);
+        }
+        places.truncate(usize::try_from(CHANGED).expect("few"));
+        let options = SnapshotOptions::new();
+        Self::written(CHUNKS * 4096, &options, |device| {
+            for some in places.chunks(50) {
+                for place in some {
+                    let content = (place ^ u64::MAX).to_le_bytes().repeat(512);
+                    device
+                        .write_all_at(&content, place * 4096)
+                        .expect("writable");
+                }
+                device.sync_all().expect("the COW file takes it");
+            }
+        })
+    }
+
+    fn written(bytes: u64, options: &SnapshotOptions, write: impl FnOnce(&File)) -> Self {
+        let scene = Scene::new();
+        let (image, cow) = (
+            scene.path("base.img"),
+            scene.sparse("cow", 2 * bytes + (8 << 20)),
+        );
+        patterned(&image, bytes);
+        let name = scene.name();
+        let snapshot = options.create(&image, &cow, &name).expect("a snapshot");
+        let device = File::options().read(true).write(true);
+        let device = device.open(snapshot.device()).expect("it opens");
+        write(&device);
+        device.sync_all().expect("the COW file takes it");
+        drop(device);
+        let shown = fs::read(snapshot.device()).expect("readable");
+        snapshot.cleanup().expect("nobody has it open");
+        Self {
+            scene,
+            image,
+            cow,
+            shown,
+        }
+    }
+
+    fn merge(&self) -> dmsnap::Result<MergeOutcome> {
+        MergeOptions::new().merge(&self.image, &self.cow, |_| ControlFlow::Continue(()))
+    }
+
+    /// Merges what is left, and holds the image against what the snapshot showed.
+    fn finish(&self) -> MergeOutcome {
+        let merged = self
+            .merge()
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        assert!(
+            matches!(merged, MergeOutcome::Complete { .. }),
+            "{merged:?}"
+        );
+        self.assert_image();
+        self.scene.assert_clean();
+        merged
+    }
+
+    fn assert_image(&self) {
+        let image = fs::read(&self.image).expect("readable");
+        let visible = &image[..self.shown.len()];
+        assert!(
+            visible == self.shown,
+            "the image is not what the snapshot was"
+        );
+    }
+
+    /// A snapshot over the two, half merged or whole, shows what it showed before.
+    fn assert_snapshot(&self, options: &SnapshotOptions) {
+        let snapshot = options
+            .create(&self.image, &self.cow, &self.scene.name())
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let shown = fs::read(snapshot.device()).expect("readable");
+        assert!(shown == self.shown, "the snapshot shows something else");
+        snapshot.cleanup().expect("nobody has it open");
+    }
+
+    /// Another COW file, made over the image as it is now.
+    fn other_cow(&self) -> PathBuf {
+        let cow = self.scene.cow("other.cow");
+        let other = SnapshotOptions::new().create(&self.image, &cow, &self.scene.name());
+        other.expect("a snapshot").cleanup().expect("idle");
+        cow
+    }
+
+    /// As every other COW file over an image that was merged into is.
+    fn assert_refused(&self, other: &Path) {
+        let refused = SnapshotOptions::new().create(&self.image, other, &self.scene.name());
+        assert!(
+            matches!(refused, Err(Error::Refused(Refusal::OriginChanged { .. }))),
+            "{refused:?}"
+        );
+    }
+
+    /// `dmsnap merge`, once it has merged something and long before it has merged all.
+    fn begin(&self, name: &str) -> Child {
+        let mut command = dmsnap();
+        command.args(["merge", "--json", "--name", name, "--origin"]);
+        command.arg(&self.image).arg("--cow").arg(&self.cow);
+        command.stdin(Stdio::null()).stdout(Stdio::piped());
+        let child = command.stderr(Stdio::piped()).spawn().expect("it starts");
+        let under_way = || {
+            let left = left(name);
+            left.is_some_and(|left| left < CHANGED * 8 - 80)
+        };
+        assert!(eventually(DEADLINE, under_way), "the merge gets under way");
+        child
+    }
+
+    /// The same, and then the process is killed.
+    fn begin_and_kill(&self, name: &str) {
+        let mut child = self.begin(name);
+        let item = reap_one(name);
+        assert_eq!(item, Fate::InProgress, "its process lives");
+        child.kill().expect("our child can be killed");
+        child.wait().expect("a child can be waited for");
+    }
+}
+
+/// A merge that takes seconds: kcopyd works for a small part of the time only. The parameter is dm-snapshot's own.
+fn slowly() -> TempSetting {
+    TempSetting::set(
+        "/sys/module/dm_snapshot/parameters/snapshot_copy_throttle",
+        "5",
+    )
+}
+
+/// How many sectors of data a merging device still has; `None` without such a device.
+fn left(name: &str) -> Option<u64> {
+    let status = output!("dmsetup", "status", name).stdout;
+    let line = String::from_utf8_lossy(&status).into_owned();
+    let words: Vec<&str> = line.split_whitespace().collect();
+    let [_, _, "snapshot-merge", fill, metadata] = words[..] else {
+        return None;
+    };
+    let allocated: u64 = fill.split_once('/')?.0.parse().ok()?;
+    Some(allocated - metadata.parse::<u64>().ok()?)
+}
+
+fn reap_one(name: &str) -> Fate {
+    let reaped = ReapOptions::new().reap(|_| false).expect("a sweep");
+    let item = reaped.into_iter().find(|item| item.name == name);
+    item.expect("it is swept").fate.expect("no failure")
+}
+
+fn sectors(chunks: u64) -> Sectors {
+    Sectors::new(chunks * 8)
+}
+
+#[test]
+fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
+    let pair = Pair::of_random_chunks();
+    let other = pair.other_cow();
+    let mut seen = Vec::new();
+    let merged = MergeOptions::new().merge(&pair.image, &pair.cow, |progress| {
+        seen.push(progress);
+        ControlFlow::Continue(())
+    });
+    let all = MergeOutcome::Complete {
+        merged: sectors(CHANGED),
+    };
+    assert_eq!(merged, Ok(all));
+    pair.assert_image();
+    pair.scene.assert_clean();
+    assert!(
+        seen.is_sorted_by_key(|progress| progress.merged),
+        "{seen:?}"
+    );
+    assert!(
+        seen.iter()
+            .all(|progress| progress.total == sectors(CHANGED))
+    );
+    let last = seen.last().expect("a call at the end");
+    assert_eq!(last.merged, last.total);
+    println!("merged {CHANGED} chunks, {} calls of progress", seen.len());
+
+    pair.assert_refused(&other);
+    // The store is empty, and the COW file may be used again over the new image.
+    let nothing = MergeOutcome::Complete { merged: sectors(0) };
+    assert_eq!(pair.merge(), Ok(nothing));
+    pair.assert_snapshot(&SnapshotOptions::new());
+}
+
+#[test]
+fn a_merge_whose_process_is_killed_goes_on_and_is_reaped_and_finished() {
+    let pair = Pair::of_random_chunks();
+    let (name, other) = (pair.scene.name(), pair.other_cow());
+    let slow = slowly();
+    pair.begin_and_kill(&name);
+    let info = dmsnap::status(&name).expect("the kernel goes on");
+    assert!(info.merging && info.state == State::Live, "{info:?}");
+    let begun = left(&name).expect("it merges");
+    let goes_on = || left(&name).is_some_and(|left| left < begun);
+    assert!(eventually(DEADLINE, goes_on), "without its process");
+    let in_use = Refusal::OriginInUse {
+        path: pair.image.clone(),
+    };
+    assert_eq!(pair.merge(), Err(Error::Refused(in_use)));
+
+    assert_eq!(reap_one(&name), Fate::Removed);
+    pair.scene.assert_clean();
+    drop(slow);
+    pair.assert_refused(&other);
+    let MergeOutcome::Complete { merged } = pair.finish() else {
+        panic!("finish says so");
+    };
+    println!(
+        "killed, reaped, {merged} of {} sectors were left",
+        CHANGED * 8
+    );
+    assert!(
+        (1..CHANGED * 8).contains(&merged.count()),
+        "half-way: {merged}"
+    );
+    pair.assert_refused(&other);
+}
+
+#[test]
+fn a_merge_whose_process_is_killed_shows_the_same_disk_half_way_and_at_its_end() {
+    let pair = Pair::of_random_chunks();
+    let name = pair.scene.name();
+    let slow = slowly();
+    pair.begin_and_kill(&name);
+    assert_eq!(reap_one(&name), Fate::Removed);
+    pair.assert_snapshot(&SnapshotOptions::new());
+    // That snapshot has tied the two together again; now the kernel is left to finish by itself.
+    pair.begin_and_kill(&name);
+    drop(slow);
+    assert!(eventually(DEADLINE, || left(&name) == Some(0)));
+    let events = run!(
+        "dmsetup",
+        "info",
+        "-c",
+        "--noheadings",
+        "-o",
+        "events",
+        &name
+    );
+    assert_eq!(events.trim(), "0", "the end of a merge raises no event");
+    assert_eq!(reap_one(&name), Fate::Removed);
+    pair.assert_image();
+    pair.assert_snapshot(&SnapshotOptions::new());
+    assert_eq!(pair.finish(), MergeOutcome::Complete { merged: sectors(0) });
+}
+
+#[test]
+fn a_merge_whose_device_is_removed_half_way_loses_nothing() {
+    let pair = Pair::of_random_chunks();
+    let name = pair.scene.name();
+    let slow = slowly();
+    let merged = MergeOptions::new()
+        .name(&name)
+        .merge(&pair.image, &pair.cow, |progress| {
+            if progress.merged > sectors(CHANGED / 10) {
+                dmsnap::remove(&name).map(drop).expect("nobody has it open");
+            }
+            ControlFlow::Continue(())
+        });
+    drop(slow);
+    let Ok(MergeOutcome::Stopped { merged, left }) = merged else {
+        panic!("{merged:?}");
+    };
+    assert_eq!(merged.count() + left.count(), CHANGED * 8);
+    assert!(left.count() > 0, "half-way");
+    pair.scene.assert_clean();
+    pair.assert_snapshot(&SnapshotOptions::new());
+    assert_eq!(pair.finish(), MergeOutcome::Complete { merged: left });
+}
+
+#[test]
+fn sigint_stops_the_command_which_then_goes_on() {
+    let pair = Pair::of_random_chunks();
+    let name = pair.scene.name();
+    let slow = slowly();
+    let child = pair.begin(&name);
+    run!("kill", "-INT", child.id().to_string());
+    let done = child.wait_with_output().expect("it ends");
+    drop(slow);
+    assert_eq!(done.status.code(), Some(130), "{done:?}");
+    let json = |bytes: &[u8]| -> serde_json::Value {
+        serde_json::from_slice(bytes).expect("JSON on stdout")
+    };
+    let stopped = json(&done.stdout);
+    let left = stopped["left_bytes"].as_u64().expect("a number");
+    assert_eq!(stopped["outcome"], "stopped");
+    assert!(left > 0, "half-way");
+    let complaint = format!("dmsnap: stopped, {left} bytes are left: the same command goes on\n");
+    assert_eq!(String::from_utf8_lossy(&done.stderr), complaint);
+    pair.scene.assert_clean();
+
+    let mut again = dmsnap();
+    again.args(["merge", "--json", "--origin"]).arg(&pair.image);
+    let done = finish(again.arg("--cow").arg(&pair.cow));
+    assert!(done.status.success(), "{done:?}");
+    let complete = json(&done.stdout);
+    assert_eq!(
+        complete,
+        serde_json::json!({ "outcome": "complete", "merged_bytes": left, "left_bytes": 0 })
+    );
+    assert!(
+        done.stderr.is_empty(),
+        "no bar without a terminal: {done:?}"
+    );
+    pair.assert_image();
+}
+
+// dm-snap.c, merge_callback: the image is written and flushed before the exceptions are cleared. So what a power cut
+// leaves is an image that may be ahead of the store: here by a tenth of the merge, which is more than any cut leaves.
+#[test]
+fn an_image_that_is_ahead_of_the_store_merges_to_the_same() {
+    let pair = Pair::of_random_chunks();
+    let name = pair.scene.name();
+    let copies = [pair.scene.path("cut.cow"), pair.scene.path("cut.img")];
+    let (cow, image) = (&copies[0], &copies[1]);
+    let slow = slowly();
+    let mut cut = 0;
+    let merged = MergeOptions::new()
+        .name(&name)
+        .merge(&pair.image, &pair.cow, |progress| {
+            // Suspended, the kernel stops between two stretches.
+            let (from, to) = match (cut, progress.merged.count() / 8) {
+                (0, CHANGED_TENTH..) => (&pair.cow, cow),
+                (1, CHANGED_FIFTH..) => (&pair.image, image),
+                (2, _) => return ControlFlow::Break(()),
+                _ => return ControlFlow::Continue(()),
+            };
+            run!("dmsetup", "suspend", &name);
+            fs::copy(from, to).expect("room for a copy");
+            run!("dmsetup", "resume", "--noudevsync", &name);
+            cut += 1;
+            ControlFlow::Continue(())
+        });
+    drop(slow);
+    assert!(
+        matches!(merged, Ok(MergeOutcome::Stopped { .. })),
+        "{merged:?}"
+    );
+    let any = |merge: &mut MergeOptions| merge.merge(image, cow, |_| ControlFlow::Continue(()));
+    let refused = any(&mut MergeOptions::new());
+    assert!(
+        matches!(refused, Err(Error::Refused(Refusal::OriginChanged { .. }))),
+        "copies have other inodes: {refused:?}"
+    );
+    any(MergeOptions::new().any_origin(true))
+        .map(drop)
+        .expect("it goes on");
+    assert!(fs::read(image).expect("readable") == pair.shown);
+    pair.finish();
+}
+
+const CHANGED_TENTH: u64 = CHANGED / 10;
+const CHANGED_FIFTH: u64 = CHANGED / 5;
+
+#[test]
+fn every_chunk_size_and_an_image_that_ends_in_the_middle_of_a_chunk() {
+    for chunk in [1, 32, 2048] {
+        let chunk = ChunkSize::new(chunk).expect("a power of two");
+        let mut options = SnapshotOptions::new();
+        options.store(Store::PersistentOverflow).chunk_size(chunk);
+        // Two sectors and 188 bytes more than whole chunks; the bytes are not visible, and stay.
+        let bytes = (2 << 20) + 1212;
+        let pair = Pair::written(bytes, &options, |device| {
+            for at in [(2 << 20) + 512, 0, 1 << 20] {
+                device.write_all_at(&[0x5a; 512], at).expect("writable");
+                device.sync_all().expect("the COW file takes it");
+            }
+        });
+        let tail = || fs::read(&pair.image).expect("readable")[pair.shown.len()..].to_vec();
+        let before = tail();
+        assert_eq!(before.len(), 188);
+        let merged = pair.finish();
+        let length = Sectors::new(3 * u64::from(chunk));
+        assert_eq!(merged, MergeOutcome::Complete { merged: length });
+        assert_eq!(tail(), before);
+        pair.assert_snapshot(&options);
+    }
+}
+
+#[test]
+fn an_image_that_cannot_be_written_stops_the_merge_until_it_can() {
+    let scene = Scene::new();
+    let small = ["-t", "tmpfs", "-o", "size=1m", "tmpfs"];
+    let mounted = Mounted::mount(small, &scene.path("small"));
+    let (image, cow) = (mounted.at().join("base.img"), scene.cow("cow"));
+    File::create(&image)
+        .and_then(|image| image.set_len(4 << 20))
+        .expect("sparse");
+    let snapshot = SnapshotOptions::new().create(&image, &cow, &scene.name());
+    let snapshot = snapshot.expect("a snapshot");
+    let device = File::options()
+        .write(true)
+        .open(snapshot.device())
+        .expect("it opens");
+    device
+        .write_all_at(&vec![0xa5; 2 << 20], 0)
+        .expect("writable");
+    device.sync_all().expect("the COW file takes it");
+    drop(device);
+    let shown = fs::read(snapshot.device()).expect("readable");
+    snapshot.cleanup().expect("nobody has it open");
+
+    let merge = || MergeOptions::new().merge(&image, &cow, |_| ControlFlow::Continue(()));
+    let error = merge().expect_err("there is no room");
+    println!("message: merge into a full file system: {}", chain(&error));
+    assert!(
+        matches!(
+            error,
+            Error::Failed {
+                step: Step::Merge,
+                ..
+            }
+        ),
+        "{error:?}"
+    );
+    scene.assert_clean();
+    run!("mount", "-o", "remount,size=8m", mounted.at());
+    assert!(matches!(merge(), Ok(MergeOutcome::Complete { .. })));
+    assert!(fs::read(&image).expect("readable") == shown);
+}
+
+#[test]
+fn what_cannot_be_merged_is_refused_and_left_alone() {
+    let pair = Pair::written(1 << 20, &SnapshotOptions::new(), |device| {
+        device.write_all_at(&[1; 4096], 1 << 19).expect("writable");
+    });
+    let scene = &pair.scene;
+    let refused = |what: &str, image: &Path, cow: &Path, any_origin: bool| {
+        let before = (fs::read(image).ok(), fs::read(cow).ok());
+        let merged = MergeOptions::new()
+            .any_origin(any_origin)
+            .merge(image, cow, |_| ControlFlow::Continue(()));
+        let error = merged.expect_err(what);
+        println!("bad input: merge, {what}: {}", chain(&error));
+        assert!(
+            before == (fs::read(image).ok(), fs::read(cow).ok()),
+            "{what}"
+        );
+        match error {
+            Error::Refused(refusal) => refusal,
+            other => panic!("{what}: {other:?}"),
+        }
+    };
+    let path = || pair.image.clone();
+    for store in [Store::Persistent, Store::Transient] {
+        let mut options = SnapshotOptions::new();
+        let cow = scene.cow(format!("{store:?}.cow"));
+        let live = options
+            .store(store)
+            .create(&pair.image, &cow, &scene.name());
+        let live = live.expect("a snapshot");
+        for cow in [&cow, &pair.cow] {
+            let refusal = refused("a live snapshot", &pair.image, cow, false);
+            assert_eq!(refusal, Refusal::OriginInUse { path: path() });
+        }
+        live.cleanup().expect("idle");
+    }
+    let blank = scene.cow("blank.cow");
+    let refusal = refused("a blank COW file", &pair.image, &blank, false);
+    assert_eq!(refusal, Refusal::CowBlank { path: blank });
+    let image = pair.image.as_path();
+    assert_eq!(
+        refused("the image itself", image, image, false),
+        Refusal::SameFile {
+            origin: path(),
+            cow: path()
+        }
+    );
+    run!("chmod", "444", image);
+    assert_eq!(
+        refused("a read-only image", image, &pair.cow, false),
+        Refusal::OriginReadOnly {
+            path: path(),
+            mode: 0o444
+        }
+    );
+    run!("chmod", "644", image);
+
+    let short = scene.file("short.img", vec![0; 1 << 19]);
+    let changed = refused("another image", &short, &pair.cow, false);
+    assert!(
+        matches!(changed, Refusal::OriginChanged { .. }),
+        "{changed}"
+    );
+    let refusal = Refusal::OriginTooSmall {
+        path: short.clone(),
+        bytes: 1 << 19,
+        needed: (1 << 19) + 512,
+    };
+    assert_eq!(refused("a shorter image", &short, &pair.cow, true), refusal);
+
+    let cut = scene.path("cut.cow");
+    fs::copy(&pair.cow, &cut).expect("room for a copy");
+    run!("truncate", "-s", "8192", &cut);
+    let refusal = Refusal::CowTruncated {
+        path: cut.clone(),
+        bytes: 8192,
+        needed: 12288,
+    };
+    assert_eq!(refused("a COW file cut off", image, &cut, false), refusal);
+    let mut command: Command = dmsnap();
+    command.arg("merge").arg("--origin").arg(image);
+    let line = complaint(&finish(command.arg("--cow").arg(&cut)));
+    assert_eq!(line, refusal.to_string());
+    pair.finish();
+}
