@@ -7,8 +7,8 @@
 //! | create, load, status | `devicemapper` | it builds and parses target specs well |
 //! | resume, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
-//! | a glance at the status | `sys.rs` | the crate allocates six times for it |
-//! | arming a poll | `sys.rs` | the crate arms the one fd that all its callers share |
+//! | a glance at the status | `sys.rs` | the crate allocates for it, and a watch glances often |
+//! | arming a poll | `sys.rs` | it is for each watch's own descriptor, not the shared one |
 //! | query | `sys.rs` | the crate finds no device by number, and fails on names that are not ASCII |
 //! | list | `sys.rs` | the crate returns no uuids, and one odd name hides every device |
 //! | target version | `sys.rs` | the crate has only the list of loaded targets, which loads no module |

@@ -1,6 +1,6 @@
 //! What a user reads: every message, word for word.
 
-use dmsnap::Warning;
+use dmsnap::{Change, Warning};
 
 use super::*;
 
@@ -371,5 +371,40 @@ fn every_warning_reads_as_it_should() {
     for name in variants(include_str!("../../src/backing.rs"), "pub enum Warning {") {
         let seen = warnings.iter().any(|(warning, _)| variant(warning) == name);
         assert!(seen, "Warning::{name} has no golden text");
+    }
+}
+
+#[test]
+fn every_change_of_a_watched_snapshot_reads_as_it_should() {
+    let usage = Usage {
+        allocated: Sectors::new(1640),
+        total: Sectors::new(2048),
+        metadata: Sectors::new(16),
+    };
+    let chunk = ChunkSize::new(3).expect_err("no power of two");
+    let changes = [
+        (Change::Above(usage), "80% full, 1640 of 2048 sectors"),
+        (
+            Change::Overflow,
+            "overflowed: its writes fail until it is recovered",
+        ),
+        (Change::Invalid, "invalid: it is lost"),
+        (Change::MergeFailed, "merging failed"),
+        (Change::Gone, "gone"),
+        (
+            Change::Unknown("Odd\n".to_owned()),
+            r#"unknown status "Odd\n""#,
+        ),
+        (
+            Change::Unreadable(chunk.into()),
+            "cannot use chunks of 3 sectors: need a power of two from 1 to 2097152",
+        ),
+    ];
+    for (change, text) in &changes {
+        assert_eq!(change.to_string(), *text);
+    }
+    for name in variants(include_str!("../../src/watch.rs"), "pub enum Change {") {
+        let seen = changes.iter().any(|(change, _)| variant(change) == name);
+        assert!(seen, "Change::{name} has no golden text");
     }
 }

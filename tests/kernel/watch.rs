@@ -7,7 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{Change, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store};
+use dmsnap::{Change, ChunkSize, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store};
 use dmsnap::{Verdict, Watch, WatchEvent};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
@@ -20,10 +20,13 @@ const SMALL: u64 = 256 << 10;
 const MIB: u64 = 1 << 20;
 
 fn snapshot(scene: &Scene, store: Store, bytes: u64) -> (Snapshot, String) {
+    snapshot_of(scene, SnapshotOptions::new().store(store), bytes)
+}
+
+fn snapshot_of(scene: &Scene, options: &SnapshotOptions, bytes: u64) -> (Snapshot, String) {
     let name = scene.name();
     let cow = scene.sparse(format!("{name}.cow"), bytes);
-    let mut options = SnapshotOptions::new();
-    let snapshot = options.store(store).create(scene.image(), cow, &name);
+    let snapshot = options.create(scene.image(), cow, &name);
     (snapshot.expect("a snapshot"), name)
 }
 
@@ -247,11 +250,15 @@ fn write_on(device: &Path, bytes: u64) -> Result<Duration, u64> {
 
 #[test]
 fn a_writer_at_full_speed_sees_no_error_under_the_watch_and_one_without_it() {
-    let image = short_or_long(64, 512) * MIB;
+    let image = short_or_long(96, 512) * MIB;
     let scene = blank(image);
-    let made = [0; 2].map(|_| snapshot(&scene, Store::PersistentOverflow, 8 * MIB));
+    // Chunks that the emulated CPU is fast with.
+    let mut options = SnapshotOptions::new();
+    let chunk = ChunkSize::new(128).expect("a chunk size");
+    options.store(Store::PersistentOverflow).chunk_size(chunk);
+    let made = [0; 2].map(|_| snapshot_of(&scene, &options, 32 * MIB));
     let names = [&made[0].1, &made[1].1];
-    let arguments = ["--at", "60%", "--grow-by", "8MiB", "--json"];
+    let arguments = ["--at", "50%", "--grow-by", "32MiB", "--json"];
     let running = dmsnap_watch(&arguments, &names);
     let wrote = thread::scope(|scope| {
         let spawn = |(snapshot, _): &(Snapshot, String)| {
@@ -289,7 +296,7 @@ fn a_writer_at_full_speed_sees_no_error_under_the_watch_and_one_without_it() {
                     .all(|event| ["above", "grown"].contains(event))
         );
     }
-    let (unwatched, name) = snapshot(&scene, Store::PersistentOverflow, 8 * MIB);
+    let (unwatched, name) = snapshot_of(&scene, &options, 32 * MIB);
     let failed = write_on(unwatched.device(), image).expect_err("nobody grows it");
     println!("without the watch: failed at {} MiB", failed / MIB);
     assert_eq!(status_of(&name), SnapshotStatus::Overflow);
@@ -312,7 +319,7 @@ fn the_command_stops_growing_at_its_bound_and_ends_with_the_last_snapshot() {
     assert!(eventually(Duration::from_secs(10), grown), "it grows");
     device.write(0x5a, 0, 4 * MIB).expect_err("and no further");
     drop(device);
-    thread::sleep(Duration::from_millis(1500));
+    thread::sleep(Duration::from_millis(1100));
     snapshot.cleanup().expect("nobody has it open");
     let lines = lines(running);
     let mut events = events_of(&lines, &name);
@@ -352,7 +359,7 @@ fn grow_recover_and_watch_speak_as_the_others_do() {
         &name
     ));
     println!("message: grow after an overflow: {refused}");
-    thread::sleep(Duration::from_millis(1500));
+    thread::sleep(Duration::from_millis(1100));
     let id = running.id().to_string();
     success(Command::new("kill").args(["-INT", &id]));
     let done = running.join();
