@@ -26,7 +26,8 @@ use dmsnap::SnapshotOptions;
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
 use contestants::{Contestant, Job, Result};
-use figures::{Origin, Scenario, Series};
+use figures::origin::Origin;
+use figures::{Scenario, Series};
 
 const IMAGE_BYTES: u64 = 64 << 20;
 const COW_BYTES: u64 = 256 << 20;

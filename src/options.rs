@@ -75,8 +75,11 @@ impl SnapshotOptions {
     }
 
     /// Lets a guest's discard of whole written chunks zero them and give their space back to the COW file's file
-    /// system (`discard_zeroes_cow`). Without it every discard fails with EOPNOTSUPP. A discarded chunk that was
-    /// never written goes on reading the origin.
+    /// system (`discard_zeroes_cow`). A discarded chunk that was never written goes on reading the origin. Without the
+    /// option the disk says that it takes no discards, and one that a guest sends all the same, as `fstrim` does, fails
+    /// with EOPNOTSUPP; no harm is done, and a hypervisor may have to be told not to offer it.
+    ///
+    /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::Discard::Passdown) says why.
     ///
     /// Refused with chunks under 512 sectors on kernels newer than 6.12: loading such a table crashes Linux 7.3.4.
     pub fn discard(&mut self, discard: bool) -> &mut Self {

@@ -1,10 +1,13 @@
 //! Samples and what is said of them: p50, p99 and the ratio to the floor, as Markdown and as JSON.
 
+pub(crate) mod origin;
+
 use std::fmt::Write;
-use std::fs;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+
+use origin::Origin;
 
 /// One contestant's samples of one scenario, in the order in which they were taken.
 #[derive(Clone, Debug)]
@@ -43,41 +46,6 @@ impl Series {
 pub(crate) struct Scenario {
     pub(crate) name: &'static str,
     pub(crate) series: Vec<Series>,
-}
-
-/// Where the samples come from.
-#[derive(Clone, Debug)]
-pub(crate) struct Origin {
-    pub(crate) kernel: String,
-    pub(crate) cpu: String,
-    pub(crate) udev: bool,
-}
-
-impl Origin {
-    pub(crate) fn here() -> Self {
-        let text = |path| fs::read_to_string(path).unwrap_or_default();
-        let cpus = text("/proc/cpuinfo");
-        let model = cpus.lines().find(|line| line.starts_with("model name"));
-        let model = model.and_then(|line| line.split_once(": "));
-        Self {
-            kernel: text("/proc/sys/kernel/osrelease").trim().to_owned(),
-            cpu: model.map_or("unknown", |(_, model)| model).to_owned(),
-            udev: fs::exists("/run/udev/control").unwrap_or(false),
-        }
-    }
-
-    /// QEMU's own name for a CPU that it emulates.
-    fn is_emulated(&self) -> bool {
-        self.cpu.contains("TCG")
-    }
-
-    fn label(&self) -> &'static str {
-        if self.is_emulated() {
-            "Ratios from an emulated guest: the milliseconds mean nothing elsewhere."
-        } else {
-            "Not emulated: the milliseconds are this machine's."
-        }
-    }
 }
 
 /// Nearest rank: the least sample that at least `percent` of all samples do not exceed.

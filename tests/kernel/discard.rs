@@ -43,7 +43,8 @@ fn a_guests_fstrim_gives_the_cow_files_space_back() {
             assert!(trimmed + (5 << 20) <= full, "{full} -> {trimmed}");
         } else {
             assert!(said.contains("not supported"), "EOPNOTSUPP: {said}");
-            assert_eq!(trimmed, full);
+            // The file system writes a little more in the meantime.
+            assert!(trimmed >= full, "{full} -> {trimmed}");
         }
         drop(mounted);
         snapshot.cleanup().expect("nobody has it open");

@@ -16,9 +16,9 @@ use crate::common::scene::patterned;
 use crate::common::tools::{complaint, finish};
 use crate::common::{Mounted, Scene, TempSetting, chain, dmsnap, eventually, output, run};
 
-/// How many chunks are changed at random places, and of how many.
-const CHANGED: u64 = 1000;
-const CHUNKS: u64 = 4096;
+/// How many chunks are changed at random places where the number matters, and where only the order of things does.
+const MANY: u64 = 1000;
+const SOME: u64 = 200;
 
 /// No merge here takes longer, on the slowest guest.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -29,11 +29,13 @@ struct Pair {
     image: PathBuf,
     cow: PathBuf,
     shown: Vec<u8>,
+    /// How many chunks the COW file has.
+    changed: u64,
 }
 
 impl Pair {
-    /// Changes [`CHANGED`] chunks in an order that is not theirs on the disk.
-    fn of_random_chunks() -> Self {
+    /// Changes so many chunks of four times as many, in an order that is not theirs on the disk.
+    fn of_random_chunks(changed: u64) -> Self {
         let mut next = 12345u64;
         let mut random = || {
             // Knuth's MMIX generator: its high bits are good enough.
@@ -42,14 +44,14 @@ impl Pair {
                 .wrapping_add(1_442_695_040_888_963_407);
             next >> 33
         };
-        let mut places: Vec<u64> = (0..CHUNKS).collect();
+        let mut places: Vec<u64> = (0..4 * changed).collect();
         for nth in (1..places.len()).rev() {
             let other = usize::try_from(random()).expect("31 bits") % (nth + 1);
             places.swap(nth, other);
         }
-        places.truncate(usize::try_from(CHANGED).expect("few"));
+        places.truncate(usize::try_from(changed).expect("few"));
         let options = SnapshotOptions::new();
-        Self::written(CHUNKS * 4096, &options, |device| {
+        let pair = Self::written(4 * changed * 4096, &options, |device| {
             for some in places.chunks(50) {
                 for place in some {
                     let content = (place ^ u64::MAX).to_le_bytes().repeat(512);
@@ -59,7 +61,8 @@ impl Pair {
                 }
                 device.sync_all().expect("the COW file takes it");
             }
-        })
+        });
+        Self { changed, ..pair }
     }
 
     fn written(bytes: u64, options: &SnapshotOptions, write: impl FnOnce(&File)) -> Self {
@@ -71,8 +74,8 @@ impl Pair {
         patterned(&image, bytes);
         let name = scene.name();
         let snapshot = options.create(&image, &cow, &name).expect("a snapshot");
-        let device = File::options().read(true).write(true);
-        let device = device.open(snapshot.device()).expect("it opens");
+        let opened = File::options().write(true).open(snapshot.device());
+        let device = opened.expect("it opens");
         write(&device);
         device.sync_all().expect("the COW file takes it");
         drop(device);
@@ -83,6 +86,7 @@ impl Pair {
             image,
             cow,
             shown,
+            changed: 0,
         }
     }
 
@@ -149,7 +153,7 @@ impl Pair {
         let child = command.stderr(Stdio::piped()).spawn().expect("it starts");
         let under_way = || {
             let left = left(name);
-            left.is_some_and(|left| left < CHANGED * 8 - 80)
+            left.is_some_and(|left| left < self.changed * 8 - 80)
         };
         assert!(eventually(DEADLINE, under_way), "the merge gets under way");
         child
@@ -197,7 +201,7 @@ fn sectors(chunks: u64) -> Sectors {
 
 #[test]
 fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
-    let pair = Pair::of_random_chunks();
+    let pair = Pair::of_random_chunks(MANY);
     let other = pair.other_cow();
     let mut seen = Vec::new();
     let merged = MergeOptions::new().merge(&pair.image, &pair.cow, |progress| {
@@ -205,7 +209,7 @@ fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
         ControlFlow::Continue(())
     });
     let all = MergeOutcome::Complete {
-        merged: sectors(CHANGED),
+        merged: sectors(MANY),
     };
     assert_eq!(merged, Ok(all));
     pair.assert_image();
@@ -214,13 +218,10 @@ fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
         seen.is_sorted_by_key(|progress| progress.merged),
         "{seen:?}"
     );
-    assert!(
-        seen.iter()
-            .all(|progress| progress.total == sectors(CHANGED))
-    );
+    assert!(seen.iter().all(|progress| progress.total == sectors(MANY)));
     let last = seen.last().expect("a call at the end");
     assert_eq!(last.merged, last.total);
-    println!("merged {CHANGED} chunks, {} calls of progress", seen.len());
+    println!("merged {MANY} chunks, {} calls of progress", seen.len());
 
     pair.assert_refused(&other);
     // The store is empty, and the COW file may be used again over the new image.
@@ -231,7 +232,7 @@ fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
 
 #[test]
 fn a_merge_whose_process_is_killed_goes_on_and_is_reaped_and_finished() {
-    let pair = Pair::of_random_chunks();
+    let pair = Pair::of_random_chunks(MANY);
     let (name, other) = (pair.scene.name(), pair.other_cow());
     let slow = slowly();
     pair.begin_and_kill(&name);
@@ -252,12 +253,9 @@ fn a_merge_whose_process_is_killed_goes_on_and_is_reaped_and_finished() {
     let MergeOutcome::Complete { merged } = pair.finish() else {
         panic!("finish says so");
     };
-    println!(
-        "killed, reaped, {merged} of {} sectors were left",
-        CHANGED * 8
-    );
+    println!("killed, reaped, {merged} of {} sectors were left", MANY * 8);
     assert!(
-        (1..CHANGED * 8).contains(&merged.count()),
+        (1..MANY * 8).contains(&merged.count()),
         "half-way: {merged}"
     );
     pair.assert_refused(&other);
@@ -265,7 +263,7 @@ fn a_merge_whose_process_is_killed_goes_on_and_is_reaped_and_finished() {
 
 #[test]
 fn a_merge_whose_process_is_killed_shows_the_same_disk_half_way_and_at_its_end() {
-    let pair = Pair::of_random_chunks();
+    let pair = Pair::of_random_chunks(SOME);
     let name = pair.scene.name();
     let slow = slowly();
     pair.begin_and_kill(&name);
@@ -293,13 +291,13 @@ fn a_merge_whose_process_is_killed_shows_the_same_disk_half_way_and_at_its_end()
 
 #[test]
 fn a_merge_whose_device_is_removed_half_way_loses_nothing() {
-    let pair = Pair::of_random_chunks();
+    let pair = Pair::of_random_chunks(SOME);
     let name = pair.scene.name();
     let slow = slowly();
     let merged = MergeOptions::new()
         .name(&name)
         .merge(&pair.image, &pair.cow, |progress| {
-            if progress.merged > sectors(CHANGED / 10) {
+            if progress.merged > sectors(SOME / 10) {
                 dmsnap::remove(&name).map(drop).expect("nobody has it open");
             }
             ControlFlow::Continue(())
@@ -308,7 +306,7 @@ fn a_merge_whose_device_is_removed_half_way_loses_nothing() {
     let Ok(MergeOutcome::Stopped { merged, left }) = merged else {
         panic!("{merged:?}");
     };
-    assert_eq!(merged.count() + left.count(), CHANGED * 8);
+    assert_eq!(merged.count() + left.count(), SOME * 8);
     assert!(left.count() > 0, "half-way");
     pair.scene.assert_clean();
     pair.assert_snapshot(&SnapshotOptions::new());
@@ -317,7 +315,7 @@ fn a_merge_whose_device_is_removed_half_way_loses_nothing() {
 
 #[test]
 fn sigint_stops_the_command_which_then_goes_on() {
-    let pair = Pair::of_random_chunks();
+    let pair = Pair::of_random_chunks(SOME);
     let name = pair.scene.name();
     let slow = slowly();
     let child = pair.begin(&name);
@@ -356,7 +354,9 @@ fn sigint_stops_the_command_which_then_goes_on() {
 // leaves is an image that may be ahead of the store: here by a tenth of the merge, which is more than any cut leaves.
 #[test]
 fn an_image_that_is_ahead_of_the_store_merges_to_the_same() {
-    let pair = Pair::of_random_chunks();
+    const TENTH: u64 = SOME / 10;
+    const FIFTH: u64 = SOME / 5;
+    let pair = Pair::of_random_chunks(SOME);
     let name = pair.scene.name();
     let copies = [pair.scene.path("cut.cow"), pair.scene.path("cut.img")];
     let (cow, image) = (&copies[0], &copies[1]);
@@ -367,8 +367,8 @@ fn an_image_that_is_ahead_of_the_store_merges_to_the_same() {
         .merge(&pair.image, &pair.cow, |progress| {
             // Suspended, the kernel stops between two stretches.
             let (from, to) = match (cut, progress.merged.count() / 8) {
-                (0, CHANGED_TENTH..) => (&pair.cow, cow),
-                (1, CHANGED_FIFTH..) => (&pair.image, image),
+                (0, TENTH..) => (&pair.cow, cow),
+                (1, FIFTH..) => (&pair.image, image),
                 (2, _) => return ControlFlow::Break(()),
                 _ => return ControlFlow::Continue(()),
             };
@@ -393,11 +393,8 @@ fn an_image_that_is_ahead_of_the_store_merges_to_the_same() {
         .map(drop)
         .expect("it goes on");
     assert!(fs::read(image).expect("readable") == pair.shown);
-    pair.finish();
+    let _ = pair.finish();
 }
-
-const CHANGED_TENTH: u64 = CHANGED / 10;
-const CHANGED_FIFTH: u64 = CHANGED / 5;
 
 #[test]
 fn every_chunk_size_and_an_image_that_ends_in_the_middle_of_a_chunk() {
@@ -417,8 +414,12 @@ fn every_chunk_size_and_an_image_that_ends_in_the_middle_of_a_chunk() {
         let before = tail();
         assert_eq!(before.len(), 188);
         let merged = pair.finish();
-        let length = Sectors::new(3 * u64::from(chunk));
-        assert_eq!(merged, MergeOutcome::Complete { merged: length });
+        // The page cache writes its own blocks, which may be more than a sector.
+        let least = Sectors::new(3 * u64::from(chunk));
+        assert!(
+            matches!(merged, MergeOutcome::Complete { merged } if merged >= least),
+            "{merged:?}"
+        );
         assert_eq!(tail(), before);
         pair.assert_snapshot(&options);
     }
@@ -549,5 +550,5 @@ fn what_cannot_be_merged_is_refused_and_left_alone() {
     command.arg("merge").arg("--origin").arg(image);
     let line = complaint(&finish(command.arg("--cow").arg(&cut)));
     assert_eq!(line, refusal.to_string());
-    pair.finish();
+    let _ = pair.finish();
 }

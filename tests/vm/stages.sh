@@ -171,22 +171,30 @@ command_demo() {
 }
 
 command_bench() {
-    local quick=() bench
-    if [[ ${1:-} == --quick ]]; then
-        quick=(--quick)
-        shift
-    fi
+    local quick=() benches="lifecycle chunk_size" bench path
+    while (($# > 0)); do
+        case $1 in
+            --quick) quick=(--quick); shift ;;
+            --only) option_value "$@"; benches=$2; shift 2 ;;
+            *) break ;;
+        esac
+    done
     exec_options "$@"
+    for bench in $benches; do
+        [[ -e $root/benches/$bench.rs ]] || usage_error "bench: there is no $bench"
+    done
     host_guest
     host_build
     (cd "$root" && build_cli)
-    bench=$(cd "$root" && build_target bench lifecycle bench --no-run --all-features --bench lifecycle)
     mkdir -p "$target_dir/vm"
-    cp "$bench" "$target_dir/vm/lifecycle"
-    guest_files+=("$target_dir/vm/lifecycle")
+    for bench in $benches; do
+        path=$(cd "$root" && build_target bench "$bench" bench --no-run --all-features --bench "$bench")
+        cp "$path" "$target_dir/vm/$bench"
+        guest_files+=("$target_dir/vm/$bench")
+    done
     guest_out=${guest_out:-$target_dir/vm-bench}
     ((guest_timeout_given)) || guest_timeout=3600
-    guest_exec ./lifecycle --bench "${quick[@]}" "${guest_command[@]}"
+    guest_exec sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' "$benches" "${quick[@]}" "${guest_command[@]}"
 }
 
 # The kernel tests' proof in its long form, which no CI run has the time for.
