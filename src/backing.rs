@@ -152,6 +152,22 @@ pub(crate) fn open_cow<'a, H: Host>(
     }
 }
 
+/// Opens a COW file that is only to be read, and locks it against becoming a snapshot's meanwhile.
+pub(crate) fn open_store<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    let file = open(host, path, false)?;
+    let locked = lock(host, path, &file, false);
+    let cow = inspect(host, path, file)?;
+    in_use(locked, || Refusal::CowInUse {
+        path: path.to_owned(),
+    })?;
+    Ok(cow)
+}
+
+/// Opens a COW file that a snapshot has locked, only to read it.
+pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    inspect(host, path, open(host, path, false)?)
+}
+
 /// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
 /// path, nobody would know what fills the disk. To be called while the file is open, and with it locked.
 pub(crate) fn unmake<H: Host>(host: &H, error: Error, path: &Path) -> Error {
@@ -277,7 +293,7 @@ fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
 }
 
 /// Holds the image against what a store's exceptions were made over.
-fn check_identity<F>(
+pub(crate) fn check_identity<F>(
     origin: &Backing<'_, F>,
     expected: Option<OriginIdentity>,
     options: &SnapshotOptions,

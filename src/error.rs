@@ -204,9 +204,9 @@ macro_rules! steps {
 }
 
 steps! {
-    /// `open` of the origin image or the COW file.
+    /// `open` of the origin image, the COW file or a dm device.
     OpenFile = "open",
-    /// `open` with `O_CREAT | O_EXCL` of the COW file.
+    /// `open` with `O_CREAT | O_EXCL` of the COW file or an export.
     MakeFile = "make",
     /// `ftruncate` or `fallocate` of the COW file.
     SizeFile = "set aside space for",
@@ -214,8 +214,14 @@ steps! {
     InspectFile = "inspect",
     /// `flock` of the origin image or the COW file.
     LockFile = "lock",
-    /// `pread` of the COW file's header.
+    /// `pread` of the COW file or the origin image.
     ReadFile = "read",
+    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image.
+    FindData = "find the data of",
+    /// `pwrite` or `ftruncate` of an export.
+    WriteFile = "write",
+    /// `fsync` of an export, its directory, or a dm device.
+    SyncFile = "sync",
     /// `pwrite` of the mark that ties the COW file to its origin.
     MarkFile = "mark",
     /// `open` of `/dev/loop-control`.
@@ -246,6 +252,8 @@ steps! {
     Create = "create",
     /// `DM_TABLE_LOAD`.
     Load = "load the table of",
+    /// `DM_DEV_SUSPEND` with `DM_SUSPEND_FLAG`.
+    Suspend = "suspend",
     /// `DM_DEV_SUSPEND` without its flag.
     Resume = "resume",
     /// `DM_DEV_RENAME` with `DM_UUID_FLAG`.
@@ -258,9 +266,9 @@ steps! {
     Status = "read the status of",
     /// `DM_LIST_DEVICES`.
     List = "list the devices of",
-    /// Making `/dev/mapper/<name>`.
+    /// Making `/dev/mapper/<name>`, or giving an export its name.
     Link = "make",
-    /// Removing `/dev/mapper/<name>`, or the COW file that was made.
+    /// Removing `/dev/mapper/<name>`, the COW file that was made, or an export's temporary file.
     Unlink = "unlink",
     /// `getrandom`, for a uuid.
     Random = "draw a uuid for",

@@ -92,6 +92,8 @@ pub(crate) trait Host {
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
     fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno>;
 
@@ -158,10 +160,6 @@ impl Machine {
 
     pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
         self.mapper()?.set_uuid(name, uuid)
-    }
-
-    pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
-        self.mapper()?.status(uuid)
     }
 }
 
@@ -302,6 +300,14 @@ impl Host for Machine {
 
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
         self.mapper()?.resume(uuid)
+    }
+
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.mapper()?.suspend(uuid)
+    }
+
+    fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.mapper()?.status(uuid)
     }
 
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::exception_store::StoreFault;
 use crate::origin_identity::OriginIdentity;
 use crate::units::ChunkSize;
 
@@ -161,6 +162,14 @@ pub enum Refusal {
         /// What it says.
         value: u32,
     },
+    /// The exception store is damaged behind its header, or there is none to export.
+    #[error("COW file {path:?} holds no sound exception store: {fault}")]
+    CowUnsound {
+        /// The COW file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: StoreFault,
+    },
     /// The store was made with another chunk size; the kernel would silently use that one.
     #[error("COW file {path:?} was made with chunks of {found} sectors, not {asked}")]
     CowChunkSize {
@@ -177,6 +186,40 @@ pub enum Refusal {
     )]
     CowNotBlank {
         /// The COW file.
+        path: PathBuf,
+    },
+    /// The file that an export is to make is there, and was not said to be replaceable.
+    #[error("output {path:?} exists")]
+    OutputExists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// An export would replace what it reads.
+    #[error("output {path:?} is the origin image or the COW file")]
+    OutputIsInput {
+        /// The output.
+        path: PathBuf,
+    },
+    /// An export makes regular files, and replaces nothing else.
+    #[error("output {path:?} is {kind}, not a regular file")]
+    OutputNotAFile {
+        /// The output.
+        path: PathBuf,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// A snapshot that cannot be exported while it is there.
+    #[error("cannot export {name:?} live: {why}")]
+    NotLive {
+        /// The dm device's name.
+        name: String,
+        /// What is in the way.
+        why: &'static str,
+    },
+    /// The path that a loop device tells leads to another file by now.
+    #[error("{path:?} is not the file behind the snapshot any more")]
+    NotTheBackingFile {
+        /// The path as the kernel has it.
         path: PathBuf,
     },
     /// Discard with such small chunks crashes this kernel, whoever asks for it.

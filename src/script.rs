@@ -57,6 +57,7 @@ struct ScriptDevice {
     number: DeviceNumber,
     table: Option<[u32; 2]>,
     live: bool,
+    suspended: bool,
 }
 
 impl World {
@@ -342,6 +343,7 @@ impl Host for Script {
             number,
             table: None,
             live: false,
+            suspended: false,
         };
         world.devices.insert(uuid.to_string(), device);
         Ok(number)
@@ -362,12 +364,22 @@ impl Host for Script {
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
         self.call(Step::Resume)?;
         let mut world = self.world.borrow_mut();
-        world
-            .devices
-            .get_mut(uuid.as_str())
-            .ok_or(Errno::ENXIO)?
-            .live = true;
+        let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        (device.live, device.suspended) = (true, false);
         Ok(())
+    }
+
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.call(Step::Suspend)?;
+        let mut world = self.world.borrow_mut();
+        let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        device.suspended = true;
+        Ok(())
+    }
+
+    fn status(&self, _uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.call(Step::Status)?;
+        Ok(Some(("snapshot".to_owned(), "24/2048 16".to_owned())))
     }
 
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
@@ -382,7 +394,7 @@ impl Host for Script {
             open_count: self.open_count(),
             live_table: device.live,
             inactive_table: device.table.is_some() && !device.live,
-            suspended: false,
+            suspended: device.suspended,
             deferred_remove: false,
         })
     }

@@ -2,8 +2,15 @@
 //!
 //! Files only, no ioctl. A COW file may come from anywhere: nothing read from it is trusted.
 
+mod extents;
+mod fault;
 mod header;
+mod reader;
 mod sizing;
 
+pub use extents::{Extent, Extents};
+pub use fault::{StoreError, StoreFault};
+pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
+pub use sizing::{least_bytes, sound, worst_case};
+
 pub(crate) use header::{MARK_AT, PROBE_BYTES, Probe, mark, probe};
-pub(crate) use sizing::{least_bytes, sound, worst_case};

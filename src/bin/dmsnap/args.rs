@@ -6,6 +6,8 @@ use std::time::Duration;
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
 use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
 
+use crate::cow::Cow;
+
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
 #[command(name = "dmsnap", version, about)]
@@ -59,6 +61,9 @@ pub(crate) enum Command {
         /// The dm device's name, or its uuid
         name: String,
     },
+    /// Look into COW files, and size them
+    #[command(subcommand)]
+    Cow(Cow),
 }
 
 #[derive(Debug, Arguments)]
@@ -112,7 +117,7 @@ pub(crate) struct Create {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum StoreArg {
+pub(crate) enum StoreArg {
     /// P: survives detaching; when full, it is invalid for good
     Persistent,
     /// PO: survives detaching; when full, writes fail and it stays valid
@@ -121,16 +126,21 @@ enum StoreArg {
     Transient,
 }
 
+impl From<StoreArg> for Store {
+    fn from(store: StoreArg) -> Self {
+        match store {
+            StoreArg::Persistent => Self::Persistent,
+            StoreArg::PersistentOverflow => Self::PersistentOverflow,
+            StoreArg::Transient => Self::Transient,
+        }
+    }
+}
+
 impl Create {
     pub(crate) fn options(&self) -> SnapshotOptions {
-        let store = match self.store {
-            StoreArg::Persistent => Store::Persistent,
-            StoreArg::PersistentOverflow => Store::PersistentOverflow,
-            StoreArg::Transient => Store::Transient,
-        };
         let mut options = SnapshotOptions::new();
         options
-            .store(store)
+            .store(self.store.into())
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
             .discard(self.discard)
@@ -143,7 +153,7 @@ impl Create {
     }
 }
 
-fn chunk_size(text: &str) -> Result<ChunkSize, String> {
+pub(crate) fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     let sectors = text.parse().map_err(|error| format!("{error}"))?;
     ChunkSize::new(sectors).map_err(|refusal| refusal.to_string())
 }
@@ -159,6 +169,11 @@ fn cow_size(text: &str) -> Result<CowSize, String> {
             .map(CowSize::Percent)
             .map_err(|error| format!("{error}"));
     }
+    bytes(text).map(CowSize::Bytes)
+}
+
+/// `67108864` or `64M`.
+pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let units = [
         ('K', 1u64 << 10),
         ('M', 1 << 20),
@@ -172,7 +187,6 @@ fn cow_size(text: &str) -> Result<CowSize, String> {
     let number: u64 = number.parse().map_err(|error| format!("{error}"))?;
     number
         .checked_mul(unit)
-        .map(CowSize::Bytes)
         .ok_or_else(|| "too large".to_owned())
 }
 

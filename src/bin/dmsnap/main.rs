@@ -3,10 +3,12 @@
 //! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage.
 
 mod args;
+mod cow;
 mod output;
 
 use std::fs;
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -33,6 +35,13 @@ enum Failure {
     },
     #[error("cannot read {from}")]
     Input { from: String, source: io::Error },
+    #[error("COW file {cow:?}")]
+    Store {
+        cow: PathBuf,
+        source: dmsnap::StoreError,
+    },
+    #[error("a COW file for such an origin would be too large for any file system")]
+    TooLarge,
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
     /// Some snapshots could not be read; the others were printed.
@@ -85,6 +94,7 @@ fn run(command: Command) -> Result<(), Failure> {
                 print(output::table(&[&info]))
             }
         }
+        Command::Cow(command) => cow::run(command),
     }
 }
 

@@ -1,0 +1,128 @@
+//! A running snapshot: what is behind it, and the flush.
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
+
+use super::{ExportOptions, ExportProgress, Exported, Source};
+use crate::ask::{ask, patiently};
+use crate::backing::{Backing, open_origin, open_unlocked};
+use crate::dm_message::Address;
+use crate::error::{Error, Leftover, Result, Step, errno_of};
+use crate::host::{Host, MACHINE};
+use crate::inventory::{self, LoopFacts, SnapshotInfo, State};
+use crate::name::MAPPER_DIR;
+use crate::policy::{Retry, Verdict};
+use crate::refusal::Refusal;
+use crate::status::SnapshotStatus;
+use crate::table::SnapshotParams;
+use crate::uuid::DeviceUuid;
+
+pub(super) fn export(
+    options: &ExportOptions,
+    snapshot: &str,
+    output: &Path,
+    progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+) -> Result<Option<Exported>> {
+    let info = inventory::status(snapshot)?;
+    let params = exportable(&info)?;
+    let origin = path_of(&info, info.origin.as_ref())?;
+    let cow = path_of(&info, info.cow.as_ref())?;
+    let origin = open_origin(&MACHINE, origin, &options.origin_options())?;
+    let cow = open_unlocked(&MACHINE, cow)?;
+    same_file(&origin, info.origin.as_ref())?;
+    same_file(&cow, info.cow.as_ref())?;
+
+    let mapper = Path::new(MAPPER_DIR).join(&info.name);
+    write_back(&info)?;
+    let status = flush(&MACHINE, &info.uuid, &mapper)?;
+    let end = free_chunk(status, params);
+    let source = Source { origin, cow, end };
+    // A COW file whose snapshot was taken down while it was read may have been anything.
+    source.export(options, output, progress, || {
+        ask(Step::Query, &mapper, || {
+            MACHINE.query(Address::Uuid(info.uuid.as_str()))
+        })
+        .map(drop)
+    })
+}
+
+fn exportable(info: &SnapshotInfo) -> Result<&SnapshotParams> {
+    match (info.state, &info.params) {
+        // Resuming it would end somebody else's suspension.
+        (State::Suspended, _) => Err(not_live(info, "it is suspended")),
+        (State::Live, Some(params)) if params.store.is_persistent() => Ok(params),
+        (State::Live, Some(_)) => Err(not_live(info, "its store is transient")),
+        _ => Err(not_live(info, "it has no live table")),
+    }
+}
+
+fn not_live(info: &SnapshotInfo, why: &'static str) -> Error {
+    let name = info.name.clone();
+    Refusal::NotLive { name, why }.into()
+}
+
+fn path_of<'a>(info: &SnapshotInfo, facts: Option<&'a LoopFacts>) -> Result<&'a Path> {
+    let path = facts.and_then(|facts| facts.path.as_deref());
+    path.ok_or_else(|| not_live(info, "its loop devices cannot be read"))
+}
+
+/// The kernel tells the path that the file was opened by; what is there now may be another one.
+fn same_file<F>(found: &Backing<'_, F>, facts: Option<&LoopFacts>) -> Result<()> {
+    let expected = facts.and_then(|facts| facts.backing);
+    if expected.is_some_and(|expected| expected == found.facts.id) {
+        return Ok(());
+    }
+    let path = found.path.to_owned();
+    Err(Refusal::NotTheBackingFile { path }.into())
+}
+
+/// Has the host write out what it has cached of the device, before anything is suspended for it: a VMM that opens the disk
+/// without O_DIRECT has its guest's flushed writes there.
+fn write_back(info: &SnapshotInfo) -> Result<()> {
+    let device = info.dev.dm_node();
+    let opened =
+        File::open(&device).or_else(|_| File::open(Path::new(MAPPER_DIR).join(&info.name)));
+    opened
+        .and_then(|opened| opened.sync_all())
+        .map_err(|error| Error::failed(Step::SyncFile, device, errno_of(&error)))
+}
+
+/// Suspends the snapshot and resumes it: when a suspension is complete, every write before it is in the COW file, and the
+/// store's metadata says so. Returns the status in between.
+pub(crate) fn flush<H: Host>(
+    host: &H,
+    uuid: &DeviceUuid,
+    mapper: &Path,
+) -> Result<Option<SnapshotStatus>> {
+    ask(Step::Suspend, mapper, || host.suspend(uuid))?;
+    let status = ask(Step::Status, mapper, || host.status(uuid));
+    // Nothing may come between this and the suspension that could fail or wait.
+    let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
+        ask(Step::Resume, mapper, || host.resume(uuid))
+    });
+    if let Err(error) = resumed {
+        let left = vec![Leftover::new(mapper, error.clone())];
+        return Err(error.leaving(left));
+    }
+    Ok(status?.map(|(_, text)| {
+        let Ok(status) = text.parse();
+        status
+    }))
+}
+
+/// A guest waits meanwhile, for ever if this gives up.
+const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
+
+/// The COW chunk that the kernel would have given out next at the flush. Exceptions into chunks before it were complete
+/// then, and their entries do not change any more; one behind it may be half written when it is read.
+fn free_chunk(status: Option<SnapshotStatus>, params: &SnapshotParams) -> Option<u64> {
+    match status {
+        Some(SnapshotStatus::Usage(usage)) => {
+            Some(usage.allocated.count() / params.chunk.sectors().count())
+        }
+        // Invalid or full: nothing is added to it.
+        _ => None,
+    }
+}
