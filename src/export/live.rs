@@ -126,3 +126,72 @@ fn free_chunk(status: Option<SnapshotStatus>, params: &SnapshotParams) -> Option
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+    use crate::name::DeviceName;
+    use crate::script::Script;
+
+    const MAPPER: &str = "/dev/mapper/vm";
+
+    fn live_device(script: &Script) -> DeviceUuid {
+        let uuid = DeviceUuid::new("DMSNAP-1").expect("ours");
+        let name = DeviceName::new("vm").expect("a name");
+        script.create(&name, &uuid).expect("nothing fails");
+        script.resume(&uuid).expect("nothing fails");
+        uuid
+    }
+
+    fn suspended(script: &Script, uuid: &DeviceUuid) -> bool {
+        script.restart(|_, _| None);
+        let device = script.query(Address::Uuid(uuid.as_str()));
+        device.expect("it is there").suspended
+    }
+
+    #[test]
+    fn whichever_call_of_a_flush_fails_the_device_is_resumed() {
+        for (failing, calls) in [
+            (None, vec![Step::Suspend, Step::Status, Step::Resume]),
+            (Some(Step::Suspend), vec![Step::Suspend]),
+            (
+                Some(Step::Status),
+                vec![Step::Suspend, Step::Status, Step::Resume],
+            ),
+        ] {
+            let script = Script::new(|_, _| None);
+            let uuid = live_device(&script);
+            script.restart(move |step, _| (Some(step) == failing).then_some(Errno::EIO));
+            let flushed = flush(&script, &uuid, Path::new(MAPPER));
+            assert_eq!(*script.calls.borrow(), calls);
+            match (failing, flushed) {
+                (None, flushed) => assert!(flushed.expect("nothing failed").is_some()),
+                (Some(step), Err(Error::Failed { step: found, .. })) => assert_eq!(found, step),
+                (Some(_), other) => panic!("{other:?}"),
+            }
+            assert!(!suspended(&script, &uuid));
+        }
+    }
+
+    #[test]
+    fn a_resume_is_tried_again_and_named_as_debris_when_it_fails_for_good() {
+        let script = Script::new(|_, _| None);
+        let uuid = live_device(&script);
+        let first = |step, nth| (step == Step::Resume && nth < 9).then_some(Errno::ENOMEM);
+        script.restart(first);
+        flush(&script, &uuid, Path::new(MAPPER)).expect("memory came back");
+        assert!(!suspended(&script, &uuid));
+
+        script.restart(|step, _| (step == Step::Resume).then_some(Errno::EIO));
+        let error = flush(&script, &uuid, Path::new(MAPPER)).expect_err("never resumed");
+        let left: Vec<_> = error
+            .left()
+            .iter()
+            .map(|left| left.object.clone())
+            .collect();
+        assert_eq!(left, [Path::new(MAPPER)]);
+        assert!(suspended(&script, &uuid));
+    }
+}

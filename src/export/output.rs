@@ -55,26 +55,28 @@ pub(super) struct Output<'a> {
 
 impl<'a> Output<'a> {
     pub(super) fn make(path: &'a Path) -> Result<Self> {
-        let open = |flags: i32| {
+        let nameless = || {
             let mut options = OpenOptions::new();
             options.read(true).write(true).mode(0o600);
-            options.custom_flags(flags);
-            options
-        };
-        let nameless = || {
-            let flags = OFlag::O_TMPFILE.bits();
-            let file = open(flags).open(directory(path)).ok()?;
+            options.custom_flags(OFlag::O_TMPFILE.bits());
+            let file = options.open(directory(path)).ok()?;
             magic_link(&file).exists().then_some(file)
         };
-        if let Some(file) = nameless() {
-            return Ok(Self {
+        match nameless() {
+            Some(file) => Ok(Self {
                 path,
                 file,
                 temporary: None,
-            });
+            }),
+            None => Self::make_named(path),
         }
+    }
+
+    fn make_named(path: &'a Path) -> Result<Self> {
         let temporary = beside(path)?;
-        let file = open(0).create_new(true).open(&temporary);
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).mode(0o600).create_new(true);
+        let file = options.open(&temporary);
         Ok(Self {
             path,
             file: file.map_err(|error| failed(Step::MakeFile, &temporary, &error))?,
@@ -191,4 +193,75 @@ fn directory(path: &Path) -> &Path {
 fn beside(path: &Path) -> Result<PathBuf> {
     let random = ask(Step::Random, path, sys::random)?;
     Ok(directory(path).join(format!(".dmsnap-{random:032x}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use nix::errno::Errno;
+
+    use super::*;
+
+    /// The names in the output's directory.
+    fn names(path: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(directory(path)).expect("a directory");
+        entries
+            .map(|entry| entry.expect("an entry").path())
+            .collect()
+    }
+
+    fn make(path: &Path, named: bool) -> Output<'_> {
+        let made = if named {
+            Output::make_named(path)
+        } else {
+            Output::make(path)
+        };
+        made.expect("a file")
+    }
+
+    #[test]
+    fn a_file_has_no_name_or_a_temporary_one_until_it_is_published() {
+        for named in [false, true] {
+            let dir = tempfile::tempdir().expect("a directory");
+            let path = dir.path().join("out");
+            let output = make(&path, named);
+            assert_eq!(names(&path).len(), usize::from(named));
+            output.file().write_all_at(b"first", 0).expect("room");
+            output.publish(false).expect("nobody has the name");
+            assert_eq!(names(&path), std::slice::from_ref(&path));
+
+            let error = make(&path, named).publish(false);
+            let error = error.expect_err("the name is taken");
+            assert_eq!(error.errno(), Some(Errno::EEXIST as i32));
+            assert_eq!(fs::read(&path).expect("kept"), b"first");
+            assert_eq!(names(&path), std::slice::from_ref(&path));
+
+            let output = make(&path, named);
+            output.file().write_all_at(b"second", 0).expect("room");
+            output.publish(true).expect("it may be replaced");
+            assert_eq!(fs::read(&path).expect("replaced"), b"second");
+            assert_eq!(names(&path), std::slice::from_ref(&path));
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_not_published_goes_and_if_it_cannot_is_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = dir.path().join("out");
+        drop(Output::make_named(&path).expect("a file"));
+        let broken_off = Output::make_named(&path).expect("a file").discard(None);
+        assert_eq!(broken_off, Ok(()));
+        assert!(names(&path).is_empty());
+
+        let first = Error::failed(Step::WriteFile, &path, Errno::ENOSPC);
+        let failed = Output::make_named(&path).expect("a file");
+        assert_eq!(failed.discard(Some(first.clone())), Err(first.clone()));
+        let failed = Output::make_named(&path).expect("a file");
+        let temporary = names(&path).remove(0);
+        fs::remove_file(&temporary).expect("it is there");
+        let error = failed.discard(Some(first)).expect_err("two failures");
+        assert_eq!(error.errno(), Some(Errno::ENOSPC as i32));
+        assert_eq!(error.left()[0].object, temporary);
+    }
 }

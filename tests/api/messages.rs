@@ -168,6 +168,42 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" is not blank, and a transient store would overwrite it (truncate it to reuse it)"#,
         ),
         (
+            Refusal::CowUnsound {
+                path: cow(),
+                fault: dmsnap::StoreFault::MetadataChunk {
+                    offset: 4112,
+                    chunk: 258,
+                },
+            },
+            r#"COW file "/run/vm 42.cow" holds no sound exception store: at byte 4112: COW chunk 258 is a metadata area"#,
+        ),
+        (
+            Refusal::OutputExists { path: image() },
+            r#"output "/images/base.ext4" exists"#,
+        ),
+        (
+            Refusal::OutputIsInput { path: image() },
+            r#"output "/images/base.ext4" is the origin image or the COW file"#,
+        ),
+        (
+            Refusal::OutputNotAFile {
+                path: image(),
+                kind: "a block device",
+            },
+            r#"output "/images/base.ext4" is a block device, not a regular file"#,
+        ),
+        (
+            Refusal::NotLive {
+                name: "vm-42".to_owned(),
+                why: "it is suspended",
+            },
+            r#"cannot export "vm-42" live: it is suspended"#,
+        ),
+        (
+            Refusal::NotTheBackingFile { path: cow() },
+            r#""/run/vm 42.cow" is not the file behind the snapshot any more"#,
+        ),
+        (
             Refusal::DiscardChunk {
                 chunk: ChunkSize::DEFAULT,
             },
@@ -220,6 +256,9 @@ fn every_step_makes_a_sentence() {
         (Step::InspectFile, "cannot inspect X"),
         (Step::LockFile, "cannot lock X"),
         (Step::ReadFile, "cannot read X"),
+        (Step::FindData, "cannot find the data of X"),
+        (Step::WriteFile, "cannot write X"),
+        (Step::SyncFile, "cannot sync X"),
         (Step::MarkFile, "cannot mark X"),
         (Step::OpenLoopControl, "cannot open loop control X"),
         (Step::FindLoop, "cannot find a free loop device through X"),
@@ -241,6 +280,7 @@ fn every_step_makes_a_sentence() {
         ),
         (Step::Create, "cannot create X"),
         (Step::Load, "cannot load the table of X"),
+        (Step::Suspend, "cannot suspend X"),
         (Step::Resume, "cannot resume X"),
         (Step::SetUuid, "cannot give a uuid to X"),
         (Step::Remove, "cannot remove X"),

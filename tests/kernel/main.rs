@@ -19,6 +19,7 @@ mod bad_input;
 mod bad_names;
 mod cli;
 mod concurrency;
+mod export;
 mod foreign;
 mod handles;
 mod kernel_facts;

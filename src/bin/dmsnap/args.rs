@@ -7,6 +7,7 @@ use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
 use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
 
 use crate::cow::Cow;
+use crate::export::Export;
 
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
@@ -61,6 +62,8 @@ pub(crate) enum Command {
         /// The dm device's name, or its uuid
         name: String,
     },
+    /// Write a snapshot's disk to a raw image of its own: a running one by name, or an idle COW file
+    Export(Export),
     /// Look into COW files, and size them
     #[command(subcommand)]
     Cow(Cow),

@@ -1,9 +1,11 @@
 //! `dmsnap`: the library's jobs for operators and scripts.
 //!
-//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage.
+//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage,
+//! 128 and the signal's number for an export that was interrupted.
 
 mod args;
 mod cow;
+mod export;
 mod output;
 
 use std::fs;
@@ -42,6 +44,11 @@ enum Failure {
     },
     #[error("a COW file for such an origin would be too large for any file system")]
     TooLarge,
+    #[error("cannot listen for signals")]
+    Signals(#[source] io::Error),
+    /// By a signal of that number; what was under way is undone.
+    #[error("interrupted, nothing was written")]
+    Interrupted(u8),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
     /// Some snapshots could not be read; the others were printed.
@@ -95,6 +102,7 @@ fn run(command: Command) -> Result<(), Failure> {
             }
         }
         Command::Cow(command) => cow::run(command),
+        Command::Export(command) => export::run(&command),
     }
 }
 

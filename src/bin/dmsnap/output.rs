@@ -168,7 +168,10 @@ pub(crate) fn failure(failure: &Failure) -> ExitCode {
         other => chain(other),
     };
     note(line);
-    ExitCode::FAILURE
+    match failure {
+        Failure::Interrupted(signal) => ExitCode::from(128 + signal),
+        _ => ExitCode::FAILURE,
+    }
 }
 
 /// On one line the chain of the first cause, then those of what else was left behind.

@@ -28,7 +28,7 @@ fn long() -> bool {
 }
 
 /// `short`, or `long` in the long form.
-fn short_or_long<T>(short: T, in_full: T) -> T {
+pub(crate) fn short_or_long<T>(short: T, in_full: T) -> T {
     if long() { in_full } else { short }
 }
 
@@ -41,7 +41,7 @@ fn drain() {
 }
 
 /// What `work` returns, and how long it took.
-fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
+pub(crate) fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     let start = Instant::now();
     let done = work();
     (done, start.elapsed())
