@@ -124,7 +124,8 @@ impl ExportOptions {
     ///
     /// [`Error::Refused`] for a COW file that a snapshot has, a store that is damaged or invalid, an origin that has
     /// changed since the store was made, or an output that exists.
-    /// [`Error::Failed`] names the step that failed; the output is then as it was before.
+    /// [`Error::Failed`] names the step that failed; the output is then as it was before, unless it was the last step of
+    /// all, the sync of the output's directory.
     /// [`Error::Debris`] when a temporary file could not be removed.
     pub fn export(
         &self,
@@ -169,6 +170,9 @@ impl ExportOptions {
     /// What was written before the flush is in the result. A chunk that is written to later is old, new or mixed, if it had
     /// been written to before, and as it was at the flush otherwise. For one point in time, pause the VM until this
     /// returns; have its file systems synced or frozen first.
+    ///
+    /// Of a `PO` store that is full, what the host has cached cannot be written out, and this fails: take the snapshot down
+    /// and export the COW file.
     ///
     /// A process that is killed within the flush leaves the snapshot suspended, and its guest waiting:
     /// [`State::Suspended`](crate::State::Suspended) in [`list`](crate::list). `dmsetup resume NAME` lets it go on.
@@ -226,6 +230,10 @@ impl Source<'_> {
         still: impl FnOnce() -> Result<()>,
     ) -> Result<Option<Exported>> {
         let inputs = [self.origin.facts.id, self.cow.facts.id];
+        if inputs[0] == inputs[1] {
+            let (origin, cow) = (self.origin.path.to_owned(), self.cow.path.to_owned());
+            return Err(Refusal::SameFile { origin, cow }.into());
+        }
         output::admit(output, options.replace, &inputs)?;
         let length = Sectors::from_bytes_floor(self.origin.facts.size_bytes).count() * SECTOR_BYTES;
         let extents = self.extents(options, length)?;

@@ -117,7 +117,7 @@ impl<'a> Output<'a> {
                     let linked = fs::hard_link(&temporary, self.path);
                     self.temporary = Some(temporary);
                     linked.map_err(|error| failed(Step::Link, self.path, &error))?;
-                    self.unlink()?;
+                    self.unlink().map_err(debris)?;
                 }
             }
             return Ok(());
@@ -151,14 +151,13 @@ impl<'a> Output<'a> {
 
     /// Leaves nothing of the file; the failure, if there is one, is the answer.
     pub(super) fn discard(mut self, error: Option<Error>) -> Result<()> {
-        let Err(unlinked) = self.unlink() else {
+        let Err(unlinked) = self.unlink().map_err(debris) else {
             return error.map_or(Ok(()), Err);
         };
-        let left = match &unlinked {
-            Error::Failed { on, .. } => Leftover::new(on, unlinked.clone()),
-            _ => Leftover::new(self.path, unlinked.clone()),
-        };
-        Err(error.unwrap_or(unlinked).leaving(vec![left]))
+        Err(match error {
+            Some(first) => first.leaving(unlinked.left().to_vec()),
+            None => unlinked,
+        })
     }
 
     fn unlink(&mut self) -> Result<()> {
@@ -175,6 +174,15 @@ impl Drop for Output<'_> {
     fn drop(&mut self) {
         let _ = self.unlink();
     }
+}
+
+/// A temporary file that could not be unlinked, as what is left.
+fn debris(error: Error) -> Error {
+    let left = match &error {
+        Error::Failed { on, .. } => vec![Leftover::new(on, error.clone())],
+        _ => Vec::new(),
+    };
+    error.leaving(left)
 }
 
 /// The one way to a nameless file that takes no capability (open(2), `O_TMPFILE`).

@@ -174,6 +174,9 @@ fn an_output_is_replaced_only_when_told_and_only_if_it_is_a_file() {
     let kind = "a directory";
     let path = out.clone();
     stage.refused(&replace, Refusal::OutputNotAFile { path, kind });
+    let same = options.export(stage.cow(), stage.cow(), stage.path("other"));
+    let (origin, cow) = (stage.cow(), stage.cow());
+    assert_eq!(same, Err(Error::Refused(Refusal::SameFile { origin, cow })));
     for input in [stage.cow(), stage.origin()] {
         let found = replace.export(stage.origin(), stage.cow(), &input);
         let refusal = Refusal::OutputIsInput { path: input };
