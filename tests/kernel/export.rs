@@ -34,32 +34,28 @@ fn writable(device: &Path) -> File {
     opened.expect("the device opens")
 }
 
-#[derive(Clone, Copy)]
-struct Round {
-    seed: u64,
-    count: u64,
-}
-
-/// Writes to so many chunks, wherever in them, and notes which.
-fn scribble(device: &Path, image: u64, chunk: u64, round: Round, written: &mut BTreeSet<u64>) {
+/// Writes to each of these chunks, wherever in it.
+fn scribble(device: &Path, image: u64, chunk: u64, chunks: &[u64], numbers: &mut Numbers) {
     let device = writable(device);
-    let mut numbers = Numbers(round.seed);
-    let write = |at: u64, length: u64, fill: u8| {
-        let length = usize::try_from(length).expect("small");
-        device
-            .write_all_at(&vec![fill; length], at)
-            .expect("room in the COW file");
-    };
-    for nth in 0..round.count {
-        let number = numbers.below(image.div_ceil(chunk));
+    for (number, fill) in chunks.iter().zip((1..=255u8).cycle()) {
         let room = chunk.min(image - number * chunk) / 512;
         let from = numbers.below(room);
         let sectors = 1 + numbers.below((room - from).min(16));
-        let fill = u8::try_from(nth % 255).expect("below 255") + 1;
-        write(number * chunk + from * 512, sectors * 512, fill);
-        written.insert(number);
+        let length = usize::try_from(sectors * 512).expect("small");
+        let wrote = device.write_all_at(&vec![fill; length], number * chunk + from * 512);
+        wrote.expect("room in the COW file");
     }
     device.sync_all().expect("the COW file takes it");
+}
+
+/// The numbers below `count`, in no order.
+fn shuffled(count: u64, numbers: &mut Numbers) -> Vec<u64> {
+    let mut all: Vec<u64> = (0..count).collect();
+    for nth in (1..all.len()).rev() {
+        let other = numbers.below(nth as u64 + 1);
+        all.swap(nth, usize::try_from(other).expect("small"));
+    }
+    all
 }
 
 fn changed(cow: &Path, chunk: u64) -> (BTreeSet<u64>, u64) {
@@ -82,13 +78,13 @@ fn exported(scene: &Scene, cow: &Path, options: &ExportOptions) -> Content {
 
 #[test]
 fn exports_diffs_and_cuts_are_what_the_device_was() {
-    // Sectors of a chunk, MiB of the image, writes a round: more than an area, where chunks are small enough for that.
-    let short = [(8, 6, 300), (32, 20, 750), (128, 8, 40), (2048, 10, 4)];
+    // Sectors of a chunk, MiB of the image, new chunks a round: more than an area, where chunks are small enough for that.
+    let short = [(8, 6, 250), (32, 17, 350), (128, 8, 30), (2048, 10, 3)];
     let long = [
-        (8, 32, 3000),
-        (32, 64, 3000),
-        (128, 288, 3600),
-        (2048, 64, 40),
+        (8, 32, 2500),
+        (32, 64, 1200),
+        (128, 288, 1500),
+        (2048, 64, 20),
     ];
     for (sectors, mib, count) in short_or_long(short, long) {
         // No multiple of the chunk size.
@@ -102,7 +98,7 @@ fn exports_diffs_and_cuts_are_what_the_device_was() {
 }
 
 /// Three snapshots one after the other on one COW file, each written to in so many places.
-fn round_trip(scene: &Scene, bytes: u64, sectors: u64, store: Store, count: u64) -> String {
+fn round_trip(scene: &Scene, bytes: u64, sectors: u64, store: Store, count: usize) -> String {
     let mut options = SnapshotOptions::new();
     let chunk = ChunkSize::new(sectors).expect("a chunk size");
     options.store(store).chunk_size(chunk);
@@ -111,19 +107,29 @@ fn round_trip(scene: &Scene, bytes: u64, sectors: u64, store: Store, count: u64)
         let created = options.create(scene.image(), &cow, &scene.name());
         created.expect("a snapshot")
     };
-    let mut written = BTreeSet::new();
+    let mut numbers = Numbers(sectors + 1);
+    let order = shuffled(bytes.div_ceil(chunk.bytes()), &mut numbers);
     let mut last = None;
-    for seed in 1..=3 {
-        let snapshot = if seed == 1 {
+    for round in 0..3 {
+        let snapshot = if round == 0 {
             create(options.clone().make_cow(CowSize::WorstCase))
         } else {
             create(&options)
         };
-        let round = Round { seed, count };
-        scribble(snapshot.device(), bytes, chunk.bytes(), round, &mut written);
-        last = (seed == 3).then(|| content(snapshot.device()));
+        let (before, new) = order[..(round + 1) * count].split_at(round * count);
+        let again = before.iter().copied().step_by(8);
+        let chunks: Vec<u64> = new.iter().copied().chain(again).collect();
+        scribble(
+            snapshot.device(),
+            bytes,
+            chunk.bytes(),
+            &chunks,
+            &mut numbers,
+        );
+        last = (round == 2).then(|| content(snapshot.device()));
         snapshot.cleanup().expect("nobody has it open");
     }
+    let written: BTreeSet<u64> = order[..3 * count].iter().copied().collect();
     let disk = last.expect("three rounds");
     assert!(
         exported(scene, &cow, &ExportOptions::new()) == disk,
