@@ -1,11 +1,16 @@
 //! The files behind a snapshot: inspected and locked before any device is touched.
 
+use std::io::{self, Read, Seek, SeekFrom};
 use std::path::Path;
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use crate::ask::{ask, patiently};
-use crate::error::{Error, Leftover, Result, Step};
-use crate::exception_store::{self, Header, HeaderFault, PROBE_BYTES, Probe};
+use crate::error::{Error, Leftover, Result, Step, errno_of};
+use crate::exception_store::{
+    self, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault,
+};
 use crate::half_merged::is_half_merged;
 use crate::host::{FileFacts, FileKind, Host};
 use crate::options::{CowSize, SnapshotOptions};
@@ -221,6 +226,26 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
     };
     check_header(origin, &cow, &header, any_origin)?;
     Ok((cow, header))
+}
+
+/// Opens a COW file that is only to be read, and locks it against becoming a snapshot's meanwhile.
+pub(crate) fn open_store<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    let in_use_by = || Refusal::CowInUse {
+        path: path.to_owned(),
+    };
+    let file = open(host, path, false, in_use_by)?;
+    let locked = lock(host, path, &file, false);
+    let cow = inspect(host, path, file)?;
+    in_use(locked, in_use_by)?;
+    Ok(cow)
+}
+
+/// Opens a COW file that a snapshot has locked, only to read it.
+pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    let in_use_by = || Refusal::CowInUse {
+        path: path.to_owned(),
+    };
+    inspect(host, path, open(host, path, false, in_use_by)?)
 }
 
 /// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
@@ -465,7 +490,7 @@ fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
 }
 
 /// Holds the image against what the store was made over, or is half merged into.
-fn check_header<F>(
+pub(crate) fn check_header<F>(
     origin: &Backing<'_, F>,
     cow: &Backing<'_, F>,
     header: &Header,
@@ -527,4 +552,54 @@ pub(crate) fn note_sizes(
         });
     }
     warnings
+}
+
+/// Reads a COW file through the seam.
+pub(crate) struct Reader<'a, H: Host> {
+    host: &'a H,
+    cow: &'a Backing<'a, H::File>,
+    at: u64,
+}
+
+impl<'a, H: Host> Reader<'a, H> {
+    pub(crate) fn of(host: &'a H, cow: &'a Backing<'a, H::File>) -> Self {
+        Self { host, cow, at: 0 }
+    }
+}
+
+impl<H: Host> Read for Reader<'_, H> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // Behind the last offset of any file there is nothing.
+        let Ok(at) = usize::try_from(self.at) else {
+            return Ok(0);
+        };
+        let length = self.host.read_at(&self.cow.file, buffer, at)?;
+        self.at = self.at.saturating_add(length as u64);
+        Ok(length)
+    }
+}
+
+impl<H: Host> Seek for Reader<'_, H> {
+    fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
+        let to = match to {
+            SeekFrom::Start(at) => Some(at),
+            SeekFrom::End(by) => self.cow.facts.size_bytes.checked_add_signed(by),
+            SeekFrom::Current(by) => self.at.checked_add_signed(by),
+        };
+        self.at = to.ok_or(Errno::EINVAL)?;
+        Ok(self.at)
+    }
+}
+
+/// Why a COW file's store is not taken.
+pub(crate) fn unsound(path: &Path, error: StoreError) -> Error {
+    let path = path.to_owned();
+    match error {
+        StoreError::Read { source, .. } => Error::failed(Step::ReadFile, path, errno_of(&source)),
+        StoreError::Fault(StoreFault::Header { field, value, .. }) => {
+            Refusal::CowDamaged { path, field, value }.into()
+        }
+        StoreError::Fault(StoreFault::Foreign) => Refusal::CowForeign { path }.into(),
+        StoreError::Fault(fault) => Refusal::CowUnsound { path, fault }.into(),
+    }
 }

@@ -204,9 +204,9 @@ macro_rules! steps {
 }
 
 steps! {
-    /// `open` of the origin image or the COW file.
+    /// `open` of the origin image, the COW file or a dm device.
     OpenFile = "open",
-    /// `open` with `O_CREAT | O_EXCL` of the COW file.
+    /// `open` with `O_CREAT | O_EXCL` of the COW file or an export.
     MakeFile = "make",
     /// `ftruncate` or `fallocate` of the COW file, new or longer than it was.
     SizeFile = "set aside space for",
@@ -214,12 +214,16 @@ steps! {
     InspectFile = "inspect",
     /// `flock` of the origin image or the COW file.
     LockFile = "lock",
-    /// `pread` of the COW file's header and metadata.
+    /// `pread` of the COW file or the origin image.
     ReadFile = "read",
+    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image.
+    FindData = "find the data of",
+    /// `pwrite` or `ftruncate` of an export.
+    WriteFile = "write",
+    /// `fsync` of the origin image, the COW file, an export, its directory, or a dm device.
+    SyncFile = "sync",
     /// `pwrite` of the mark that ties the COW file to its origin.
     MarkFile = "mark",
-    /// `fsync` of the origin image or the COW file.
-    SyncFile = "flush",
     /// `futimens` of the origin image.
     DateFile = "set the modification time of",
     /// `open` of `/dev/loop-control`.
@@ -252,6 +256,8 @@ steps! {
     Create = "create",
     /// `DM_TABLE_LOAD`.
     Load = "load the table of",
+    /// `DM_DEV_SUSPEND` with `DM_SUSPEND_FLAG`.
+    Suspend = "suspend",
     /// `DM_DEV_SUSPEND` without its flag.
     Resume = "resume",
     /// What the kernel's snapshot-merge target does by itself once it is resumed.
@@ -268,9 +274,9 @@ steps! {
     ArmPoll = "watch for events through",
     /// `DM_LIST_DEVICES`.
     List = "list the devices of",
-    /// Making `/dev/mapper/<name>`.
+    /// Making `/dev/mapper/<name>`, or giving an export its name.
     Link = "make",
-    /// Removing `/dev/mapper/<name>`, or the COW file that was made.
+    /// Removing `/dev/mapper/<name>`, the COW file that was made, or an export's temporary file.
     Unlink = "unlink",
     /// `getrandom`, for a uuid.
     Random = "draw a uuid for",

@@ -101,7 +101,7 @@ pub(crate) trait Host {
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
-    fn status_line(&self, uuid: &DeviceUuid) -> Result<Option<String>, Errno>;
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
     fn live_table(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
     fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
@@ -365,9 +365,8 @@ impl Host for Machine {
         self.mapper()?.resume(uuid)
     }
 
-    fn status_line(&self, uuid: &DeviceUuid) -> Result<Option<String>, Errno> {
-        let line = self.mapper()?.status(uuid)?;
-        Ok(line.map(|(_, text)| text))
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.mapper()?.suspend(uuid)
     }
 
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {

@@ -25,6 +25,7 @@ mod backing;
 mod dm_message;
 mod error;
 mod exception_store;
+mod export;
 mod grow;
 mod half_merged;
 mod handles;
@@ -55,6 +56,11 @@ mod watch;
 
 pub use backing::Warning;
 pub use error::{Cause, Error, Leftover, Result, Step};
+pub use exception_store::{
+    Exception, ExceptionStore, Exceptions, Extent, Extents, StoreError, StoreFault, StoreSummary,
+    least_bytes as least_cow_bytes, sound as sound_cow_bytes, worst_case as worst_case_bytes,
+};
+pub use export::{ExportOptions, ExportProgress, Exported};
 pub use grow::{GrowOptions, grow, recover};
 pub use handles::{FileId, Handles, LoopHandle};
 pub use inventory::{LoopFacts, SnapshotInfo, State, adopt, list, status};

@@ -1,11 +1,11 @@
-//! dm devices: create, load, resume, remove, query, status, list, and giving a uuid to one that has none.
+//! dm devices: create, load, resume, suspend, remove, query, status, list, and giving a uuid to one that has none.
 //!
 //! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
 //!
 //! | verb | through | why |
 //! | --- | --- | --- |
 //! | create, load, status | `devicemapper` | it builds and parses target specs well |
-//! | resume, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
+//! | suspend, resume, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
 //! | a glance at the status | `sys.rs` | the crate allocates for it, and a watch glances often |
 //! | arming a poll | `sys.rs` | it is for each watch's own descriptor, not the shared one |
@@ -143,7 +143,8 @@ impl Mapper {
             .map_err(errno_of)
     }
 
-    /// Makes the loaded table live. Nothing is mounted or queued yet, so there is nothing to freeze or to flush.
+    /// Makes the loaded table live, or ends a suspension. Nothing is mounted or queued when there is a loaded table, so
+    /// there is nothing to freeze or to flush; without one the flags mean nothing.
     pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
         let message = Head::to(Address::Uuid(uuid.as_str()));
         let flags = dm_message::SKIP_LOCKFS | dm_message::NOFLUSH;
@@ -151,6 +152,14 @@ impl Mapper {
             DEV_SUSPEND,
             &mut message.with_flags(flags).with_cookie(QUIET_COOKIE),
         )
+    }
+
+    /// Holds back all I/O and waits for what is in flight. Without `DM_SKIP_LOCKFS_FLAG`, on purpose: the kernel then writes
+    /// out what it has cached of the device (`freeze_bdev`), where a VMM without O_DIRECT has its guest's writes, and
+    /// freezes a file system that is mounted on this host until the resume.
+    pub(crate) fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        let message = Head::to(Address::Uuid(uuid.as_str()));
+        self.send(DEV_SUSPEND, &mut message.with_flags(dm_message::SUSPEND))
     }
 
     /// Removes the device, or has the kernel do so at the last close; says whether that is still to come.

@@ -9,9 +9,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::ask::{absent, ask};
-use crate::backing::{Backing, open_locked_origin, open_merged_cow};
+use crate::backing::{Backing, Reader, open_locked_origin, open_merged_cow, unsound};
 use crate::error::{Error, Result, Step};
-use crate::exception_store::{self, Extent, MARK_AT};
+use crate::exception_store::{self, ExceptionStore, MARK_AT};
 use crate::handles::Handles;
 use crate::host::{FileKind, Host, MACHINE};
 use crate::loop_device::LOOP_CONTROL;
@@ -25,7 +25,7 @@ use crate::status::SnapshotStatus;
 use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
 use crate::teardown;
-use crate::units::{ChunkSize, SECTOR_BYTES, Sectors};
+use crate::units::{ChunkSize, Sectors};
 
 /// How a COW file's changes are to be merged into the image that it was made over.
 ///
@@ -117,9 +117,9 @@ impl MergeOptions {
     /// # Errors
     ///
     /// [`Error::Refused`], before anything is touched: [`Refusal::OriginInUse`] for an image with live snapshots,
-    /// [`Refusal::CowInUse`], [`Refusal::OriginChanged`], [`Refusal::OriginReadOnly`], [`Refusal::OriginTooSmall`], and for
+    /// [`Refusal::CowInUse`], [`Refusal::OriginChanged`], [`Refusal::OriginReadOnly`], and for
     /// a COW file that has no valid store [`Refusal::CowBlank`], [`Refusal::CowForeign`], [`Refusal::CowInvalid`],
-    /// [`Refusal::CowDamaged`] or [`Refusal::CowTruncated`].
+    /// [`Refusal::CowDamaged`] or [`Refusal::CowUnsound`].
     /// [`Error::Failed`] names the first step that failed; no device is left, and what was merged stays merged.
     /// [`Step::Merge`] is the kernel's own: the image or the COW file could not be written, for lack of space perhaps.
     /// [`Error::Debris`] says what is left, when undoing failed too.
@@ -163,12 +163,10 @@ pub(crate) fn merge<H: Host>(
         cow,
         chunk: header.chunk,
     };
-    let total = pair.extent()?;
-    pair.check_reach(total)?;
+    let total = pair.left()?;
 
     let mut handles = Handles::default();
     let mut stage = Stage::Untouched;
-    let total = pair.length(total);
     let ran = pair.run(&name, total, &mut handles, &mut stage, progress);
     let ran = match ran {
         Ok(()) => teardown::clean(host, &handles, &Retry::default()),
@@ -220,50 +218,17 @@ struct Pair<'a, H: Host> {
 }
 
 impl<H: Host> Pair<'_, H> {
-    fn extent(&self) -> Result<Extent> {
-        exception_store::extent(self.chunk, |buffer, at| {
-            // Behind the last offset of any file there is nothing.
-            usize::try_from(at).map_or(Ok(0), |at| {
-                ask(Step::ReadFile, self.cow.path, || {
-                    self.host.read_at(&self.cow.file, buffer, at)
-                })
-            })
-        })
-    }
-
-    fn length(&self, extent: Extent) -> Sectors {
+    /// What the store holds. In a store that is not sound, or reaches behind the image, the kernel would fail half-way, or
+    /// write behind the image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
+    fn left(&self) -> Result<Sectors> {
+        let unsound = |error| unsound(self.cow.path, error);
+        let origin = Sectors::from_bytes_floor(self.origin.facts.size_bytes);
+        let store = ExceptionStore::open(Reader::of(self.host, &self.cow));
+        let mut store = store.map_err(unsound)?.over(origin);
+        store.changed_extents().map_err(unsound)?;
+        let exceptions = store.summary().map_err(unsound)?.exceptions;
         let chunk = self.chunk.sectors().count();
-        Sectors::new(extent.exceptions.saturating_mul(chunk))
-    }
-
-    /// Refuses a store whose exceptions reach beyond either file: the kernel would fail half-way, or write behind the
-    /// image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
-    fn check_reach(&self, extent: Extent) -> Result<()> {
-        let chunk = self.chunk.bytes();
-        let needed = extent.cow_chunks.saturating_mul(chunk);
-        let bytes = self.cow.facts.size_bytes;
-        if bytes < needed {
-            let path = self.cow.path.to_owned();
-            return Err(Refusal::CowTruncated {
-                path,
-                bytes,
-                needed,
-            }
-            .into());
-        }
-        let last = extent.origin_chunks.saturating_sub(1).saturating_mul(chunk);
-        let needed = last.saturating_add(SECTOR_BYTES);
-        let bytes = self.origin.facts.size_bytes;
-        if bytes < needed {
-            let path = self.origin.path.to_owned();
-            return Err(Refusal::OriginTooSmall {
-                path,
-                bytes,
-                needed,
-            }
-            .into());
-        }
-        Ok(())
+        Ok(Sectors::new(exceptions.saturating_mul(chunk)))
     }
 
     /// From inspected files to the end of the merge. The loop devices are open until this returns: until then `reap`
@@ -328,9 +293,9 @@ impl<H: Host> Pair<'_, H> {
     /// With the devices gone, ties the store to the image as it is now. Returns what the store still holds.
     fn settle(&self) -> Result<Sectors> {
         self.sync(&self.origin)?;
-        let left = self.extent()?;
+        let left = self.left()?;
         self.mark(self.identity_now()?, None)?;
-        Ok(self.length(left))
+        Ok(left)
     }
 
     fn mark(&self, origin: OriginIdentity, merging_into: Option<u64>) -> Result<()> {
@@ -364,14 +329,12 @@ impl<H: Host> Pair<'_, H> {
     fn watch(&self, made: &Made, total: Sectors, progress: &mut Progress<'_>) -> Result<()> {
         let mut pause = FIRST_PAUSE;
         loop {
-            let asked = ask(Step::Status, &made.mapper, || {
-                self.host.status_line(&made.uuid)
-            });
+            let asked = ask(Step::Status, &made.mapper, || self.host.status(&made.uuid));
             // Removed by somebody: what it did is in the files.
             let Some(line) = absent(asked)? else {
                 return Ok(());
             };
-            let line = line.unwrap_or_default();
+            let line = line.map(|(_, text)| text).unwrap_or_default();
             let Ok(status) = line.parse();
             let SnapshotStatus::Usage(usage) = status else {
                 let failed = Error::failed(Step::Merge, &made.mapper, policy::MERGE_FAILED);

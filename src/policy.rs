@@ -21,6 +21,7 @@ use crate::error::Step;
 /// | Remove, DetachLoop | EBUSY | Busy |
 /// | Remove, Query, Status | ENXIO, ENOENT, ENODEV | Gone |
 /// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
+/// | FindData | ENXIO | Gone |
 /// | Unlink | ENOENT | Gone |
 /// | Create, SetUuid | EBUSY | NameTaken |
 /// | Link, MakeFile | EEXIST | NameTaken |
@@ -37,6 +38,7 @@ use crate::error::Step;
 /// named (`drivers/block/loop.c`, `loop_configure`), and opening a loop device that is being deleted answers ENXIO
 /// (`lo_open`, 5.14 and later). `DM_DEV_CREATE` answers EBUSY for a name or uuid that exists, `DM_DEV_REMOVE` for
 /// an open device, and every lookup answers ENXIO for one that is not there (`drivers/md/dm-ioctl.c`).
+/// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)).
 /// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
@@ -81,6 +83,7 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
         (S::Remove | S::Query | S::Status, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
+        (S::FindData, E::ENXIO) => Verdict::Gone,
         (S::Unlink, E::ENOENT) => Verdict::Gone,
         (S::Create | S::SetUuid, E::EBUSY) => Verdict::NameTaken,
         (S::Link | S::MakeFile, E::EEXIST) => Verdict::NameTaken,
@@ -193,7 +196,7 @@ mod tests {
     #[test]
     fn the_documented_table_is_the_policy_for_every_step_and_errno() {
         let rows = documented();
-        assert_eq!(rows.len(), 18);
+        assert_eq!(rows.len(), 19);
         let fits =
             |names: &[String], name: &str| names.iter().any(|each| each == "*" || each == name);
         for step in Step::ALL {

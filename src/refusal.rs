@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::exception_store::StoreFault;
 use crate::origin_identity::OriginIdentity;
 use crate::units::ChunkSize;
 
@@ -188,6 +189,14 @@ pub enum Refusal {
         /// What it says.
         value: u32,
     },
+    /// The exception store is damaged behind its header, was made over a longer origin, or there is none to export.
+    #[error("COW file {path:?} holds no sound exception store: {fault}")]
+    CowUnsound {
+        /// The COW file.
+        path: PathBuf,
+        /// What is wrong with it.
+        fault: StoreFault,
+    },
     /// The store was made with another chunk size; the kernel would silently use that one.
     #[error("COW file {path:?} was made with chunks of {found} sectors, not {asked}")]
     CowChunkSize {
@@ -204,30 +213,6 @@ pub enum Refusal {
         /// The COW file.
         path: PathBuf,
     },
-    /// The store's metadata names chunks behind the COW file's end: it was cut off, or comes from a damaged copy.
-    #[error(
-        "COW file {path:?} has {bytes} bytes, too few: its exception store needs at least {needed} bytes"
-    )]
-    CowTruncated {
-        /// The COW file.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-        /// The least size that holds all that its metadata names.
-        needed: u64,
-    },
-    /// The store has changes behind the end of the image: it was made over a longer one.
-    #[error(
-        "origin image {path:?} has {bytes} bytes, too small: the COW file has changes for one of at least {needed} bytes"
-    )]
-    OriginTooSmall {
-        /// The image.
-        path: PathBuf,
-        /// Its size.
-        bytes: u64,
-        /// The least size that has a sector of the last changed chunk.
-        needed: u64,
-    },
     /// The image has no write permission for anybody: somebody wants it kept.
     #[error("origin image {path:?} is read-only (mode {mode:04o})")]
     OriginReadOnly {
@@ -243,6 +228,34 @@ pub enum Refusal {
     CowNotBlank {
         /// The COW file.
         path: PathBuf,
+    },
+    /// The file that an export is to make is there, and was not said to be replaceable.
+    #[error("output {path:?} exists")]
+    OutputExists {
+        /// The output.
+        path: PathBuf,
+    },
+    /// An export would replace what it reads.
+    #[error("output {path:?} is the origin image or the COW file")]
+    OutputIsInput {
+        /// The output.
+        path: PathBuf,
+    },
+    /// An export makes regular files, and replaces nothing else.
+    #[error("output {path:?} is {kind}, not a regular file")]
+    OutputNotAFile {
+        /// The output.
+        path: PathBuf,
+        /// What it is instead.
+        kind: &'static str,
+    },
+    /// A snapshot that cannot be exported while it is there.
+    #[error("cannot export {name:?} live: {why}")]
+    NotExportable {
+        /// The dm device's name.
+        name: String,
+        /// What is in the way.
+        why: &'static str,
     },
     /// Discard with such small chunks crashes this kernel, whoever asks for it.
     #[error(

@@ -80,6 +80,7 @@ struct ScriptDevice {
     number: DeviceNumber,
     table: Option<TargetLine>,
     live: bool,
+    suspended: bool,
 }
 
 impl ScriptDevice {
@@ -88,6 +89,11 @@ impl ScriptDevice {
             Target::Snapshot(params) | Target::SnapshotMerge(params) => Some(params),
             _ => None,
         }
+    }
+
+    fn merges(&self) -> bool {
+        let line = self.table.as_ref();
+        line.is_some_and(|line| matches!(line.target, Target::SnapshotMerge(_)))
     }
 
     fn holds(&self, number: u32) -> bool {
@@ -282,6 +288,7 @@ impl Host for Script {
 
     fn read_at(&self, _file: &u64, buffer: &mut [u8], at: usize) -> Result<usize, Errno> {
         self.call(Step::ReadFile)?;
+        buffer.fill(0);
         if let Some(stored) = self.world.borrow().store.get(at..at + buffer.len()) {
             buffer.copy_from_slice(stored);
         }
@@ -465,6 +472,7 @@ impl Host for Script {
             number,
             table: None,
             live: false,
+            suspended: false,
         };
         world.devices.insert(uuid.to_string(), device);
         Ok(number)
@@ -481,18 +489,17 @@ impl Host for Script {
     fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
         self.call(Step::Resume)?;
         let mut world = self.world.borrow_mut();
-        world
-            .devices
-            .get_mut(uuid.as_str())
-            .ok_or(Errno::ENXIO)?
-            .live = true;
+        let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        (device.live, device.suspended) = (true, false);
         Ok(())
     }
 
-    fn status_line(&self, uuid: &DeviceUuid) -> Result<Option<String>, Errno> {
-        self.call(Step::Status)?;
-        self.find(Address::Uuid(uuid.as_str()))?;
-        Ok(Some(self.world.borrow_mut().merge_on()))
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.call(Step::Suspend)?;
+        let mut world = self.world.borrow_mut();
+        let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        device.suspended = true;
+        Ok(())
     }
 
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
@@ -507,7 +514,7 @@ impl Host for Script {
             open_count: self.open_count(),
             live_table: device.live,
             inactive_table: device.table.is_some() && !device.live,
-            suspended: false,
+            suspended: device.suspended,
             deferred_remove: false,
         })
     }
@@ -522,11 +529,14 @@ impl Host for Script {
 
     fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
         self.call(Step::Status)?;
-        let world = self.world.borrow();
+        let mut world = self.world.borrow_mut();
         let device = world.devices.get(uuid.as_str()).ok_or(Errno::ENXIO)?;
         let Some(params) = device.params().filter(|_| device.live) else {
             return Ok(None);
         };
+        if device.merges() {
+            return Ok(Some(("snapshot-merge".to_owned(), world.merge_on())));
+        }
         let sectors = world.loops[&params.cow.minor].bytes / 512;
         let usage = || format!("16/{sectors} 16");
         let text = world.status.map_or_else(usage, str::to_owned);

@@ -22,6 +22,7 @@ const LOOP_CONFIGURE: Request = 0x4C0A;
 const LOOP_CTL_GET_FREE: Request = 0x4C82;
 const BLKGETSIZE64: Request = 0x8008_1272;
 const BLKGETDISKSEQ: Request = 0x8008_1280;
+const FICLONE: Request = 0x4004_9409;
 const DM_IOCTL: Request = 0xC138_FD00;
 
 /// `LO_FLAGS_READ_ONLY`.
@@ -207,6 +208,14 @@ pub(crate) fn lock(file: BorrowedFd<'_>, exclusive: bool) -> Result<(), Errno> {
     check(unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) }).map(drop)
 }
 
+/// `FICLONE` (4.5): makes `output` share all of `source`'s blocks. EOPNOTSUPP where the file system cannot, EXDEV between
+/// two of them.
+pub(crate) fn clone_file(output: BorrowedFd<'_>, source: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: both descriptors are open for as long as they are borrowed; the argument is a descriptor, so the kernel
+    // touches no memory of ours; other kinds of files answer EINVAL, EISDIR, ENOTTY or EOPNOTSUPP.
+    check(unsafe { libc::ioctl(output.as_raw_fd(), FICLONE as _, source.as_raw_fd()) }).map(drop)
+}
+
 // --- a path ---
 
 /// `statx` of a block device's node: its number, or `None` for any other file. Answers from what is cached, so that a file
@@ -268,6 +277,7 @@ mod tests {
     fn request_codes_are_the_kernels() {
         assert_eq!(BLKGETSIZE64, ioc(2, 0x12, 114, 8));
         assert_eq!(BLKGETDISKSEQ, ioc(2, 0x12, 128, 8));
+        assert_eq!(FICLONE, ioc(1, 0x94, 9, 4));
         assert_eq!(DM_IOCTL, ioc(3, 0xfd, 0, DM_HEAD_BYTES));
         assert_eq!(
             DM_IOCTL | 9,

@@ -2,10 +2,24 @@
 
 #![allow(missing_docs, reason = "a test has no API")]
 
+#[path = "api/export.rs"]
+mod export;
 #[path = "api/failures.rs"]
 mod failures;
+#[path = "../fuzz/src/made_store.rs"]
+#[allow(
+    clippy::cast_possible_truncation,
+    unreachable_pub,
+    reason = "shared with the fuzz targets; its numbers are small"
+)]
+mod made_store;
+#[path = "api/memory.rs"]
+mod memory;
 #[path = "api/messages.rs"]
 mod messages;
+
+#[path = "api/store.rs"]
+mod store;
 
 #[cfg(feature = "cli")]
 #[path = "api/command.rs"]

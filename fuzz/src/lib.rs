@@ -1,6 +1,9 @@
-//! What is demanded of the readers of text: no panic on any bytes, and what is printed reads back as it was.
+//! What is demanded of the readers: no panic on any bytes, and what is printed or written reads back as it was.
 //!
 //! Each function is the body of the fuzz target of its name. A demand that is not met is a panic.
+
+pub mod made_store;
+mod store;
 
 use std::fmt::{Debug, Display};
 use std::path::Path;
@@ -11,15 +14,19 @@ use dmsnap::{
     SnapshotParams, SnapshotStatus, Store, Target, TargetLine, Usage,
 };
 
+pub use store::{store_damage, store_reader};
+
 /// The body of a fuzz target.
 pub type Body = fn(&[u8]);
 
 /// Every target's name and body.
-pub const TARGETS: [(&str, Body); 4] = [
+pub const TARGETS: [(&str, Body); 6] = [
     ("table_line", table_line),
     ("status_line", status_line),
     ("device_name", device_name),
     ("handles_json", handles_json),
+    ("store_reader", store_reader),
+    ("store_damage", store_damage),
 ];
 
 /// Lines of a dm table: read from the bytes as text, and made from the bytes as numbers.
@@ -193,6 +200,15 @@ impl Numbers<'_> {
         taken
             .iter()
             .fold(0, |sum, byte| sum << 8 | u64::from(*byte))
+    }
+
+    /// Two bytes.
+    fn short(&mut self) -> u16 {
+        let (taken, rest) = self.0.split_at(self.0.len().min(2));
+        self.0 = rest;
+        taken
+            .iter()
+            .fold(0, |sum, byte| sum << 8 | u16::from(*byte))
     }
 
     fn below(&mut self, bound: usize) -> usize {

@@ -88,6 +88,17 @@ pub(crate) struct HeaderFault {
     pub(crate) value: u32,
 }
 
+impl HeaderFault {
+    /// Where the field is, in bytes.
+    pub(crate) fn offset(&self) -> u64 {
+        match self.field {
+            "valid" => 4,
+            "version" => 8,
+            _ => 12,
+        }
+    }
+}
+
 /// Judges the first bytes of a COW file, up to [`PROBE_BYTES`] of them.
 ///
 /// The kernel itself looks at the magic alone: zero there means "write a new store", whatever follows.

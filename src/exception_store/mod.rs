@@ -2,10 +2,16 @@
 //!
 //! Files only, no ioctl. A COW file may come from anywhere: nothing read from it is trusted.
 
-mod extent;
+mod extents;
+mod fault;
 mod header;
+mod reader;
 mod sizing;
 
-pub(crate) use extent::{Extent, extent};
+pub use extents::{Extent, Extents};
+pub use fault::{StoreError, StoreFault};
+pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
+pub use sizing::{least_bytes, sound, worst_case};
+
 pub(crate) use header::{Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe, mark, probe};
-pub(crate) use sizing::{EXCEPTION_BYTES, grown, least_bytes, sound, sound_from, worst_case};
+pub(crate) use sizing::{grown, sound_from};

@@ -7,11 +7,12 @@ use crate::table::Store;
 use crate::units::{ChunkSize, Sectors};
 
 /// Bytes of one exception on disk: two 64-bit chunk numbers.
-pub(crate) const EXCEPTION_BYTES: u64 = 16;
+pub(super) const EXCEPTION_BYTES: u64 = 16;
 
 /// The least COW size that takes one write: for a persistent store its header, its first metadata area and a
 /// chunk of data. With two chunks the kernel builds the snapshot, and the first write overflows it.
-pub(crate) fn least_bytes(store: Store, chunk: ChunkSize) -> u64 {
+#[must_use]
+pub fn least_bytes(store: Store, chunk: ChunkSize) -> u64 {
     let chunks = if store.is_persistent() { 3 } else { 1 };
     chunks * chunk.bytes()
 }
@@ -20,7 +21,18 @@ pub(crate) fn least_bytes(store: Store, chunk: ChunkSize) -> u64 {
 ///
 /// The chunk behind the last full metadata area is needed: the kernel zeroes the next area before it commits the
 /// last exception of the current one, and a store that cannot is invalid, even as `PO`.
-pub(crate) fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64> {
+///
+/// In bytes; `None` where that does not fit 64 bits.
+///
+/// ```
+/// use dmsnap::{ChunkSize, Sectors, Store};
+///
+/// let origin = Sectors::from_bytes_floor(8 << 20);
+/// let bytes = dmsnap::worst_case_bytes(origin, Store::PersistentOverflow, ChunkSize::DEFAULT);
+/// assert_eq!(bytes, Some(2058 * 4096));
+/// ```
+#[must_use]
+pub fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64> {
     let data = origin.count().div_ceil(chunk.sectors().count());
     let per_area = chunk.bytes() / EXCEPTION_BYTES;
     let metadata = if store.is_persistent() {
@@ -35,7 +47,10 @@ pub(crate) fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Opt
 ///
 /// A persistent store is invalid instead of full, even as `PO`, when its last chunk is the last data chunk of a metadata
 /// area: the kernel finds no room to zero the next one. One chunk more, and it is full as it should be.
-pub(crate) fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
+///
+/// In bytes; `None` where that does not fit 64 bits.
+#[must_use]
+pub fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     let chunks = bytes.max(least_bytes(store, chunk)).div_ceil(chunk.bytes());
     let area = chunk.bytes() / EXCEPTION_BYTES + 1;
     let trapped = store.is_persistent() && (chunks - 1).is_multiple_of(area);

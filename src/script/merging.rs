@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use super::*;
 use crate::error::{Error, Result};
-use crate::exception_store::{MARK_AT, Probe, mark, probe};
+use crate::exception_store::{MARK_AT, Probe, StoreFault, mark, probe};
 use crate::merge::{MergeOptions, MergeOutcome, MergeProgress, merge};
 use crate::origin_identity::OriginIdentity;
 use crate::refusal::Refusal;
@@ -164,25 +164,36 @@ fn a_store_that_reaches_beyond_either_file_is_refused() {
         refused
     };
     // Both files have 256 chunks; the second byte of a chunk's number counts as many.
-    let (bytes, path) = (1 << 20, PathBuf::from);
-    let needed = (256 * 4096) + 512;
-    let refusal = Refusal::OriginTooSmall {
-        path: path(ORIGIN),
-        bytes,
-        needed,
+    let unsound = |fault| {
+        let path = PathBuf::from(COW);
+        Error::from(Refusal::CowUnsound { path, fault })
     };
-    assert_eq!(with(1, 1), Error::from(refusal));
-    let refusal = Refusal::CowTruncated {
-        path: path(COW),
-        bytes,
-        needed: (256 + 2 + 1) * 4096,
-    };
-    assert_eq!(with(9, 1), Error::from(refusal));
+    let offset = 4096;
+    assert_eq!(
+        with(1, 1),
+        unsound(StoreFault::OriginChunk { offset, chunk: 256 })
+    );
+    assert_eq!(
+        with(9, 1),
+        unsound(StoreFault::CowChunk {
+            offset,
+            chunk: 256 + 2
+        })
+    );
+    assert_eq!(
+        with(16, 0),
+        unsound(StoreFault::OriginChunkTwice {
+            offset: offset + 16,
+            chunk: 0
+        })
+    );
     assert_eq!(
         {
             let script = Script::new(|_, _| None);
             merge_on(&script)
         },
-        Err(Error::from(Refusal::CowBlank { path: path(COW) }))
+        Err(Error::from(Refusal::CowBlank {
+            path: PathBuf::from(COW)
+        }))
     );
 }

@@ -1,7 +1,14 @@
 //! The command, as far as it goes without a device.
 
 use std::io::Write;
+use std::path::Path;
 use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tempfile::TempDir;
+
+use super::made_store::{MadeStore, content};
 
 const ALLOWED: &str = "(allowed: 0-9 A-Z a-z # + - . : = @ _)";
 
@@ -54,6 +61,13 @@ fn wrong_usage_is_status_2_and_nothing_on_stdout() {
         &["watch", "--grow-by", "0", "vm"],
         &["watch", "--max", "1G", "vm"],
         &["merge", "--origin", "image"],
+        &["cow"],
+        &["cow", "inspect"],
+        &["cow", "size"],
+        &["cow", "size", "--origin", "1G", "--chunk-sectors", "3"],
+        &["export", "out"],
+        &["export", "--origin", "image", "out"],
+        &["export", "--origin", "image", "--cow", "cow", "vm", "out"],
     ] {
         let output = run(args, "");
         assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -78,7 +92,7 @@ fn help_and_version_are_status_0_on_stdout() {
     assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
     for command in [
         "create", "cleanup", "remove", "list", "adopt", "reap", "status", "grow", "recover",
-        "watch", "merge",
+        "watch", "merge", "cow", "export",
     ] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }
@@ -199,4 +213,149 @@ fn a_closed_pipe_is_no_failure() {
         let output = command.output().expect("dmsnap ends");
         check(&output, 0, "", "");
     }
+}
+
+/// A directory with an origin of that many bytes and a COW file with these chunks of 4 KiB.
+fn stage(bytes: usize, chunks: &[u64]) -> (TempDir, [String; 3]) {
+    let dir = TempDir::with_prefix("dmsnap-test-").expect("a directory");
+    let path = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
+    let paths = [path("origin"), path("cow"), path("out")];
+    std::fs::write(&paths[0], vec![0xa5; bytes]).expect("room");
+    std::fs::write(&paths[1], MadeStore::new(8, chunks, 2).file).expect("room");
+    (dir, paths)
+}
+
+#[test]
+fn a_cow_file_is_inspected_and_its_changes_are_listed() {
+    let (_dir, [_, cow, _]) = stage(4096, &[7, 8, 3]);
+    let inspected = "chunk       8 sectors\nvalid       yes\norigin      unknown\n\
+        exceptions  3\nareas       1\nused        20480 of 28672 bytes\n";
+    check(&run(&["cow", "inspect", &cow], ""), 0, inspected, "");
+    let diff = "12288 4096 16384\n28672 8192 8192\n";
+    check(&run(&["cow", "diff", &cow], ""), 0, diff, "");
+    let json = |args: &[&str]| -> serde_json::Value {
+        let output = run(args, "");
+        assert_eq!(output.status.code(), Some(0));
+        serde_json::from_slice(&output.stdout).expect("JSON")
+    };
+    assert_eq!(
+        json(&["cow", "inspect", "--json", &cow]),
+        serde_json::json!({
+            "file_bytes": 28672, "chunk_sectors": 8, "valid": true, "origin": null,
+            "exceptions": 3, "areas": 1, "used_bytes": 20480,
+        })
+    );
+    assert_eq!(
+        json(&["cow", "diff", "--json", &cow]),
+        serde_json::json!({
+            "chunk_sectors": 8,
+            "extents": [
+                { "origin_offset": 12288, "length": 4096, "cow_offset": 16384 },
+                { "origin_offset": 28672, "length": 8192, "cow_offset": 8192 },
+            ],
+        })
+    );
+    std::fs::write(&cow, [0; 8192]).expect("room");
+    let line = format!(
+        "dmsnap: COW file {cow:?}: at byte 0: blank, no persistent snapshot was made on it\n"
+    );
+    check(&run(&["cow", "inspect", &cow], ""), 1, "", &line);
+    check(&run(&["cow", "diff", &cow], ""), 1, "", &line);
+    let line = "dmsnap: cannot read /nowhere/cow: No such file or directory (os error 2)\n";
+    check(&run(&["cow", "diff", "/nowhere/cow"], ""), 1, "", line);
+}
+
+#[test]
+fn sizes_are_told_for_an_image_and_for_a_number_of_bytes() {
+    let sized = "least       12288 bytes (3 chunks)\n\
+        worst case  8429568 bytes (2058 chunks)\n\
+        avoid       1 + n * 257 chunks: such a file ends invalid instead of full\n";
+    let (dir, _) = stage(4096, &[]);
+    let image = dir.path().join("image");
+    let file = std::fs::File::create(&image).expect("a new file");
+    file.set_len(8 << 20).expect("room");
+    for origin in ["8M", "8388608", image.to_str().expect("UTF-8")] {
+        check(&run(&["cow", "size", "--origin", origin], ""), 0, sized, "");
+    }
+    let transient = "least       16384 bytes (1 chunks)\nworst case  8388608 bytes (512 chunks)\n";
+    let args = ["cow", "size", "--origin", "8M", "--store", "transient"];
+    let args = [&args[..], &["--chunk-sectors", "32"]].concat();
+    check(&run(&args, ""), 0, transient, "");
+    let json = run(&["cow", "size", "--json", "--origin", "8M"], "").stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
+    let expected = serde_json::json!({
+        "least_bytes": 12288, "worst_case_bytes": 8429568, "trap_every_chunks": 257,
+    });
+    assert_eq!(json, expected);
+    let line = "dmsnap: a COW file for such an origin would be too large for any file system\n";
+    let largest = u64::MAX.to_string();
+    check(
+        &run(&["cow", "size", "--origin", &largest], ""),
+        1,
+        "",
+        line,
+    );
+}
+
+#[test]
+fn an_export_tells_what_it_did_and_needs_no_terminal() {
+    let (_dir, [origin, cow, out]) = stage(1 << 20, &[7]);
+    let export = ["export", "--no-reflink", "--origin", &origin, "--cow", &cow];
+    let done = "1048576 bytes, 4096 of them changed; 1048576 written\n";
+    let export = |more: &[&str]| run(&[&export[..], more].concat(), "");
+    check(&export(&[&out]), 0, done, "");
+    let found = std::fs::read(&out).expect("the export");
+    let (changed, rest) = found[7 * 4096..].split_at(4096);
+    assert!(changed.iter().all(|byte| *byte == content(7)));
+    assert!(rest.iter().all(|byte| *byte == 0xa5));
+    let line = format!("dmsnap: output {out:?} exists\n");
+    check(&export(&[&out]), 1, "", &line);
+    let json = export(&["--json", "--replace", &out]).stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
+    let expected = serde_json::json!({
+        "bytes": 1 << 20, "changed_bytes": 4096, "written_bytes": 1 << 20, "reflinked": false,
+    });
+    assert_eq!(json, expected);
+}
+
+#[test]
+fn an_interrupted_export_leaves_nothing_and_says_so() {
+    for (signal, status) in [("INT", 130), ("TERM", 143)] {
+        let (dir, [origin, cow, out]) = stage(192 << 20, &[7]);
+        let mut command = dmsnap(&["export", "--no-reflink", "--origin", &origin]);
+        command.args(["--cow", &cow, &out]);
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        let child = command.spawn().expect("dmsnap starts");
+        // Nothing is written before the signals are listened for.
+        let files = format!("/proc/{}/fd", child.id());
+        let start = Instant::now();
+        while !writes_below(Path::new(&files), dir.path()) {
+            assert!(
+                start.elapsed() < Duration::from_secs(30),
+                "it writes nothing"
+            );
+            thread::yield_now();
+        }
+        let (signal, id) = (format!("-{signal}"), child.id().to_string());
+        let sent = Command::new("kill").args([signal, id]).status();
+        assert!(sent.expect("kill starts").success());
+        let line = "dmsnap: interrupted, nothing was written\n";
+        let output = child.wait_with_output().expect("dmsnap ends");
+        check(&output, status, "", line);
+        let left = std::fs::read_dir(dir.path()).expect("a directory");
+        assert_eq!(left.count(), 2);
+    }
+}
+
+/// Whether a nameless file below `dir` is among the open ones.
+fn writes_below(files: &Path, dir: &Path) -> bool {
+    let Ok(entries) = std::fs::read_dir(files) else {
+        return false;
+    };
+    let targets = entries
+        .flatten()
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    targets
+        .filter(|target| target.starts_with(dir))
+        .any(|target| target.to_string_lossy().ends_with(" (deleted)"))
 }

@@ -215,22 +215,6 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" is blank: it holds no exception store to merge"#,
         ),
         (
-            Refusal::CowTruncated {
-                path: cow(),
-                bytes: 8192,
-                needed: 12288,
-            },
-            r#"COW file "/run/vm 42.cow" has 8192 bytes, too few: its exception store needs at least 12288 bytes"#,
-        ),
-        (
-            Refusal::OriginTooSmall {
-                path: image(),
-                bytes: 4096,
-                needed: 4608,
-            },
-            r#"origin image "/images/base.ext4" has 4096 bytes, too small: the COW file has changes for one of at least 4608 bytes"#,
-        ),
-        (
             Refusal::OriginReadOnly {
                 path: image(),
                 mode: 0o444,
@@ -240,6 +224,38 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
         (
             Refusal::CowNotBlank { path: cow() },
             r#"COW file "/run/vm 42.cow" is not blank, and a transient store would overwrite it (truncate it to reuse it)"#,
+        ),
+        (
+            Refusal::CowUnsound {
+                path: cow(),
+                fault: dmsnap::StoreFault::MetadataChunk {
+                    offset: 4112,
+                    chunk: 258,
+                },
+            },
+            r#"COW file "/run/vm 42.cow" holds no sound exception store: at byte 4112: COW chunk 258 is a metadata area"#,
+        ),
+        (
+            Refusal::OutputExists { path: image() },
+            r#"output "/images/base.ext4" exists"#,
+        ),
+        (
+            Refusal::OutputIsInput { path: image() },
+            r#"output "/images/base.ext4" is the origin image or the COW file"#,
+        ),
+        (
+            Refusal::OutputNotAFile {
+                path: image(),
+                kind: "a block device",
+            },
+            r#"output "/images/base.ext4" is a block device, not a regular file"#,
+        ),
+        (
+            Refusal::NotExportable {
+                name: "vm-42".to_owned(),
+                why: "it is suspended",
+            },
+            r#"cannot export "vm-42" live: it is suspended"#,
         ),
         (
             Refusal::DiscardChunk {
@@ -294,6 +310,9 @@ fn every_step_makes_a_sentence() {
         (Step::InspectFile, "cannot inspect X"),
         (Step::LockFile, "cannot lock X"),
         (Step::ReadFile, "cannot read X"),
+        (Step::FindData, "cannot find the data of X"),
+        (Step::WriteFile, "cannot write X"),
+        (Step::SyncFile, "cannot sync X"),
         (Step::MarkFile, "cannot mark X"),
         (Step::SyncFile, "cannot flush X"),
         (Step::DateFile, "cannot set the modification time of X"),
@@ -318,6 +337,7 @@ fn every_step_makes_a_sentence() {
         ),
         (Step::Create, "cannot create X"),
         (Step::Load, "cannot load the table of X"),
+        (Step::Suspend, "cannot suspend X"),
         (Step::Resume, "cannot resume X"),
         (Step::Merge, "cannot merge by X"),
         (Step::SetUuid, "cannot give a uuid to X"),

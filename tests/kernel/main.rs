@@ -20,6 +20,7 @@ mod bad_names;
 mod cli;
 mod concurrency;
 mod discard;
+mod export;
 mod foreign;
 mod growth;
 mod handles;

@@ -7,6 +7,8 @@ use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
 use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
 
 use crate::amounts::{bytes, cow_size, duration, percent};
+use crate::cow::Cow;
+use crate::export::Export;
 
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
@@ -90,6 +92,11 @@ pub(crate) enum Command {
     },
     /// Say what happens to snapshots, and grow them as they fill up, until all of them are gone
     Watch(Watch),
+    /// Write a snapshot's disk to a raw image of its own: a running one by name, or an idle COW file
+    Export(Export),
+    /// Look into COW files, and size them
+    #[command(subcommand)]
+    Cow(Cow),
 }
 
 #[derive(Debug, Arguments)]
@@ -184,7 +191,7 @@ pub(crate) struct Create {
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
-enum StoreArg {
+pub(crate) enum StoreArg {
     /// P: survives detaching; when full, it is invalid for good
     Persistent,
     /// PO: survives detaching; when full, writes fail and it stays valid
@@ -193,16 +200,21 @@ enum StoreArg {
     Transient,
 }
 
+impl From<StoreArg> for Store {
+    fn from(store: StoreArg) -> Self {
+        match store {
+            StoreArg::Persistent => Self::Persistent,
+            StoreArg::PersistentOverflow => Self::PersistentOverflow,
+            StoreArg::Transient => Self::Transient,
+        }
+    }
+}
+
 impl Create {
     pub(crate) fn options(&self) -> SnapshotOptions {
-        let store = match self.store {
-            StoreArg::Persistent => Store::Persistent,
-            StoreArg::PersistentOverflow => Store::PersistentOverflow,
-            StoreArg::Transient => Store::Transient,
-        };
         let mut options = SnapshotOptions::new();
         options
-            .store(store)
+            .store(self.store.into())
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
             .discard(self.discard)
@@ -215,7 +227,7 @@ impl Create {
     }
 }
 
-fn chunk_size(text: &str) -> Result<ChunkSize, String> {
+pub(crate) fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     let sectors = text.parse().map_err(|error| format!("{error}"))?;
     ChunkSize::new(sectors).map_err(|refusal| refusal.to_string())
 }

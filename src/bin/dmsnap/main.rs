@@ -1,16 +1,20 @@
 //! `dmsnap`: the library's jobs for operators and scripts.
 //!
-//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage, 130 for
-//! a merge that SIGINT or SIGTERM stopped.
+//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage, 128 and
+//! the signal's number for an export or a merge that was interrupted.
 
 mod amounts;
 mod args;
+mod cow;
+mod export;
+mod interrupt;
 mod merge;
 mod output;
 mod watch;
 
 use std::fs;
 use std::io::{self, Read, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -37,15 +41,25 @@ enum Failure {
     },
     #[error("cannot read {from}")]
     Input { from: String, source: io::Error },
+    #[error("COW file {cow:?}")]
+    Store {
+        cow: PathBuf,
+        source: dmsnap::StoreError,
+    },
+    #[error("a COW file for such an origin would be too large for any file system")]
+    TooLarge,
+    #[error("cannot listen for signals")]
+    Signals(#[source] io::Error),
+    /// By a signal of that number; what was under way is undone.
+    #[error("interrupted, nothing was written")]
+    Interrupted(u8),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
     #[error("cannot wait for events")]
     Wait(#[source] io::Error),
-    #[error("cannot wait for signals")]
-    Signals(#[source] io::Error),
-    /// The user stopped a merge.
+    /// A merge was stopped by a signal of that number.
     #[error("stopped, {left_bytes} bytes are left: the same command goes on")]
-    Stopped { left_bytes: u64 },
+    Stopped { left_bytes: u64, signal: u8 },
     /// Some snapshots could not be read; the others were printed.
     #[error("cannot read {0} of the snapshots")]
     Unreadable(usize),
@@ -98,6 +112,8 @@ fn run(command: Command) -> Result<(), Failure> {
             GrowOptions::new().reserve(reserve).grow(&name, size)?;
             status(&name, false)
         }
+        Command::Cow(command) => cow::run(command),
+        Command::Export(command) => export::run(&command),
         Command::Recover {
             reserve,
             deadline,

@@ -172,7 +172,9 @@ pub(crate) fn failure(failure: &Failure) -> ExitCode {
     };
     note(line);
     match failure {
-        Failure::Stopped { .. } => ExitCode::from(130),
+        Failure::Stopped { signal, .. } | Failure::Interrupted(signal) => {
+            ExitCode::from(128 + signal)
+        }
         _ => ExitCode::FAILURE,
     }
 }

@@ -2,19 +2,18 @@
 
 use std::fmt::{self, Display};
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
 
 use dmsnap::{Change, DeviceUuid, GrowOptions, SnapshotStatus, Usage, WatchEvent};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::{SigSet, Signal};
-use nix::sys::signalfd::{SfdFlags, SignalFd};
 
 use crate::args::Watch;
-use crate::{Failure, output, print};
+use crate::{Failure, interrupt, output, print};
 
 /// Watches until every snapshot is gone, or until SIGINT or SIGTERM, which is how it is meant to be ended.
 pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
-    let signals = signals().map_err(|errno| Failure::Wait(errno.into()))?;
+    let signals = interrupt::readable().map_err(Failure::Signals)?;
     let mut watch = dmsnap::Watch::new()?;
     watch.threshold(options.at);
     for name in &options.names {
@@ -33,15 +32,8 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
     }
 }
 
-/// Has the signals that end it come through a descriptor instead.
-fn signals() -> Result<SignalFd, Errno> {
-    let ending: SigSet = [Signal::SIGINT, Signal::SIGTERM].into_iter().collect();
-    ending.thread_block()?;
-    SignalFd::with_flags(&ending, SfdFlags::SFD_CLOEXEC)
-}
-
 /// Waits until there is something to check; says whether a signal came.
-fn wait(watch: &dmsnap::Watch, signals: &SignalFd) -> Result<bool, Failure> {
+fn wait(watch: &dmsnap::Watch, signals: &UnixStream) -> Result<bool, Failure> {
     let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
     let mut fds = [readable(watch.as_fd()), readable(signals.as_fd())];
     let millis = watch.pause().as_micros().div_ceil(1000);

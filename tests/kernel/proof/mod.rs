@@ -43,7 +43,7 @@ fn has_its_turn(nth: usize) -> bool {
 }
 
 /// What `work` returns, and how long it took.
-fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
+pub(crate) fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     let start = Instant::now();
     let done = work();
     (done, start.elapsed())

@@ -1,0 +1,108 @@
+//! What can be wrong with a COW file.
+
+use std::io;
+
+/// Why an exception store could not be read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreError {
+    /// The file could not be read.
+    #[error("cannot read at byte {offset}")]
+    #[non_exhaustive]
+    Read {
+        /// Where, in bytes.
+        offset: u64,
+        /// What the reader answered.
+        source: io::Error,
+    },
+    /// The file was read, and is no sound store.
+    #[error(transparent)]
+    Fault(#[from] StoreFault),
+}
+
+/// What is wrong with a COW file's exception store. Offsets are in bytes from the start of the file.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum StoreFault {
+    /// The file begins with zeroes: no snapshot with a persistent store was ever made on it.
+    #[error("at byte 0: blank, no persistent snapshot was made on it")]
+    Blank,
+    /// The file begins with something else than a store.
+    #[error("at byte 0: no exception store")]
+    Foreign,
+    /// A field of the header has a value that no kernel writes.
+    #[error("at byte {offset}: {field} is {value}")]
+    Header {
+        /// Where the field is.
+        offset: u64,
+        /// Its name in the kernel's `struct disk_header`.
+        field: &'static str,
+        /// What it says.
+        value: u32,
+    },
+    /// The kernel would read a metadata area there, and the file ends before the area does.
+    #[error("at byte {offset}: a metadata area is missing, the file has {bytes} bytes")]
+    CutShort {
+        /// Where the area begins.
+        offset: u64,
+        /// The file's length.
+        bytes: u64,
+    },
+    /// An exception leads to a chunk that is not wholly within the file.
+    #[error("at byte {offset}: COW chunk {chunk} is outside of the file")]
+    CowChunk {
+        /// Where the exception is.
+        offset: u64,
+        /// The chunk's number in the COW file.
+        chunk: u64,
+    },
+    /// An exception leads to a metadata area.
+    #[error("at byte {offset}: COW chunk {chunk} is a metadata area")]
+    MetadataChunk {
+        /// Where the exception is.
+        offset: u64,
+        /// The chunk's number in the COW file.
+        chunk: u64,
+    },
+    /// An exception is for a chunk behind the origin's end, or behind the end of any origin.
+    #[error("at byte {offset}: origin chunk {chunk} is behind the origin's end")]
+    OriginChunk {
+        /// Where the exception is.
+        offset: u64,
+        /// The chunk's number in the origin.
+        chunk: u64,
+    },
+    /// Two exceptions lead to one chunk of the COW file.
+    #[error("at byte {offset}: COW chunk {chunk} is used twice")]
+    CowChunkTwice {
+        /// Where the second exception is.
+        offset: u64,
+        /// The chunk's number in the COW file.
+        chunk: u64,
+    },
+    /// Two exceptions are for one chunk of the origin.
+    #[error("at byte {offset}: origin chunk {chunk} has two exceptions")]
+    OriginChunkTwice {
+        /// Where the second exception is.
+        offset: u64,
+        /// The chunk's number in the origin.
+        chunk: u64,
+    },
+}
+
+impl StoreFault {
+    /// Where the fault is, in bytes from the start of the file.
+    #[must_use]
+    pub fn offset(&self) -> u64 {
+        match self {
+            Self::Blank | Self::Foreign => 0,
+            Self::Header { offset, .. }
+            | Self::CutShort { offset, .. }
+            | Self::CowChunk { offset, .. }
+            | Self::MetadataChunk { offset, .. }
+            | Self::OriginChunk { offset, .. }
+            | Self::CowChunkTwice { offset, .. }
+            | Self::OriginChunkTwice { offset, .. } => *offset,
+        }
+    }
+}

@@ -1,0 +1,280 @@
+//! Copying: sparse in, sparse out.
+
+use std::fs::File;
+use std::io;
+use std::ops::{ControlFlow, Range};
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek};
+
+use super::ExportProgress;
+use crate::ask::{absent, ask};
+use crate::error::{Error, Result, Step, errno_of};
+use crate::exception_store::Extent;
+
+/// How much is read, looked at and written at a time.
+const WINDOW_BYTES: u64 = 1 << 20;
+
+/// What is a hole when it is all zeroes: a block of the usual file system.
+const BLOCK: usize = 4096;
+
+const ZEROES: [u8; BLOCK] = [0; BLOCK];
+
+/// A file and the path by which errors name it.
+type Named<'a> = (&'a File, &'a Path);
+
+/// An export under way.
+pub(super) struct Copier<'a> {
+    pub(super) origin: Named<'a>,
+    pub(super) cow: Named<'a>,
+    pub(super) output: Named<'a>,
+    /// The image's length, in bytes.
+    pub(super) length: u64,
+    pub(super) progress: &'a mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+    /// Bytes written so far.
+    pub(super) written: u64,
+}
+
+impl Copier<'_> {
+    /// Fills the output: with everything, or with the changes alone where it is the origin's clone.
+    pub(super) fn copy(
+        &mut self,
+        extents: Vec<Extent>,
+        reflinked: bool,
+    ) -> Result<ControlFlow<()>> {
+        let flow = if reflinked {
+            self.patch(extents)?
+        } else {
+            self.assemble(&extents)?
+        };
+        // A new file may end in a hole, a clone in the origin's last bytes.
+        self.output
+            .0
+            .set_len(self.length)
+            .map_err(|error| failed(Step::WriteFile, self.output.1, &error))?;
+        Ok(flow)
+    }
+
+    /// Writes the image from its beginning to its end: each window is read from the origin, the changes are read over
+    /// it, and what is not zero is written.
+    fn assemble(&mut self, extents: &[Extent]) -> Result<ControlFlow<()>> {
+        let mut buffer = vec![0; as_length(WINDOW_BYTES.min(self.length))];
+        let mut data = DataRanges::of(self.origin);
+        let mut extents = extents.iter().copied().peekable();
+        let mut at = 0;
+        loop {
+            let next = extents
+                .peek()
+                .map_or(self.length, |extent| extent.origin_offset);
+            let next = next.min(data.next_after(at)?.start).max(at);
+            if next >= self.length {
+                return Ok(self.tell(self.length, self.length));
+            }
+            // Blocks stay where the file system has them, so that a hole in a window is a hole in the file.
+            let start = next - next % BLOCK as u64;
+            let end = self.length.min(start + WINDOW_BYTES);
+            let window = &mut buffer[..as_length(end - start)];
+            self.read_window(window, start, &mut data, &mut extents)?;
+            self.write_blocks(window, start, false)?;
+            at = end;
+            if self.tell(at, self.length).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+    }
+
+    fn read_window(
+        &self,
+        window: &mut [u8],
+        start: u64,
+        data: &mut DataRanges<'_>,
+        extents: &mut std::iter::Peekable<impl Iterator<Item = Extent>>,
+    ) -> Result<()> {
+        let end = start + window.len() as u64;
+        let mut filled = start;
+        while filled < end {
+            let range = data.next_after(filled)?;
+            let (from, to) = (range.start.clamp(filled, end), range.end.min(end));
+            window[as_length(filled - start)..as_length(from - start)].fill(0);
+            if from < to {
+                let part = &mut window[as_length(from - start)..as_length(to - start)];
+                read(self.origin, part, from)?;
+            }
+            filled = to.max(from);
+        }
+        while let Some(extent) = extents.peek().filter(|extent| extent.origin_offset < end) {
+            let (from, to) = (
+                extent.origin_offset.max(start),
+                extent.origin_end().min(end),
+            );
+            let part = &mut window[as_length(from - start)..as_length(to - start)];
+            read(
+                self.cow,
+                part,
+                extent.cow_offset + (from - extent.origin_offset),
+            )?;
+            if extent.origin_end() > end {
+                break;
+            }
+            extents.next();
+        }
+        Ok(())
+    }
+
+    /// Writes the changes over the origin's clone, in the order of the COW file, which is read in large pieces that way.
+    fn patch(&mut self, mut extents: Vec<Extent>) -> Result<ControlFlow<()>> {
+        extents.sort_unstable_by_key(|extent| extent.cow_offset);
+        let total = extents.iter().map(|extent| extent.length).sum();
+        let mut buffer = vec![0; as_length(WINDOW_BYTES)];
+        let mut pieces = extents.into_iter().flat_map(pieces).peekable();
+        let mut done = 0;
+        while let Some(first) = pieces.next() {
+            let start = first.cow_offset;
+            let mut batch = vec![first];
+            let mut end = first.cow_end();
+            let fits = |piece: &Extent| piece.cow_end() <= start + WINDOW_BYTES;
+            // A metadata area in between is read with them; a longer gap is not.
+            while let Some(piece) =
+                pieces.next_if(|piece| fits(piece) && piece.cow_offset < end + GAP_BYTES)
+            {
+                end = piece.cow_end();
+                batch.push(piece);
+            }
+            let window = &mut buffer[..as_length(end - start)];
+            read(self.cow, window, start)?;
+            for piece in batch {
+                let at = as_length(piece.cow_offset - start);
+                let content = &window[at..at + as_length(piece.length)];
+                self.write_blocks(content, piece.origin_offset, true)?;
+                done += piece.length;
+            }
+            if self.tell(done, total).is_break() {
+                return Ok(ControlFlow::Break(()));
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Writes what is not zero. Where zeroes stand over something, a hole is made.
+    fn write_blocks(&mut self, content: &[u8], start: u64, over: bool) -> Result<()> {
+        let mut at = 0;
+        while at < content.len() {
+            let zero = is_zero(block(content, at));
+            let mut end = at;
+            while end < content.len() && is_zero(block(content, end)) == zero {
+                end += block(content, end).len();
+            }
+            let offset = start + at as u64;
+            if !zero {
+                self.write(&content[at..end], offset)?;
+            } else if over {
+                self.punch(&content[at..end], offset)?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    fn write(&mut self, content: &[u8], offset: u64) -> Result<()> {
+        let (file, path) = self.output;
+        file.write_all_at(content, offset)
+            .map_err(|error| failed(Step::WriteFile, path, &error))?;
+        self.written += content.len() as u64;
+        Ok(())
+    }
+
+    fn punch(&mut self, zeroes: &[u8], offset: u64) -> Result<()> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let (offset_, length) = (i64::try_from(offset), i64::try_from(zeroes.len()));
+        let punched = match (offset_, length) {
+            (Ok(offset), Ok(length)) => fallocate(self.output.0, flags, offset, length).is_ok(),
+            _ => false,
+        };
+        // Whatever the reason, written zeroes do as well.
+        if punched {
+            Ok(())
+        } else {
+            self.write(zeroes, offset)
+        }
+    }
+
+    fn tell(&mut self, done: u64, total: u64) -> ControlFlow<()> {
+        (self.progress)(ExportProgress { done, total })
+    }
+}
+
+/// The longest gap between two pieces of the COW file that is read rather than skipped.
+const GAP_BYTES: u64 = 64 << 10;
+
+/// Extents of at most a window each.
+fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
+    let step = as_length(WINDOW_BYTES);
+    (0..extent.length).step_by(step).map(move |at| Extent {
+        origin_offset: extent.origin_offset + at,
+        length: WINDOW_BYTES.min(extent.length - at),
+        cow_offset: extent.cow_offset + at,
+    })
+}
+
+fn block(content: &[u8], at: usize) -> &[u8] {
+    &content[at..content.len().min(at + BLOCK)]
+}
+
+fn is_zero(block: &[u8]) -> bool {
+    ZEROES.starts_with(block)
+}
+
+/// Where a file has data, forwards. A file system or a device that cannot say has it everywhere.
+struct DataRanges<'a> {
+    file: Named<'a>,
+    known: Range<u64>,
+}
+
+impl<'a> DataRanges<'a> {
+    fn of(file: Named<'a>) -> Self {
+        Self { file, known: 0..0 }
+    }
+
+    /// The first range that ends behind `at`; an empty one at the end of all offsets when there is none.
+    fn next_after(&mut self, at: u64) -> Result<Range<u64>> {
+        if at >= self.known.end {
+            self.known = match self.seek(at, Whence::SeekData) {
+                Ok(Some(start)) => {
+                    start
+                        ..self
+                            .seek(start, Whence::SeekHole)
+                            .ok()
+                            .flatten()
+                            .unwrap_or(u64::MAX)
+                }
+                Ok(None) => u64::MAX..u64::MAX,
+                Err(_) => at..u64::MAX,
+            };
+        }
+        Ok(self.known.clone())
+    }
+
+    fn seek(&self, at: u64, whence: Whence) -> Result<Option<u64>> {
+        let at = i64::try_from(at).unwrap_or(i64::MAX);
+        let found = ask(Step::FindData, self.file.1, || {
+            lseek(self.file.0, at, whence)
+        });
+        Ok(absent(found)?.and_then(|offset| u64::try_from(offset).ok()))
+    }
+}
+
+fn read((file, path): Named<'_>, into: &mut [u8], at: u64) -> Result<()> {
+    file.read_exact_at(into, at)
+        .map_err(|error| failed(Step::ReadFile, path, &error))
+}
+
+pub(super) fn failed(step: Step, path: &Path, error: &io::Error) -> Error {
+    Error::failed(step, path, errno_of(error))
+}
+
+/// A length within a window.
+fn as_length(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,305 @@
+//! The story of an export: origin image and COW file to a raw image.
+//!
+//! No data goes through device-mapper, so neither a suspended device nor a full one can hold an export up.
+
+mod copy;
+mod live;
+mod output;
+
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+
+use crate::ask::ask;
+use crate::backing::{Backing, check_header, check_identity, open_origin, open_store, unsound};
+use crate::error::{Result, Step};
+use crate::exception_store::{ExceptionStore, Extent};
+use crate::host::{Host, MACHINE};
+use crate::options::SnapshotOptions;
+use crate::refusal::Refusal;
+use crate::units::{SECTOR_BYTES, Sectors};
+use copy::Copier;
+use output::Output;
+
+/// Options for writing a snapshot's disk to a file of its own.
+///
+/// The result is a raw image: what a guest sees, without device-mapper. Its length is the origin's in whole 512-byte
+/// sectors, since the guest sees no others. It is sparse where the origin and the COW file are, and where they hold
+/// 4 KiB of zeroes. Where the file system can (`FICLONE`: XFS, btrfs), the origin is shared and not copied.
+///
+/// It is written under no name, or a temporary one where the file system has no nameless files, given its name when it
+/// is complete, and synced to disk with its directory. Its mode is 0600, as a COW file's.
+///
+/// ```no_run
+/// let done = dmsnap::ExportOptions::new().export("/images/base.ext4", "/run/vm-42.cow", "/images/vm-42.ext4")?;
+/// println!("{} of {} bytes had changed", done.changed_bytes, done.bytes);
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct ExportOptions {
+    replace: bool,
+    any_origin: bool,
+    invalid_store: bool,
+    reflink: bool,
+}
+
+/// What was exported.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
+pub struct Exported {
+    /// The image's length, in bytes.
+    pub bytes: u64,
+    /// How much of it comes from the COW file, in bytes.
+    pub changed_bytes: u64,
+    /// How much was written: neither what is a hole nor what is shared with the origin.
+    pub written_bytes: u64,
+    /// Whether the rest is shared with the origin.
+    pub reflinked: bool,
+}
+
+/// How far an export is, in bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ExportProgress {
+    /// What has been dealt with.
+    pub done: u64,
+    /// All there is to deal with: the image, or the changes alone where the rest is shared with the origin.
+    pub total: u64,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        Self {
+            replace: false,
+            any_origin: false,
+            invalid_store: false,
+            reflink: true,
+        }
+    }
+}
+
+impl ExportOptions {
+    /// Nothing is replaced, origin and store are what they should be, and the origin is shared where it can be.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Replaces the output where it exists and is a regular file. It stays as it is until the new one is complete.
+    pub fn replace(&mut self, replace: bool) -> &mut Self {
+        self.replace = replace;
+        self
+    }
+
+    /// Takes the origin as it is, as [`SnapshotOptions::any_origin`] does: over a changed one the result is garbage.
+    pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
+        self.any_origin = any_origin;
+        self
+    }
+
+    /// Takes a store that the kernel has marked invalid: a `P` store that overflowed, or one whose COW file could not be
+    /// written.
+    ///
+    /// The kernel gives nothing of it back, and marks no more than that a write was lost. What was written before is
+    /// still in the file. The result is the disk as it was when the store gave up, without the writes that failed and
+    /// without all later ones: a disk after a power cut, which wants a file system check.
+    pub fn invalid_store(&mut self, invalid_store: bool) -> &mut Self {
+        self.invalid_store = invalid_store;
+        self
+    }
+
+    /// Whether to share the origin with the result where the file system can. On unless turned off, as for a result that
+    /// must not depend on the origin's blocks.
+    pub fn reflink(&mut self, reflink: bool) -> &mut Self {
+        self.reflink = reflink;
+        self
+    }
+
+    /// Exports what a COW file that is not in use makes of an origin. Needs no device-mapper and no privilege beyond
+    /// reading both. Both are locked (shared `flock`) meanwhile, so that no snapshot is made on the COW file.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] for a COW file that a snapshot has, a store that is damaged or invalid, an origin that has
+    /// changed since the store was made, or an output that exists.
+    /// [`Error::Failed`] names the step that failed; the output is then as it was before, unless it was the last step of
+    /// all, the sync of the output's directory.
+    /// [`Error::Debris`] when a temporary file could not be removed.
+    pub fn export(
+        &self,
+        origin: impl AsRef<Path>,
+        cow: impl AsRef<Path>,
+        output: impl AsRef<Path>,
+    ) -> Result<Exported> {
+        let whole = self.export_with(origin, cow, output, &mut |_| ControlFlow::Continue(()))?;
+        Ok(whole.unwrap_or_default())
+    }
+
+    /// The same, telling `progress` at least once for each MiB. When that breaks it off, the answer is `None` and nothing is
+    /// left of the output.
+    ///
+    /// # Errors
+    ///
+    /// As [`export`](Self::export).
+    pub fn export_with(
+        &self,
+        origin: impl AsRef<Path>,
+        cow: impl AsRef<Path>,
+        output: impl AsRef<Path>,
+        progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+    ) -> Result<Option<Exported>> {
+        let output = output.as_ref();
+        let origin = open_origin(&MACHINE, origin.as_ref(), &self.origin_options())?;
+        let cow = open_store(&MACHINE, cow.as_ref())?;
+        let source = Source {
+            origin,
+            cow,
+            end: None,
+        };
+        source.export(self, output, progress, || Ok(()))
+    }
+
+    /// Exports a running snapshot, by its name or uuid: flushes it, then copies beside the guest, which goes on.
+    ///
+    /// The flush writes out what the host has cached of the device and suspends the snapshot for as long as the writes in
+    /// flight take, a few milliseconds on an idle one. A file system of the snapshot that is mounted on this host is frozen
+    /// for that moment. While data is copied nothing is suspended.
+    ///
+    /// What was written before the flush is in the result. A chunk that is written to later is old, new or mixed, if it had
+    /// been written to before, and as it was at the flush otherwise. For one point in time, pause the VM until this
+    /// returns; have its file systems synced or frozen first.
+    ///
+    /// Of a `PO` store that is full, what the host has cached cannot be written out, and this fails: take the snapshot down
+    /// and export the COW file.
+    ///
+    /// A process that is killed within the flush leaves the snapshot suspended, and its guest waiting:
+    /// [`State::Suspended`](crate::State::Suspended) in [`list`](crate::list). `dmsetup resume NAME` lets it go on.
+    ///
+    /// # Errors
+    ///
+    /// As [`export`](Self::export). [`Refusal::NotExportable`] for a snapshot that is not working, as when somebody else has
+    /// suspended it, or has a transient store. [`Error::Debris`] names a snapshot that could not be resumed.
+    pub fn export_live(
+        &self,
+        snapshot: impl AsRef<str>,
+        output: impl AsRef<Path>,
+    ) -> Result<Exported> {
+        let go_on = &mut |_| ControlFlow::Continue(());
+        let whole = self.export_live_with(snapshot, output, go_on)?;
+        Ok(whole.unwrap_or_default())
+    }
+
+    /// The same with `progress`, as [`export_with`](Self::export_with) has it.
+    ///
+    /// # Errors
+    ///
+    /// As [`export_live`](Self::export_live).
+    pub fn export_live_with(
+        &self,
+        snapshot: impl AsRef<str>,
+        output: impl AsRef<Path>,
+        progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+    ) -> Result<Option<Exported>> {
+        live::export(self, snapshot.as_ref(), output.as_ref(), progress)
+    }
+
+    fn origin_options(&self) -> SnapshotOptions {
+        let mut options = SnapshotOptions::new();
+        options.any_origin(self.any_origin);
+        options
+    }
+}
+
+/// What is exported.
+struct Source<'a> {
+    origin: Backing<'a, OwnedFd>,
+    cow: Backing<'a, OwnedFd>,
+    /// The COW chunk from which on the store is not looked at.
+    end: Option<u64>,
+}
+
+impl Source<'_> {
+    /// Writes the output and gives it its name, unless `still` fails at the end.
+    fn export(
+        self,
+        options: &ExportOptions,
+        output: &Path,
+        progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+        still: impl FnOnce() -> Result<()>,
+    ) -> Result<Option<Exported>> {
+        let inputs = [self.origin.facts.id, self.cow.facts.id];
+        if inputs[0] == inputs[1] {
+            let (origin, cow) = (self.origin.path.to_owned(), self.cow.path.to_owned());
+            return Err(Refusal::SameFile { origin, cow }.into());
+        }
+        output::admit(output, options.replace, &inputs)?;
+        let length = Sectors::from_bytes_floor(self.origin.facts.size_bytes).count() * SECTOR_BYTES;
+        let extents = self.extents(options, length)?;
+        let (origin, cow) = (duplicate(&self.origin)?, duplicate(&self.cow)?);
+        let output = Output::make(output)?;
+        let reflinked = options.reflink && output.clone_of(&origin);
+        let mut copier = Copier {
+            origin: (&origin, self.origin.path),
+            cow: (&cow, self.cow.path),
+            output: (output.file(), output.path()),
+            length,
+            progress,
+            written: 0,
+        };
+        let changed_bytes = extents.iter().map(|extent| extent.length).sum();
+        let copied = copier.copy(extents, reflinked);
+        let written_bytes = copier.written;
+        let checked = copied.and_then(|copied| {
+            still()?;
+            self.check_unchanged(options)?;
+            Ok(copied)
+        });
+        match checked {
+            Ok(ControlFlow::Continue(())) => output.publish(options.replace)?,
+            Ok(ControlFlow::Break(())) => return output.discard(None).map(|()| None),
+            Err(error) => return output.discard(Some(error)).map(|()| None),
+        }
+        Ok(Some(Exported {
+            bytes: length,
+            changed_bytes,
+            written_bytes,
+            reflinked,
+        }))
+    }
+
+    /// What the COW file changes, if it holds a store that is to be believed.
+    fn extents(&self, options: &ExportOptions, length: u64) -> Result<Vec<Extent>> {
+        let path = self.cow.path;
+        let store = ExceptionStore::open(duplicate(&self.cow)?);
+        let mut store = store.map_err(|error| unsound(path, error))?;
+        if !store.is_valid() && !options.invalid_store {
+            let path = path.to_owned();
+            return Err(Refusal::CowInvalid { path }.into());
+        }
+        check_header(&self.origin, &self.cow, store.header(), options.any_origin)?;
+        store = store.over(Sectors::from_bytes_floor(length));
+        if let Some(end) = self.end {
+            store = store.ending_at(end);
+        }
+        store
+            .changed_extents()
+            .map_err(|error| unsound(path, error))
+    }
+
+    /// Whoever takes no locks may have written to the image meanwhile.
+    fn check_unchanged(&self, options: &ExportOptions) -> Result<()> {
+        let before = self.origin.identity();
+        let facts = ask(Step::InspectFile, self.origin.path, || {
+            MACHINE.inspect_file(&self.origin.file)
+        })?;
+        let path = self.origin.path;
+        check_identity(path, facts.identity(), Some(before), options.any_origin)
+    }
+}
+
+fn duplicate(of: &Backing<'_, OwnedFd>) -> Result<File> {
+    let duplicate = of.file.try_clone().map(File::from);
+    duplicate.map_err(|error| copy::failed(Step::OpenFile, of.path, &error))
+}
