@@ -20,11 +20,12 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
         watch.add(name)?;
     }
     loop {
-        for event in watch.check()? {
-            // Grown first and told then: whoever reads may be slow.
-            let grown = grow(options, &event);
-            tell(options, &Line::of(&event))?;
-            grown.map_or(Ok(()), |line| tell(options, &line))?;
+        let events = watch.check()?;
+        // All of them grown first, and told of then: whoever reads may be slow.
+        let grown: Vec<_> = events.iter().map(|event| grow(options, event)).collect();
+        for (event, grown) in events.iter().zip(&grown) {
+            tell(options, &Line::of(event))?;
+            grown.as_ref().map_or(Ok(()), |line| tell(options, line))?;
         }
         if watch.is_empty() || wait(&watch, &signals)? {
             return Ok(());
