@@ -112,7 +112,8 @@ impl MergeOptions {
     /// [`merging`](crate::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
     /// moment without loss. Then, as after a power cut, a merge of the same two files goes on, and a snapshot over them
     /// shows the disk as it was. They are known by the image's inode and size, and by its modification time, which must
-    /// be no earlier than the merge and at most a minute later than the COW file's.
+    /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name the
+    /// image as it was: [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) refuses it by them.
     ///
     /// # Errors
     ///
