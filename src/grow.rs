@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use crate::ask::ask;
-use crate::backing::check_identity;
 use crate::error::{Result, Step};
 use crate::exception_store;
 use crate::host::{FileKind, Host, MACHINE};
@@ -15,6 +14,7 @@ use crate::refusal::Refusal;
 use crate::removal::{self, Subject, When};
 use crate::snapshot::{self, Snapshot};
 use crate::status::SnapshotStatus;
+use crate::store_check::check_identity;
 use crate::table::Discard;
 
 /// Makes the COW file of a live snapshot at least `bytes` long, and the snapshot use it at once. The device is named by

@@ -47,6 +47,7 @@ mod removal;
 mod script;
 mod snapshot;
 mod status;
+mod store_check;
 mod sys;
 mod table;
 mod teardown;

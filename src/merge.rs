@@ -9,7 +9,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::ask::{absent, ask};
-use crate::backing::{Backing, Reader, open_locked_origin, open_merged_cow, unsound};
+use crate::backing::{Backing, Reader, open_locked_origin, open_merged_cow};
 use crate::error::{Error, Result, Step};
 use crate::exception_store::{self, ExceptionStore, MARK_AT};
 use crate::handles::Handles;
@@ -22,6 +22,7 @@ use crate::policy::{self, Retry};
 use crate::refusal::Refusal;
 use crate::snapshot::{Made, attach, make_device, undone};
 use crate::status::SnapshotStatus;
+use crate::store_check::unsound;
 use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
 use crate::teardown;
@@ -112,7 +113,8 @@ impl MergeOptions {
     /// [`merging`](crate::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
     /// moment without loss. Then, as after a power cut, a merge of the same two files goes on, and a snapshot over them
     /// shows the disk as it was. They are known by the image's inode and size, and by its modification time, which must
-    /// be no earlier than the merge and at most a minute later than the COW file's.
+    /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name the
+    /// image as it was: [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) refuses it by them.
     ///
     /// # Errors
     ///

@@ -12,12 +12,13 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use crate::ask::ask;
-use crate::backing::{Backing, check_header, check_identity, open_origin, open_store, unsound};
+use crate::backing::{Backing, open_origin, open_store};
 use crate::error::{Result, Step};
 use crate::exception_store::{ExceptionStore, Extent};
 use crate::host::{Host, MACHINE};
 use crate::options::SnapshotOptions;
 use crate::refusal::Refusal;
+use crate::store_check::{check_header, check_identity, unsound};
 use crate::units::{SECTOR_BYTES, Sectors};
 use copy::Copier;
 use output::Output;
