@@ -314,7 +314,6 @@ fn every_step_makes_a_sentence() {
         (Step::WriteFile, "cannot write X"),
         (Step::SyncFile, "cannot sync X"),
         (Step::MarkFile, "cannot mark X"),
-        (Step::SyncFile, "cannot flush X"),
         (Step::DateFile, "cannot set the modification time of X"),
         (Step::OpenLoopControl, "cannot open loop control X"),
         (Step::FindLoop, "cannot find a free loop device through X"),
