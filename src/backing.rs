@@ -7,10 +7,11 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use crate::ask::{ask, patiently};
-use crate::error::{Error, Leftover, Result, Step};
+use crate::error::{Result, Step};
 use crate::exception_store::{self, Header};
 use crate::host::{FileFacts, FileKind, Host};
-use crate::options::{CowSize, SnapshotOptions};
+use crate::made_cow::{self, unmake};
+use crate::options::SnapshotOptions;
 use crate::origin_identity::OriginIdentity;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
@@ -158,39 +159,20 @@ pub(crate) fn open_cow<'a, H: Host>(
             warning,
         });
     };
-    let bytes = made_bytes(path, size, origin, options)?;
-    let file = ask(Step::MakeFile, path, || host.make_file(path))?;
-    if let Err(error) = lock(host, path, &file, true) {
-        // Another snapshot may be given the path before we have the lock: then the file is that one's, and stays.
-        return Err(match error.verdict() {
-            Some(Verdict::InUse) => Refusal::CowInUse {
-                path: path.to_owned(),
-            }
-            .into(),
-            _ => unmake(host, error, path),
-        });
-    }
-    let sized = ask(Step::SizeFile, path, || {
-        host.size_file(&file, bytes, options.reserve)
-    });
-    let inspected = ask(Step::InspectFile, path, || host.inspect_file(&file));
-    let facts = sized
-        .and(inspected)
-        .map_err(|error| unmake(host, error, path))?;
-    let cow = Backing { path, file, facts };
-    match admit_file(&cow, origin).and_then(|()| admit_cow(host, &cow, Ok(()), origin, options)) {
+    let made = made_cow::make(host, path, size, origin, options)?;
+    match admit_cow(host, &made, Ok(()), origin, options) {
         Ok(mark) => Ok(Cow {
-            backing: cow,
+            backing: made,
             mark,
             warning: None,
         }),
-        // `cow` is still open here, and with it locked.
+        // `made` is still open here, and with it locked.
         Err(error) => Err(unmake(host, error, path)),
     }
 }
 
 /// Opens a COW file that is there; says whether it could be locked.
-fn open_made_cow<'a, H: Host>(
+pub(crate) fn open_made_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
 ) -> Result<(Backing<'a, H::File>, Result<()>)> {
@@ -246,17 +228,6 @@ pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Bac
     inspect(host, path, open(host, path, false, in_use_by)?)
 }
 
-/// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
-/// path, nobody would know what fills the disk. To be called while the file is open, and with it locked.
-pub(crate) fn unmake<H: Host>(host: &H, error: Error, path: &Path) -> Error {
-    let kept_by = error.left().first().map(|leftover| leftover.error.clone());
-    let unlink = || ask(Step::Unlink, path, || host.unlink(path)).err();
-    match kept_by.or_else(unlink) {
-        None => error,
-        Some(why) => error.leaving(vec![Leftover::new(path, why)]),
-    }
-}
-
 /// Makes a `PO` store's file a chunk longer where its size is a trap ([`exception_store::sound`]). Longer, not shorter: of
 /// a store that was in use, the last chunk may hold data. It stays so whatever comes of the snapshot.
 fn mend_size<H: Host>(
@@ -286,34 +257,8 @@ fn mend_size<H: Host>(
     Ok(Some(Warning::CowLengthened { bytes, sound_bytes }))
 }
 
-fn made_bytes<F>(
-    path: &Path,
-    size: CowSize,
-    origin: &Backing<'_, F>,
-    options: &SnapshotOptions,
-) -> Result<u64> {
-    let (store, chunk, origin_bytes) = (options.store, options.chunk, origin.facts.size_bytes);
-    let asked = match size {
-        CowSize::Bytes(bytes) => Some(bytes),
-        CowSize::Percent(percent) => {
-            u64::try_from(u128::from(origin_bytes) * u128::from(percent) / 100).ok()
-        }
-        CowSize::WorstCase => {
-            exception_store::worst_case(Sectors::from_bytes_floor(origin_bytes), store, chunk)
-        }
-    };
-    asked
-        .and_then(|bytes| exception_store::sound(bytes, store, chunk))
-        .ok_or_else(|| {
-            Refusal::CowTooLarge {
-                path: path.to_owned(),
-            }
-            .into()
-        })
-}
-
 /// What no snapshot and no merge takes as a COW file, whatever it holds.
-fn admit_file<F>(cow: &Backing<'_, F>, origin: &Backing<'_, F>) -> Result<()> {
+pub(crate) fn admit_file<F>(cow: &Backing<'_, F>, origin: &Backing<'_, F>) -> Result<()> {
     let path = || cow.path.to_owned();
     if cow.facts.id == origin.facts.id {
         return Err(Refusal::SameFile {
@@ -390,7 +335,7 @@ fn inspect<'a, H: Host>(host: &H, path: &'a Path, file: H::File) -> Result<Backi
 
 /// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
 /// same file, gets a COW file that a snapshot has. What is inspected afterwards is not changed by who takes locks.
-fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Result<()> {
+pub(crate) fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Result<()> {
     patiently(host, &LOCK_RETRY, Verdict::InUse, || {
         ask(Step::LockFile, path, || host.lock_file(file, exclusive))
     })
@@ -400,7 +345,7 @@ fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Resu
 /// kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node.
 const LOCK_RETRY: Retry = Retry::until(Duration::from_secs(1));
 
-fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
+pub(crate) fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
     match locked {
         Err(error) if error.verdict() == Some(Verdict::InUse) => Err(refusal().into()),
         locked => locked,

@@ -34,6 +34,7 @@ mod host;
 mod inventory;
 mod lookup;
 mod loop_device;
+mod made_cow;
 mod mapper;
 mod merge;
 mod name;

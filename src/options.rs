@@ -31,6 +31,7 @@ pub struct SnapshotOptions {
     pub(crate) expected_origin: Option<OriginIdentity>,
     pub(crate) any_origin: bool,
     pub(crate) make_cow: Option<CowSize>,
+    pub(crate) replace_cow: bool,
     pub(crate) reserve: bool,
 }
 
@@ -104,10 +105,17 @@ impl SnapshotOptions {
         self
     }
 
-    /// Makes the COW file too: mode 0600, sparse, and never over an existing one. If the snapshot then fails, the file is
-    /// removed again.
+    /// Makes the COW file too: mode 0600, sparse, and never over an existing one unless
+    /// [`replace_cow`](Self::replace_cow) says so. If the snapshot then fails, the file is removed again.
     pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
         self.make_cow = Some(size);
+        self
+    }
+
+    /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it, whatever
+    /// it is. A file that a snapshot has, the image itself and a block device are refused.
+    pub fn replace_cow(&mut self, replace_cow: bool) -> &mut Self {
+        self.replace_cow = replace_cow;
         self
     }
 

@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::ask::{ask, patiently};
-use crate::backing::{Backing, Cow, Warning, note_sizes, open_cow, open_origin, unmake};
+use crate::backing::{Backing, Cow, Warning, note_sizes, open_cow, open_origin};
 use crate::error::{Error, Result, Step};
 use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
 use crate::loop_device::{self, LOOP_CONTROL};
+use crate::made_cow::unmake;
 use crate::mapper::{MAPPER_CONTROL, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::options::SnapshotOptions;

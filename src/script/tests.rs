@@ -197,6 +197,33 @@ fn a_busy_device_is_waited_for_until_it_is_closed_or_the_deadline() {
     assert!(script.now() < Duration::from_millis(90));
 }
 
+#[test]
+fn a_cow_file_that_is_replaced_goes_with_the_snapshot_that_fails() {
+    let mut options = SnapshotOptions::new();
+    options.make_cow(CowSize::WorstCase).replace_cow(true);
+    let taken = |step| (step == Step::MakeFile).then_some(Errno::EEXIST);
+    let script = Script::new(move |step, _| taken(step));
+    let _ = create_with(&script, &options).expect("nothing else fails");
+    let calls = script.calls.take();
+    let sizes = calls.iter().filter(|step| **step == Step::SizeFile);
+    assert_eq!(sizes.count(), 2, "emptied first");
+    for (index, failed) in calls.iter().enumerate() {
+        let fault = move |step, nth| taken(step).or((nth == index + 1).then_some(Errno::EIO));
+        if *failed == Step::MakeFile {
+            continue;
+        }
+        let script = Script::new(fault);
+        let error = create_with(&script, &options).expect_err("one call failed");
+        assert_eq!((step_of(&error), error.left()), (*failed, [].as_slice()));
+        assert_eq!(script.world.borrow().residue(), BTreeSet::new());
+    }
+    options.replace_cow(false);
+    let script = Script::new(move |step, _| taken(step));
+    let error = create_with(&script, &options).expect_err("it is there");
+    assert_eq!(error.verdict(), Some(Verdict::NameTaken));
+    assert!(!script.calls.borrow().contains(&Step::OpenLoop));
+}
+
 /// The image's turn once passed for the COW file's.
 #[test]
 fn a_file_that_somebody_claims_is_refused_by_what_it_is_for() {

@@ -26,6 +26,7 @@ mod growth;
 mod handles;
 mod kernel_facts;
 mod lifecycle;
+mod made_cow;
 mod merge;
 mod proof;
 mod sizes;

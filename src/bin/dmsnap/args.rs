@@ -176,6 +176,9 @@ pub(crate) struct Create {
     /// Make the COW file too, this large: bytes (or 512K, 64M, 2G), a share of the image (25%), or worst-case
     #[arg(long, value_name = "SIZE", value_parser = cow_size)]
     make_cow: Option<CowSize>,
+    /// Take a file that is there in its place, and everything out of it
+    #[arg(long, requires = "make_cow")]
+    replace_cow: bool,
     /// Set the made COW file's space aside
     #[arg(long, requires = "make_cow")]
     reserve: bool,
@@ -219,6 +222,7 @@ impl Create {
             .direct_io(self.direct_io)
             .discard(self.discard)
             .any_origin(self.any_origin)
+            .replace_cow(self.replace_cow)
             .reserve(self.reserve);
         if let Some(size) = self.make_cow {
             options.make_cow(size);
