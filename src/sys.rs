@@ -216,6 +216,19 @@ pub(crate) fn clone_file(output: BorrowedFd<'_>, source: BorrowedFd<'_>) -> Resu
     check(unsafe { libc::ioctl(output.as_raw_fd(), FICLONE as _, source.as_raw_fd()) }).map(drop)
 }
 
+/// `sync_file_range` with `SYNC_FILE_RANGE_WRITE` (2.6.17): has what is dirty there written out, and waits for nothing.
+pub(crate) fn start_writeback(
+    file: BorrowedFd<'_>,
+    range: std::ops::Range<u64>,
+) -> Result<(), Errno> {
+    let offset = |at| libc::off64_t::try_from(at).map_err(|_| Errno::EOVERFLOW);
+    let (start, length) = (offset(range.start)?, offset(range.end - range.start)?);
+    let flags = libc::SYNC_FILE_RANGE_WRITE;
+    // SAFETY: `file` is open for as long as it is borrowed; the call takes no pointer; what cannot be synced answers
+    // ESPIPE.
+    check(unsafe { libc::sync_file_range(file.as_raw_fd(), start, length, flags) }).map(drop)
+}
+
 // --- a path ---
 
 /// `statx` of a block device's node: its number, or `None` for any other file. Answers from what is cached, so that a file

@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::ops::{ControlFlow, Range};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
@@ -13,9 +14,13 @@ use super::ExportProgress;
 use crate::ask::{absent, ask};
 use crate::error::{Error, Result, Step, errno_of};
 use crate::exception_store::Extent;
+use crate::sys;
 
 /// How much is read, looked at and written at a time.
 const WINDOW_BYTES: u64 = 1 << 20;
+
+/// How much of a copy may be dirty before its writing out is begun.
+const WRITEBACK_BYTES: u64 = 16 << 20;
 
 /// What is a hole when it is all zeroes: a block of the usual file system.
 const BLOCK: usize = 4096;
@@ -63,7 +68,7 @@ impl Copier<'_> {
         let mut buffer = vec![0; as_length(WINDOW_BYTES.min(self.length))];
         let mut data = DataRanges::of(self.origin);
         let mut extents = extents.iter().copied().peekable();
-        let mut at = 0;
+        let (mut at, mut flushed) = (0, 0);
         loop {
             let next = extents
                 .peek()
@@ -79,6 +84,11 @@ impl Copier<'_> {
             self.read_window(window, start, &mut data, &mut extents)?;
             self.write_blocks(window, start, false)?;
             at = end;
+            if at - flushed >= WRITEBACK_BYTES {
+                // The disk is at work from the beginning, and little is left for the sync at the end.
+                let _ = sys::start_writeback(self.output.0.as_fd(), flushed..at);
+                flushed = at;
+            }
             if self.tell(at, self.length).is_break() {
                 return Ok(ControlFlow::Break(()));
             }
