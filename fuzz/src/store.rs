@@ -203,21 +203,26 @@ impl<'a> Claiming<'a> {
         }
     }
 
-    /// The byte there, if it is of the metadata.
-    fn byte(&self, at: u64) -> u8 {
-        if at < 16 {
-            return self.header[usize::try_from(at).expect("below 16")];
+    /// The bytes from there on, up to where others begin: so many, and the first of them, the rest being zero.
+    fn run(&self, at: u64) -> (u64, &[u8]) {
+        let header = usize::try_from(at)
+            .ok()
+            .and_then(|at| self.header.get(at..));
+        if let Some(header) = header.filter(|header| !header.is_empty()) {
+            return (header.len() as u64, header);
         }
         let (chunk, per_area) = (at / self.chunk, self.chunk / 16);
+        let within = at % self.chunk;
+        let left = self.chunk - within;
         if chunk % (per_area + 1) != 1 {
-            return 0;
+            return (left, &[]);
         }
         let area = chunk / (per_area + 1);
-        let nth = area
+        let start = area
             .checked_mul(self.chunk)
-            .and_then(|start| usize::try_from(start + at % self.chunk).ok());
-        nth.and_then(|nth| self.metadata.get(nth).copied())
-            .unwrap_or(0)
+            .and_then(|start| usize::try_from(start + within).ok());
+        let bytes = start.and_then(|start| self.metadata.get(start..));
+        (left, bytes.unwrap_or_default())
     }
 }
 
@@ -227,11 +232,17 @@ impl Read for Claiming<'_> {
         let length = buffer
             .len()
             .min(usize::try_from(left).unwrap_or(usize::MAX));
-        let at = self.position;
-        for (nth, byte) in buffer[..length].iter_mut().enumerate() {
-            *byte = self.byte(at + nth as u64);
+        let mut rest = &mut buffer[..length];
+        while !rest.is_empty() {
+            let (left, bytes) = self.run(self.position);
+            let step = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            let (now, later) = rest.split_at_mut(step);
+            let known = bytes.len().min(step);
+            now[..known].copy_from_slice(&bytes[..known]);
+            now[known..].fill(0);
+            self.position += step as u64;
+            rest = later;
         }
-        self.position += length as u64;
         self.read += length;
         Ok(length)
     }
