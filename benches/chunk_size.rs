@@ -34,8 +34,8 @@ const RANDOM_WRITES: u64 = 128;
 const RANDOM_BYTES: usize = 4096;
 const SEQUENTIAL_WRITES: u64 = 32;
 const SEQUENTIAL_BYTES: usize = 1 << 20;
-/// Live at the same time while memory is measured.
-const SNAPSHOTS: u64 = 8;
+/// Live at the same time while memory is measured: what else comes and goes is a few MiB.
+const SNAPSHOTS: u64 = 32;
 
 fn main() -> ExitCode {
     let args: Vec<_> = env::args().skip(1).collect();
@@ -54,7 +54,7 @@ fn main() -> ExitCode {
 }
 
 fn run(quick: bool) -> Result<()> {
-    let rounds = if quick { 2 } else { 7 };
+    let rounds = if quick { 1 } else { 5 };
     let place = Place::new()?;
     let mut rows: Vec<Row> = CHUNKS.iter().map(|sectors| Row::new(*sectors)).collect();
     // The first round warms up. Sizes take turns, so that drift favours none.
@@ -236,8 +236,11 @@ fn taken_bytes(snapshot: &Snapshot) -> Result<f64> {
     }
 }
 
-/// What is in use and is neither a file's page nor a device's: of the bench itself next to nothing changes.
+/// What is in use and is neither a file's page nor a device's: of the bench itself next to nothing changes. What the
+/// kernel frees late, and keeps for later, is let go first.
 fn kernel_bytes() -> Result<f64> {
+    std::thread::sleep(Duration::from_millis(500));
+    fs::write("/proc/sys/vm/drop_caches", "3")?;
     let text = fs::read_to_string("/proc/meminfo")?;
     let kib = |name: &str| -> Result<f64> {
         let line = text.lines().find_map(|line| line.strip_prefix(name));
