@@ -203,34 +203,39 @@ impl<'a> Claiming<'a> {
         }
     }
 
-    /// The byte there, if it is of the metadata.
-    fn byte(&self, at: u64) -> u8 {
-        if at < 16 {
-            return self.header[usize::try_from(at).expect("below 16")];
-        }
+    /// What the bytes say from there on, up to the end of the chunk.
+    fn metadata_at(&self, at: u64) -> &'a [u8] {
         let (chunk, per_area) = (at / self.chunk, self.chunk / 16);
         if chunk % (per_area + 1) != 1 {
-            return 0;
+            return &[];
         }
         let area = chunk / (per_area + 1);
         let nth = area
             .checked_mul(self.chunk)
             .and_then(|start| usize::try_from(start + at % self.chunk).ok());
-        nth.and_then(|nth| self.metadata.get(nth).copied())
-            .unwrap_or(0)
+        nth.and_then(|nth| self.metadata.get(nth..))
+            .unwrap_or_default()
     }
 }
 
 impl Read for Claiming<'_> {
+    /// At most to the end of the header or of a chunk.
     fn read(&mut self, buffer: &mut [u8]) -> IoResult<usize> {
-        let left = self.length.saturating_sub(self.position);
+        let at = self.position;
+        let (content, end) = match self.header.get(usize::try_from(at).unwrap_or(16)..) {
+            Some(header) if at < 16 => (header, 16),
+            _ => (
+                self.metadata_at(at),
+                (at - at % self.chunk).saturating_add(self.chunk),
+            ),
+        };
+        let left = self.length.min(end).saturating_sub(at);
         let length = buffer
             .len()
             .min(usize::try_from(left).unwrap_or(usize::MAX));
-        let at = self.position;
-        for (nth, byte) in buffer[..length].iter_mut().enumerate() {
-            *byte = self.byte(at + nth as u64);
-        }
+        let told = content.len().min(length);
+        buffer[..told].copy_from_slice(&content[..told]);
+        buffer[told..length].fill(0);
         self.position += length as u64;
         self.read += length;
         Ok(length)
