@@ -203,46 +203,42 @@ impl<'a> Claiming<'a> {
         }
     }
 
-    /// The bytes from there on, up to where others begin: so many, and the first of them, the rest being zero.
-    fn run(&self, at: u64) -> (u64, &[u8]) {
-        let header = usize::try_from(at)
-            .ok()
-            .and_then(|at| self.header.get(at..));
-        if let Some(header) = header.filter(|header| !header.is_empty()) {
-            return (header.len() as u64, header);
-        }
+    /// What the bytes say from there on, up to the end of the chunk.
+    fn metadata_at(&self, at: u64) -> &'a [u8] {
         let (chunk, per_area) = (at / self.chunk, self.chunk / 16);
         let within = at % self.chunk;
         let left = self.chunk - within;
         if chunk % (per_area + 1) != 1 {
-            return (left, &[]);
+            return &[];
         }
         let area = chunk / (per_area + 1);
         let start = area
             .checked_mul(self.chunk)
-            .and_then(|start| usize::try_from(start + within).ok());
-        let bytes = start.and_then(|start| self.metadata.get(start..));
-        (left, bytes.unwrap_or_default())
+            .and_then(|start| usize::try_from(start + at % self.chunk).ok());
+        nth.and_then(|nth| self.metadata.get(nth..))
+            .unwrap_or_default()
     }
 }
 
 impl Read for Claiming<'_> {
+    /// At most to the end of the header or of a chunk.
     fn read(&mut self, buffer: &mut [u8]) -> IoResult<usize> {
-        let left = self.length.saturating_sub(self.position);
+        let at = self.position;
+        let (content, end) = match self.header.get(usize::try_from(at).unwrap_or(16)..) {
+            Some(header) if at < 16 => (header, 16),
+            _ => (
+                self.metadata_at(at),
+                (at - at % self.chunk).saturating_add(self.chunk),
+            ),
+        };
+        let left = self.length.min(end).saturating_sub(at);
         let length = buffer
             .len()
             .min(usize::try_from(left).unwrap_or(usize::MAX));
-        let mut rest = &mut buffer[..length];
-        while !rest.is_empty() {
-            let (left, bytes) = self.run(self.position);
-            let step = rest.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            let (now, later) = rest.split_at_mut(step);
-            let known = bytes.len().min(step);
-            now[..known].copy_from_slice(&bytes[..known]);
-            now[known..].fill(0);
-            self.position += step as u64;
-            rest = later;
-        }
+        let told = content.len().min(length);
+        buffer[..told].copy_from_slice(&content[..told]);
+        buffer[told..length].fill(0);
+        self.position += length as u64;
         self.read += length;
         Ok(length)
     }
