@@ -206,13 +206,11 @@ impl<'a> Claiming<'a> {
     /// What the bytes say from there on, up to the end of the chunk.
     fn metadata_at(&self, at: u64) -> &'a [u8] {
         let (chunk, per_area) = (at / self.chunk, self.chunk / 16);
-        let within = at % self.chunk;
-        let left = self.chunk - within;
         if chunk % (per_area + 1) != 1 {
             return &[];
         }
         let area = chunk / (per_area + 1);
-        let start = area
+        let nth = area
             .checked_mul(self.chunk)
             .and_then(|start| usize::try_from(start + at % self.chunk).ok());
         nth.and_then(|nth| self.metadata.get(nth..))
