@@ -119,8 +119,9 @@ pub fn plain_reading(file: &[u8]) -> Result<Vec<(u64, u64)>, Fault> {
                 return Ok(exceptions);
             }
             let metadata = cow % (per_area as u64 + 1) == 1;
-            let end = u128::from(origin) * chunk as u128 + chunk as u128;
-            if cow >= chunks || metadata || end > 1 << 63 {
+            // No file is longer than the largest signed offset, and no origin has a part of a sector.
+            let behind = u128::from(origin) * chunk as u128 >= (1 << 63) - 512;
+            if cow >= chunks || metadata || behind {
                 return Err(at as u64);
             }
             exceptions.push((origin, cow));
