@@ -1,8 +1,8 @@
 //! How long an export takes, beside `cp --sparse=always` of its result on the same file system.
 //!
-//! `cargo bench --bench export -- DIRECTORY [GIBIBYTES [ROUNDS]]`. In the directory it makes an origin of so many GiB
-//! (4), three quarters of them data, and a COW file with 200 MiB of changes in random chunks of 4 KiB, as a kernel would
-//! write it. Rounds (5) are interleaved: an export with the origin shared where the file system can, one without, and the
+//! `cargo bench --bench export -- DIRECTORY [GIBIBYTES [ROUNDS [KIBIBYTES]]]`. In the directory it makes an origin of so
+//! many GiB (4), three quarters of them data, and a COW file with 200 MiB of changes in chunks of 4 KiB, as a kernel would
+//! write it: so many KiB (64) in a row, at random places. Rounds (5) are interleaved: an export with the origin shared where the file system can, one without, and the
 //! copy. Each begins with both inputs in the page cache and nothing dirty, and each time includes the fsync: cp does
 //! none, so `sync FILE` follows it.
 
@@ -31,11 +31,12 @@ fn main() {
         None => default,
     };
     let (bytes, rounds) = (number(4) << 30, number(5));
+    let in_a_row = (number(64) << 10).div_ceil(CHUNK);
     fs::create_dir_all(&dir).expect("a directory");
     let path = |name: &str| dir.join(name);
     let (origin, cow) = (path("origin.img"), path("cow"));
     make_origin(&origin, bytes);
-    make_cow(&cow, bytes / CHUNK);
+    make_cow(&cow, bytes / CHUNK, in_a_row);
     let (shared, whole, copy) = (path("shared.img"), path("whole.img"), path("copy.img"));
     let mut times: [Vec<Duration>; 3] = Default::default();
     for _ in 0..rounds {
@@ -103,7 +104,7 @@ fn make_origin(path: &Path, bytes: u64) {
 }
 
 /// The store that a kernel would have written, exception by exception.
-fn make_cow(path: &Path, origin_chunks: u64) {
+fn make_cow(path: &Path, origin_chunks: u64, in_a_row: u64) {
     let mut file = BufWriter::new(File::create(path).expect("a new file"));
     let mut chunk = |bytes: &[u8]| file.write_all(bytes).expect("room");
     let mut header = [0; 4096];
@@ -111,15 +112,21 @@ fn make_cow(path: &Path, origin_chunks: u64) {
     chunk(&header);
     let mut numbers = Numbers(2);
     // A congruential generator of full period comes to every number below the modulus once.
-    let modulus = origin_chunks.next_power_of_two();
-    let mut next = 0u64;
+    let places = origin_chunks / in_a_row;
+    let modulus = places.next_power_of_two();
+    let (mut place, mut within) = (0u64, in_a_row);
     let mut another = || {
-        loop {
-            next = next.wrapping_mul(FACTOR).wrapping_add(SUMMAND) % modulus;
-            if next < origin_chunks {
-                return next;
+        if within == in_a_row {
+            within = 0;
+            loop {
+                place = place.wrapping_mul(FACTOR).wrapping_add(SUMMAND) % modulus;
+                if place < places {
+                    break;
+                }
             }
         }
+        within += 1;
+        place * in_a_row + within - 1
     };
     for area in 0..=CHANGED / PER_AREA {
         let count = PER_AREA.min(CHANGED - area * PER_AREA);
