@@ -142,10 +142,10 @@ pub(crate) struct Cow<'a, F> {
 }
 
 /// Opens the COW file, or makes it, and locks it against a second snapshot.
-pub(crate) fn open_cow<'a, H: Host>(
+pub(crate) fn open_cow<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
-    origin: &Backing<'_, H::File>,
+    origin: &Backing<'_, O>,
     options: &SnapshotOptions,
 ) -> Result<Cow<'a, H::File>> {
     let Some(size) = options.make_cow else {
@@ -258,7 +258,7 @@ fn mend_size<H: Host>(
 }
 
 /// What no snapshot and no merge takes as a COW file, whatever it holds.
-pub(crate) fn admit_file<F>(cow: &Backing<'_, F>, origin: &Backing<'_, F>) -> Result<()> {
+pub(crate) fn admit_file<F, O>(cow: &Backing<'_, F>, origin: &Backing<'_, O>) -> Result<()> {
     let path = || cow.path.to_owned();
     if cow.facts.id == origin.facts.id {
         return Err(Refusal::SameFile {
@@ -278,11 +278,11 @@ pub(crate) fn admit_file<F>(cow: &Backing<'_, F>, origin: &Backing<'_, F>) -> Re
 }
 
 /// Says whether the store is to be marked.
-fn admit_cow<H: Host>(
+fn admit_cow<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,
     locked: Result<()>,
-    origin: &Backing<'_, H::File>,
+    origin: &Backing<'_, O>,
     options: &SnapshotOptions,
 ) -> Result<bool> {
     let path = || cow.path.to_owned();

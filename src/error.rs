@@ -206,8 +206,10 @@ macro_rules! steps {
 steps! {
     /// `open` of the origin image, the COW file or a dm device.
     OpenFile = "open",
-    /// `open` with `O_CREAT | O_EXCL` of the COW file or an export.
+    /// `open` with `O_CREAT | O_EXCL` of the COW file or an export, or `memfd_create`.
     MakeFile = "make",
+    /// `renameat2` of a pool's COW file.
+    MoveFile = "move",
     /// `ftruncate` or `fallocate` of the COW file, new or longer than it was.
     SizeFile = "set aside space for",
     /// `fstat` of the origin image, the COW file or a device node.
@@ -262,6 +264,8 @@ steps! {
     Resume = "resume",
     /// What the kernel's snapshot-merge target does by itself once it is resumed.
     Merge = "merge by",
+    /// `DM_DEV_RENAME`.
+    Rename = "rename",
     /// `DM_DEV_RENAME` with `DM_UUID_FLAG`.
     SetUuid = "give a uuid to",
     /// `DM_DEV_REMOVE`.

@@ -64,6 +64,8 @@ pub(crate) trait Host {
 
     fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
     fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
+    fn make_memory_file(&self) -> Result<Self::File, Errno>;
+    fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno>;
     fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn open_backing(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
     fn lengthen_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
@@ -91,6 +93,7 @@ pub(crate) trait Host {
     fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
     fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
+    fn read_only_loops(&self) -> Vec<u32>;
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber>;
     fn shows_backing(&self, path: &Path) -> bool;
     fn resize_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
@@ -100,7 +103,8 @@ pub(crate) trait Host {
     fn target_version(&self) -> Result<TargetVersion, Errno>;
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
-    fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno>;
+    fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno>;
     fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
     fn live_table(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
@@ -200,6 +204,15 @@ impl Host for Machine {
     fn make_file(&self, path: &Path) -> Result<OwnedFd, Errno> {
         let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
         open(path, flags, Mode::S_IRUSR | Mode::S_IWUSR)
+    }
+
+    /// A file without a name, gone with its last user.
+    fn make_memory_file(&self) -> Result<OwnedFd, Errno> {
+        nix::sys::memfd::memfd_create(c"dmsnap", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+    }
+
+    fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        sys::move_file(from, to)
     }
 
     fn size_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
@@ -333,6 +346,10 @@ impl Host for Machine {
         ))
     }
 
+    fn read_only_loops(&self) -> Vec<u32> {
+        loop_device::read_only()
+    }
+
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
         let number = self.device_number(path).ok().flatten();
         number.map(holders::stacked_on).unwrap_or_default()
@@ -361,8 +378,12 @@ impl Host for Machine {
         self.mapper()?.load(uuid, line)
     }
 
-    fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+    fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         self.mapper()?.resume(uuid)
+    }
+
+    fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno> {
+        self.mapper()?.rename(from, to)
     }
 
     fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {

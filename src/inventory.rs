@@ -16,7 +16,7 @@ use crate::policy::Verdict;
 use crate::refusal::Refusal;
 use crate::status::SnapshotStatus;
 use crate::table::{SnapshotParams, Target};
-use crate::uuid::DeviceUuid;
+use crate::uuid::{DeviceUuid, Kind};
 
 /// One of our snapshots, as the kernel has it now.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -189,7 +189,7 @@ fn take_over(name: &DeviceName) -> Result<()> {
         mtime_ns: 0,
     };
     let identity = origin_identity(&origin).unwrap_or(unknown);
-    let uuid = DeviceUuid::fresh(random, identity, cow_loop);
+    let uuid = DeviceUuid::fresh(random, identity, cow_loop, Kind::Own);
     ask(Step::SetUuid, &path, || MACHINE.set_uuid(name, &uuid))
 }
 

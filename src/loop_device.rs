@@ -47,6 +47,19 @@ pub(crate) fn backing_path(number: DeviceNumber) -> Result<PathBuf, Errno> {
     Ok(PathBuf::from(OsString::from_vec(bytes)))
 }
 
+/// The numbers of the loop devices that are bound read-only, from sysfs alone: none of them is opened for it.
+pub(crate) fn read_only() -> Vec<u32> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| {
+        let name = entry.file_name();
+        let number = name.to_str()?.strip_prefix("loop")?.parse().ok()?;
+        let bound = entry.path().join("loop").exists();
+        let read_only = || fs::read_to_string(entry.path().join("ro")).is_ok_and(|ro| ro == "1\n");
+        (bound && read_only()).then_some(number)
+    };
+    entries.filter_map(number).collect()
+}
+
 /// `/dev/loop-control`, open.
 #[derive(Debug)]
 pub(crate) struct LoopControl(loopdev::LoopControl);
@@ -80,7 +93,13 @@ pub(crate) struct LoopStatus {
     pub(crate) backing: FileId,
     pub(crate) autoclear: bool,
     pub(crate) direct_io: bool,
+    /// Whether it is an origin's that anybody may share.
+    pub(crate) is_shared: bool,
 }
+
+/// What the name that a loop device was given by its maker begins with (`lo_file_name`) if it is a shared origin's. The
+/// kernel and losetup find the backing file elsewhere.
+pub(crate) const SHARED_ORIGIN: &str = "dmsnap-origin:";
 
 impl LoopDevice {
     pub(crate) fn open(path: &Path, writable: bool) -> Result<Self, Errno> {
@@ -145,6 +164,7 @@ impl LoopDevice {
             },
             autoclear: info.flags & sys::LO_AUTOCLEAR != 0,
             direct_io: info.flags & sys::LO_DIRECT_IO != 0,
+            is_shared: info.file_name.starts_with(SHARED_ORIGIN.as_bytes()),
         })
     }
 

@@ -13,11 +13,11 @@ use crate::refusal::Refusal;
 use crate::units::Sectors;
 
 /// Makes the COW file, locked against a second snapshot, or takes an existing one in its place if that was asked for.
-pub(crate) fn make<'a, H: Host>(
+pub(crate) fn make<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
     size: CowSize,
-    origin: &Backing<'_, H::File>,
+    origin: &Backing<'_, O>,
     options: &SnapshotOptions,
 ) -> Result<Backing<'a, H::File>> {
     let bytes = made_bytes(path, size, origin, options)?;
@@ -50,7 +50,7 @@ fn lock_made<H: Host>(host: &H, path: &Path, file: H::File) -> Result<H::File> {
 }
 
 /// Takes the file that is there, and all that it holds out of it: nobody's COW file, and not the image.
-fn empty<H: Host>(host: &H, path: &Path, origin: &Backing<'_, H::File>) -> Result<H::File> {
+fn empty<H: Host, O>(host: &H, path: &Path, origin: &Backing<'_, O>) -> Result<H::File> {
     let (found, locked) = open_made_cow(host, path)?;
     let path = || path.to_owned();
     admit_file(&found, origin)?;

@@ -1,11 +1,11 @@
-//! dm devices: create, load, resume, suspend, remove, query, status, list, and giving a uuid to one that has none.
+//! dm devices: create, load, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that has none.
 //!
 //! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
 //!
 //! | verb | through | why |
 //! | --- | --- | --- |
 //! | create, load, status | `devicemapper` | it builds and parses target specs well |
-//! | suspend, resume, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
+//! | suspend, resume, rename, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
 //! | a glance at the status | `sys.rs` | the crate allocates for it, and a watch glances often |
 //! | arming a poll | `sys.rs` | it is for each watch's own descriptor, not the shared one |
@@ -145,13 +145,13 @@ impl Mapper {
 
     /// Makes the loaded table live, or ends a suspension. Nothing is mounted or queued when there is a loaded table, so
     /// there is nothing to freeze or to flush; without one the flags mean nothing.
-    pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+    /// Says how many have the device open.
+    pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         let message = Head::to(Address::Uuid(uuid.as_str()));
         let flags = dm_message::SKIP_LOCKFS | dm_message::NOFLUSH;
-        self.send(
-            DEV_SUSPEND,
-            &mut message.with_flags(flags).with_cookie(QUIET_COOKIE),
-        )
+        let mut message = message.with_flags(flags).with_cookie(QUIET_COOKIE);
+        self.send(DEV_SUSPEND, &mut message)?;
+        Ok(message.open_count())
     }
 
     /// Holds back all I/O and waits for what is in flight. Without `DM_SKIP_LOCKFS_FLAG`, on purpose: the kernel then writes
@@ -179,13 +179,20 @@ impl Mapper {
     /// Gives its first and only uuid to a device that has none. The name stays, and so do udev's rules for it: its link
     /// may be udev's, which takes it away on a cookie that says to make none.
     pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.change(name, uuid.as_str(), dm_message::UUID, 0)
+    }
+
+    /// Gives the device another name. The kernel finds it by the old one alone, so that of two who do so one fails.
+    pub(crate) fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno> {
+        self.change(from, to.as_str(), 0, QUIET_COOKIE)
+    }
+
+    fn change(&self, name: &DeviceName, to: &str, flags: u32, cookie: u32) -> Result<(), Errno> {
         const ROOM: usize = 136;
         let mut buffer = [0; DM_HEAD_BYTES + ROOM];
         let message = Message::new(&mut buffer[..]).with_name(name.as_str());
-        let mut message = message
-            .with_text(uuid.as_str())
-            .with_flags(dm_message::UUID);
-        self.send(DEV_RENAME, &mut message)
+        let message = message.with_flags(flags).with_cookie(cookie);
+        self.send(DEV_RENAME, &mut message.with_text(to))
     }
 
     pub(crate) fn query(&self, address: Address<'_>) -> Result<Device, Errno> {

@@ -27,6 +27,7 @@ use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
 use crate::teardown;
 use crate::units::{ChunkSize, Sectors};
+use crate::uuid::Kind;
 
 /// How a COW file's changes are to be merged into the image that it was made over.
 ///
@@ -244,8 +245,20 @@ impl<H: Host> Pair<'_, H> {
         progress: &mut Progress<'_>,
     ) -> Result<()> {
         let host = self.host;
-        let origin_loop = attach(host, &self.origin, LO_AUTOCLEAR, &mut handles.origin_loop)?;
-        let cow_loop = attach(host, &self.cow, LO_AUTOCLEAR, &mut handles.cow_loop)?;
+        let origin_loop = attach(
+            host,
+            &self.origin,
+            LO_AUTOCLEAR,
+            self.origin.path,
+            &mut handles.origin_loop,
+        )?;
+        let cow_loop = attach(
+            host,
+            &self.cow,
+            LO_AUTOCLEAR,
+            self.cow.path,
+            &mut handles.cow_loop,
+        )?;
         let bytes = ask(Step::SizeLoop, &origin_loop.path, || {
             host.loop_size_bytes(&origin_loop.device)
         })?;
@@ -262,7 +275,7 @@ impl<H: Host> Pair<'_, H> {
             }),
         };
         let origin = self.origin.identity();
-        let made = make_device(host, name, origin, &cow_loop, &line, handles)?;
+        let made = make_device(host, name, origin, Kind::Own, &cow_loop, &line, handles)?;
         *stage = Stage::Announced;
         self.announce()?;
         ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;

@@ -9,6 +9,9 @@ use crate::refusal::{NameFault, Refusal};
 /// Where names of dm devices live, beside the control node.
 pub(crate) const MAPPER_DIR: &str = "/dev/mapper";
 
+/// What the names of a pool's devices begin with until they are claimed.
+pub(crate) const POOLED: &str = "dmsnap-pool-";
+
 /// The longest name, in bytes: `DM_NAME_LEN` is 128 with its NUL.
 const NAME_MAX: usize = 127;
 
@@ -51,6 +54,25 @@ impl DeviceName {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Whether it is the name of a pool's device that nobody has claimed.
+    #[must_use]
+    pub fn is_pooled(&self) -> bool {
+        self.0.starts_with(POOLED)
+    }
+
+    /// A name that a caller gives a device: none that a pool's unclaimed devices are known by.
+    pub(crate) fn given(name: &str) -> Result<Self, Refusal> {
+        let name = Self::new(name)?;
+        if !name.is_pooled() {
+            return Ok(name);
+        }
+        let fault = NameFault::Pool;
+        Err(Refusal::Name {
+            name: name.0,
+            fault,
+        })
     }
 
     /// `/dev/mapper/<name>`.

@@ -147,7 +147,7 @@ impl SnapshotOptions {
         cow: impl AsRef<Path>,
         name: &str,
     ) -> Result<Snapshot> {
-        let name = DeviceName::new(name)?;
+        let name = DeviceName::given(name)?;
         snapshot::create(&MACHINE, self, origin.as_ref(), cow.as_ref(), &name)
     }
 }

@@ -19,12 +19,12 @@ use crate::error::Step;
 /// | LockFile, TestLock | EAGAIN | InUse |
 /// | * | EINTR, EAGAIN | Again |
 /// | Remove, DetachLoop | EBUSY | Busy |
-/// | Remove, Query, Status | ENXIO, ENOENT, ENODEV | Gone |
+/// | Remove, Query, Status, Rename | ENXIO, ENOENT, ENODEV | Gone |
 /// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
 /// | FindData | ENXIO | Gone |
 /// | Unlink | ENOENT | Gone |
-/// | Create, SetUuid | EBUSY | NameTaken |
-/// | Link, MakeFile | EEXIST | NameTaken |
+/// | Create, SetUuid, Rename | EBUSY | NameTaken |
+/// | Link, MakeFile, MoveFile | EEXIST | NameTaken |
 /// | Load, OpenFile | EBUSY | InUse |
 /// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
 /// | OpenFile | EISDIR | NotAFile |
@@ -81,12 +81,14 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::LockFile | S::TestLock, E::EAGAIN) => Verdict::InUse,
         (_, E::EINTR | E::EAGAIN) => Verdict::Again,
         (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
-        (S::Remove | S::Query | S::Status, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
+        (S::Remove | S::Query | S::Status | S::Rename, E::ENXIO | E::ENOENT | E::ENODEV) => {
+            Verdict::Gone
+        }
         (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::FindData, E::ENXIO) => Verdict::Gone,
         (S::Unlink, E::ENOENT) => Verdict::Gone,
-        (S::Create | S::SetUuid, E::EBUSY) => Verdict::NameTaken,
-        (S::Link | S::MakeFile, E::EEXIST) => Verdict::NameTaken,
+        (S::Create | S::SetUuid | S::Rename, E::EBUSY) => Verdict::NameTaken,
+        (S::Link | S::MakeFile | S::MoveFile, E::EEXIST) => Verdict::NameTaken,
         (S::Load | S::OpenFile, E::EBUSY) => Verdict::InUse,
         (S::OpenFile | S::MakeFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
         (S::OpenFile, E::EISDIR) => Verdict::NotAFile,

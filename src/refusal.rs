@@ -304,6 +304,9 @@ pub enum Refusal {
         /// The dm device's name.
         name: String,
     },
+    /// No device was ready, and none became so in the time that the pool was to wait.
+    #[error("no device of the pool is ready")]
+    PoolEmpty,
     /// The snapshot target of this kernel cannot do what was asked.
     #[error("the kernel's snapshot target {version} lacks {feature}")]
     TargetLacks {
@@ -330,6 +333,9 @@ pub enum NameFault {
     /// `.`, `..` or `control`.
     #[error("it is reserved below /dev/mapper")]
     Reserved,
+    /// It begins as the names of a pool's devices do that nobody has claimed.
+    #[error("names that begin with dmsnap-pool- are a pool's")]
+    Pool,
     /// A character outside `0-9 A-Z a-z # + - . : = @ _`.
     #[error("it has the character {0:?} (allowed: 0-9 A-Z a-z # + - . : = @ _)")]
     Character(char),

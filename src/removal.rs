@@ -3,15 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask, patiently};
+use crate::binding::{Binding, binding};
 use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
-use crate::handles::Handles;
+use crate::handles::{Handles, LoopHandle};
 use crate::host::{Host, MACHINE};
 use crate::mapper::{Device, MAPPER_CONTROL};
 use crate::name::{DeviceName, DeviceNumber, MAPPER_DIR};
 use crate::policy::{self, Retry, Verdict};
 use crate::refusal::Refusal;
-use crate::uuid::DeviceUuid;
+use crate::uuid::{DeviceUuid, Kind};
 
 /// What became of a dm device that was to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,16 +87,21 @@ pub(crate) struct Subject {
 
 enum Key {
     Uuid(DeviceUuid),
+    /// A pool's device, which serves one snapshot after another under one uuid: the handles' own one has their name.
+    Claimed(DeviceUuid, DeviceName),
     Name(DeviceName),
     Number(DeviceNumber),
 }
 
 impl Subject {
     /// By uuid where there is one: then it is our device that is meant, or none. `None` when the handles name no device,
-    /// or a path that leads nowhere any more.
+    /// a path that leads nowhere any more, or a pool's device that has another COW file by now.
     pub(crate) fn of<H: Host>(host: &H, handles: &Handles) -> Result<Option<Self>> {
         let path = path_of(handles);
         match (&handles.uuid, &handles.name) {
+            (Some(uuid), Some(name)) if uuid.kind() == Kind::Pooled => {
+                Self::claimed(host, uuid, name, handles.cow_loop.as_ref())
+            }
             (Some(uuid), _) => {
                 let path = path.unwrap_or_else(|| PathBuf::from(uuid.as_str()));
                 Ok(Some(Self {
@@ -121,6 +127,23 @@ impl Subject {
             key: Key::Uuid(uuid),
             path: name.mapper_path(),
         }
+    }
+
+    /// The snapshot's COW file is bound for exactly as long as the device is that snapshot.
+    fn claimed<H: Host>(
+        host: &H,
+        uuid: &DeviceUuid,
+        name: &DeviceName,
+        cow_loop: Option<&LoopHandle>,
+    ) -> Result<Option<Self>> {
+        let subject = Self {
+            path: name.mapper_path(),
+            key: Key::Claimed(uuid.clone(), name.clone()),
+        };
+        Ok(match cow_loop.filter(|handle| handle.has_identity()) {
+            Some(handle) if !matches!(binding(host, handle)?, Binding::Bound(..)) => None,
+            _ => Some(subject),
+        })
     }
 
     fn named(name: DeviceName) -> Self {
@@ -164,7 +187,7 @@ impl Subject {
 
     fn address(&self) -> Address<'_> {
         match &self.key {
-            Key::Uuid(uuid) => Address::Uuid(uuid.as_str()),
+            Key::Uuid(uuid) | Key::Claimed(uuid, _) => Address::Uuid(uuid.as_str()),
             Key::Name(name) => Address::Name(name.as_str()),
             Key::Number(number) => Address::Number(*number),
         }
@@ -172,7 +195,11 @@ impl Subject {
 
     /// The device, if it is there.
     pub(crate) fn query<H: Host>(&self, host: &H) -> Result<Option<Device>> {
-        absent(ask(Step::Query, &self.path, || host.query(self.address())))
+        let found = absent(ask(Step::Query, &self.path, || host.query(self.address())))?;
+        Ok(match &self.key {
+            Key::Claimed(_, name) => found.filter(|device| device.name == name.as_str()),
+            _ => found,
+        })
     }
 }
 
@@ -284,9 +311,13 @@ pub(crate) fn sweep_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
     absent(ask(Step::Unlink, path, || host.unlink(path))).map(|unlinked| unlinked.is_some())
 }
 
-/// The address that the device keeps for longest, of those that say it exactly: its uuid, if it has one.
+/// The address that the device keeps for longest, of those that say it exactly: its uuid, if it has one. A pool's device
+/// keeps that for more than one snapshot, and its name for this one.
 fn unchanging(device: &Device) -> Address<'_> {
-    if !device.uuid.is_empty() {
+    let pooled = |uuid: &DeviceUuid| uuid.kind() == Kind::Pooled;
+    if DeviceUuid::new(device.uuid.as_str()).is_ok_and(|uuid| pooled(&uuid)) {
+        Address::Name(&device.name)
+    } else if !device.uuid.is_empty() {
         Address::Uuid(&device.uuid)
     } else if device.name.contains(char::REPLACEMENT_CHARACTER) {
         Address::Number(device.number)

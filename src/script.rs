@@ -15,7 +15,7 @@ use crate::dm_message::Address;
 use crate::error::Step;
 use crate::handles::FileId;
 use crate::host::{FileFacts, FileKind, Host};
-use crate::loop_device::LoopStatus;
+use crate::loop_device::{LoopStatus, SHARED_ORIGIN};
 use crate::mapper::{Device, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::LO_AUTOCLEAR;
@@ -81,6 +81,12 @@ struct ScriptDevice {
     table: Option<TargetLine>,
     live: bool,
     suspended: bool,
+}
+
+impl Binding {
+    fn is_shared(&self) -> bool {
+        self.path.to_string_lossy().starts_with(SHARED_ORIGIN)
+    }
 }
 
 impl ScriptDevice {
@@ -264,6 +270,24 @@ impl Host for Script {
         Ok(0)
     }
 
+    fn make_memory_file(&self) -> Result<u64, Errno> {
+        self.call(Step::MakeFile)?;
+        Ok(0)
+    }
+
+    fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        self.call(Step::MoveFile)?;
+        let files = &mut self.world.borrow_mut().made_files;
+        match files.contains(to) {
+            true => Err(Errno::EEXIST),
+            false if files.remove(from) => {
+                files.insert(to.to_owned());
+                Ok(())
+            }
+            false => Err(Errno::ENOENT),
+        }
+    }
+
     fn size_file(&self, _file: &u64, _bytes: u64, _reserve: bool) -> Result<(), Errno> {
         self.call(Step::SizeFile)
     }
@@ -398,6 +422,7 @@ impl Host for Script {
             backing: binding.backing,
             autoclear: binding.autoclear,
             direct_io: false,
+            is_shared: binding.is_shared(),
         })
     }
 
@@ -430,6 +455,15 @@ impl Host for Script {
         let binding = world.loops.get(&number.minor).ok_or(Errno::ENOENT)?;
         let node = PathBuf::from(format!("/dev/loop{}", number.minor));
         Ok((node, binding.path.clone()))
+    }
+
+    fn read_only_loops(&self) -> Vec<u32> {
+        let world = self.world.borrow();
+        let shared = world
+            .loops
+            .iter()
+            .filter(|(_, binding)| binding.is_shared());
+        shared.map(|(number, _)| *number).collect()
     }
 
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
@@ -486,11 +520,25 @@ impl Host for Script {
         Ok(())
     }
 
-    fn resume(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+    fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         self.call(Step::Resume)?;
         let mut world = self.world.borrow_mut();
         let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
         (device.live, device.suspended) = (true, false);
+        world.settle();
+        drop(world);
+        Ok(self.open_count())
+    }
+
+    fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno> {
+        self.call(Step::Rename)?;
+        let uuid = self.find(Address::Name(from.as_str()))?;
+        if self.find(Address::Name(to.as_str())).is_ok() {
+            return Err(Errno::EBUSY);
+        }
+        let mut world = self.world.borrow_mut();
+        let device = world.devices.get_mut(&uuid).ok_or(Errno::ENXIO)?;
+        device.name = to.to_string();
         Ok(())
     }
 

@@ -11,21 +11,23 @@ use crate::backing::{Backing, Cow, Warning, note_sizes, open_cow, open_origin};
 use crate::error::{Error, Result, Step};
 use crate::exception_store::{self, MARK_AT};
 use crate::handles::{Handles, LoopHandle};
-use crate::host::Host;
+use crate::host::{FileFacts, Host};
 use crate::loop_device::{self, LOOP_CONTROL};
 use crate::made_cow::unmake;
 use crate::mapper::{MAPPER_CONTROL, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::options::SnapshotOptions;
+use crate::origin::Base;
 use crate::origin_identity::OriginIdentity;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::status::SnapshotStatus;
+use crate::store_check::check_identity;
 use crate::sys::{LO_AUTOCLEAR, LO_DIRECT_IO, LO_READ_ONLY};
 use crate::table::{Discard, SnapshotParams, Target, TargetLine};
 use crate::teardown;
 use crate::units::Sectors;
-use crate::uuid::DeviceUuid;
+use crate::uuid::{DeviceUuid, Kind};
 
 /// A live snapshot.
 ///
@@ -36,16 +38,19 @@ use crate::uuid::DeviceUuid;
 #[must_use = "a snapshot stays until it is cleaned up"]
 pub struct Snapshot {
     handles: Handles,
-    device: PathBuf,
     warnings: Vec<Warning>,
 }
 
 impl Snapshot {
+    pub(crate) fn of(handles: Handles, warnings: Vec<Warning>) -> Self {
+        Self { handles, warnings }
+    }
+
     /// The path for the hypervisor: `/dev/dm-N`, or where /dev is no devtmpfs, `/dev/mapper/<name>`. It can be
     /// opened at once.
     #[must_use]
     pub fn device(&self) -> &Path {
-        &self.device
+        self.handles.device.as_deref().unwrap_or(Path::new(""))
     }
 
     /// What to keep of it.
@@ -87,15 +92,34 @@ impl Snapshot {
 }
 
 /// A loop device that is ours for as long as `device` is open or a dm table holds it.
+#[derive(Debug)]
 pub(crate) struct Attached<L> {
     pub(crate) path: PathBuf,
     /// The N of `/dev/loopN`.
-    number: u32,
+    pub(crate) number: u32,
     pub(crate) dev: DeviceNumber,
     pub(crate) device: L,
 }
 
-/// Makes a snapshot and brings it live, or leaves nothing.
+/// What a snapshot is made over: the image, and the loop device that has it.
+pub(crate) struct Over<'a> {
+    /// The image as it was inspected.
+    pub(crate) facts: &'a FileFacts,
+    pub(crate) device: DeviceNumber,
+    pub(crate) length: Sectors,
+}
+
+/// Which dm device a snapshot becomes.
+pub(crate) enum Onto<'a> {
+    New {
+        name: &'a DeviceName,
+        kind: Kind,
+    },
+    /// One that is there and has a table that nobody uses.
+    Recycled(&'a Made),
+}
+
+/// Makes a snapshot over an image of its own and brings it live, or leaves nothing.
 pub(crate) fn create<H: Host>(
     host: &H,
     options: &SnapshotOptions,
@@ -103,12 +127,7 @@ pub(crate) fn create<H: Host>(
     cow: &Path,
     name: &DeviceName,
 ) -> Result<Snapshot> {
-    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
-        host.open_mapper()
-    })?;
-    ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
-        host.open_loop_control()
-    })?;
+    open_controls(host)?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, options)?;
     let cow = open_cow(host, cow, &origin, options)?;
@@ -117,54 +136,141 @@ pub(crate) fn create<H: Host>(
         origin: Some(origin.identity()),
         ..Handles::default()
     };
-    match build(host, options, &origin, &cow, name, &mut handles) {
+    let mut attached = || -> Result<_> {
+        let flags = LO_READ_ONLY | LO_AUTOCLEAR;
+        let origin_loop = attach(host, &origin, flags, origin.path, &mut handles.origin_loop)?;
+        let length = loop_length(host, &origin_loop)?;
+        let over = Over {
+            facts: &origin.facts,
+            device: origin_loop.dev,
+            length,
+        };
+        let kind = Kind::Own;
+        let onto = Onto::New { name, kind };
+        let (made, warnings) = build(host, options, &over, &cow, &onto, &mut handles)?;
+        Ok((link(host, &made)?, warnings))
+    };
+    let built = attached();
+    finish(host, options, &cow, built, handles)
+}
+
+/// Makes a snapshot over an image that is attached already.
+pub(crate) fn create_on<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    base: &Base<H::Loop>,
+    cow: &Path,
+    name: &DeviceName,
+) -> Result<Snapshot> {
+    open_controls(host)?;
+    let (cow, mut handles) = prepare(host, options, base, cow)?;
+    let mut live = || -> Result<_> {
+        let kind = Kind::Shared;
+        let onto = Onto::New { name, kind };
+        let (made, warnings) = build(host, options, &base.over(), &cow, &onto, &mut handles)?;
+        Ok((link(host, &made)?, warnings))
+    };
+    let built = live();
+    if built.is_ok() {
+        handles.origin_loop = Some(base.handle.clone());
+    }
+    finish(host, options, &cow, built, handles)
+}
+
+/// The COW file of a snapshot over an attached image, and the handles to fill.
+pub(crate) fn prepare<'a, H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    base: &Base<H::Loop>,
+    cow: &'a Path,
+) -> Result<(Cow<'a, H::File>, Handles)> {
+    check_target(host, options)?;
+    let image = base.image();
+    let (expected, any) = (options.expected_origin, options.any_origin);
+    check_identity(image.path, image.identity(), expected, any)?;
+    let handles = Handles {
+        origin: Some(image.identity()),
+        ..Handles::default()
+    };
+    Ok((open_cow(host, cow, &image, options)?, handles))
+}
+
+pub(crate) fn open_controls<H: Host>(host: &H) -> Result<()> {
+    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
+        host.open_mapper()
+    })?;
+    ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
+        host.open_loop_control()
+    })
+}
+
+pub(crate) fn loop_length<H: Host>(host: &H, device: &Attached<H::Loop>) -> Result<Sectors> {
+    let size = || host.loop_size_bytes(&device.device);
+    ask(Step::SizeLoop, &device.path, size).map(Sectors::from_bytes_floor)
+}
+
+fn link<H: Host>(host: &H, made: &Made) -> Result<PathBuf> {
+    ask(Step::Link, &made.mapper, || {
+        host.make_alias(&made.mapper, made.dev)
+    })
+}
+
+/// A snapshot, or what undoing it left.
+fn finish<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    cow: &Cow<'_, H::File>,
+    built: Result<(PathBuf, Vec<Warning>)>,
+    mut handles: Handles,
+) -> Result<Snapshot> {
+    match built {
         Ok((device, warnings)) => {
-            handles.device = Some(device.clone());
-            Ok(Snapshot {
-                handles,
-                device,
-                warnings,
-            })
+            handles.device = Some(device);
+            Ok(Snapshot::of(handles, warnings))
         }
-        Err(error) => {
-            let error = undone(host, error, &handles);
-            Err(if options.make_cow.is_some() {
-                unmake(host, error, cow.backing.path)
-            } else {
-                error
-            })
-        }
+        Err(error) => Err(unbuilt(host, options, cow, error, &handles)),
     }
 }
 
-/// From inspected files to a device that can be opened. `handles` names at any moment what there is to undo; the loop
-/// devices are open until this returns, and from then on held by the dm table alone, if there is one.
-fn build<H: Host>(
+/// A failure after the COW file was opened or made, with what undoing left.
+pub(crate) fn unbuilt<H: Host>(
     host: &H,
     options: &SnapshotOptions,
-    origin: &Backing<'_, H::File>,
     cow: &Cow<'_, H::File>,
-    name: &DeviceName,
+    error: Error,
+    handles: &Handles,
+) -> Error {
+    let error = undone(host, error, handles);
+    if options.make_cow.is_some() {
+        unmake(host, error, cow.backing.path)
+    } else {
+        error
+    }
+}
+
+/// From an attached image and an inspected COW file to a live device, without its alias. `handles` names at any moment
+/// what there is to undo; the COW file's loop device is open until this returns, and from then on held by the dm table
+/// alone, if there is one.
+pub(crate) fn build<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    over: &Over<'_>,
+    cow: &Cow<'_, H::File>,
+    onto: &Onto<'_>,
     handles: &mut Handles,
-) -> Result<(PathBuf, Vec<Warning>)> {
-    let origin_loop = attach(
-        host,
-        origin,
-        LO_READ_ONLY | LO_AUTOCLEAR,
-        &mut handles.origin_loop,
-    )?;
+) -> Result<(Made, Vec<Warning>)> {
     let Cow {
         backing: cow,
         mark,
         warning,
     } = cow;
+    if let Onto::Recycled(made) = onto {
+        made.note(handles);
+    }
     let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
-    let cow_loop = attach(host, cow, LO_AUTOCLEAR | direct_io, &mut handles.cow_loop)?;
-    let bytes = ask(Step::SizeLoop, &origin_loop.path, || {
-        host.loop_size_bytes(&origin_loop.device)
-    })?;
-    let length = Sectors::from_bytes_floor(bytes);
-    let mut warnings = note_sizes(options, length, &origin.facts, &cow.facts);
+    let flags = LO_AUTOCLEAR | direct_io;
+    let cow_loop = attach(host, cow, flags, cow.path, &mut handles.cow_loop)?;
+    let mut warnings = note_sizes(options, over.length, over.facts, &cow.facts);
     warnings.extend(warning.clone());
     if options.direct_io {
         let status = || host.loop_status(&cow_loop.device);
@@ -179,39 +285,56 @@ fn build<H: Host>(
         Discard::Unsupported
     };
     let params = SnapshotParams {
-        origin: origin_loop.dev,
+        origin: over.device,
         cow: cow_loop.dev,
         store: options.store,
         chunk: options.chunk,
         discard,
     };
-    let target = Target::Snapshot(params);
     let line = TargetLine {
         start: Sectors::default(),
-        length,
-        target,
+        length: over.length,
+        target: Target::Snapshot(params),
     };
 
-    let made = make_device(host, name, origin.identity(), &cow_loop, &line, handles)?;
+    let identity = over.facts.identity();
+    let made = match onto {
+        Onto::New { name, kind } => {
+            make_device(host, name, identity, *kind, &cow_loop, &line, handles)?
+        }
+        Onto::Recycled(made) => {
+            load(host, made, &line)?;
+            (*made).clone()
+        }
+    };
     if *mark {
         // The kernel has written the header by now, and does not write it again while the store is valid.
-        let mark = exception_store::mark(origin.identity(), None);
+        let mark = exception_store::mark(identity, None);
         ask(Step::MarkFile, cow.path, || {
             host.write_at(&cow.file, &mark, MARK_AT)
         })?;
     }
-    let mapper = &made.mapper;
-    ask(Step::Resume, mapper, || host.resume(&made.uuid))?;
-    let device = ask(Step::Link, mapper, || host.make_alias(mapper, made.dev))?;
-    Ok((device, warnings))
+    ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+    Ok((made, warnings))
 }
 
-/// A dm device with a table that is not live yet.
+/// A dm device of ours.
+#[derive(Clone, Debug)]
 pub(crate) struct Made {
+    pub(crate) name: DeviceName,
     pub(crate) uuid: DeviceUuid,
     /// `/dev/mapper/<name>`, there or not.
     pub(crate) mapper: PathBuf,
-    dev: DeviceNumber,
+    pub(crate) dev: DeviceNumber,
+}
+
+impl Made {
+    fn note(&self, handles: &mut Handles) {
+        handles.name = Some(self.name.clone());
+        handles.dev = Some(self.dev);
+        handles.mapper = Some(self.mapper.clone());
+        handles.uuid = Some(self.uuid.clone());
+    }
 }
 
 /// Makes the dm device and loads its one line.
@@ -219,23 +342,32 @@ pub(crate) fn make_device<H: Host>(
     host: &H,
     name: &DeviceName,
     origin: OriginIdentity,
+    kind: Kind,
     cow_loop: &Attached<H::Loop>,
     line: &TargetLine,
     handles: &mut Handles,
 ) -> Result<Made> {
     let mapper = name.mapper_path();
     let random = ask(Step::Random, &mapper, || host.random())?;
-    let uuid = DeviceUuid::fresh(random, origin, cow_loop.number);
+    let uuid = DeviceUuid::fresh(random, origin, cow_loop.number, kind);
     let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
-    handles.name = Some(name.clone());
-    handles.dev = Some(dev);
-    handles.mapper = Some(mapper.clone());
-    handles.uuid = Some(uuid.clone());
+    let made = Made {
+        name: name.clone(),
+        uuid,
+        mapper,
+        dev,
+    };
+    made.note(handles);
+    load(host, &made, line)?;
+    Ok(made)
+}
+
+/// Loads a line into the device's inactive slot.
+pub(crate) fn load<H: Host>(host: &H, made: &Made, line: &TargetLine) -> Result<()> {
     patiently(host, &LOAD_RETRY, Verdict::Exhausted, || {
-        ask(Step::Load, &mapper, || host.load(&uuid, line))
+        ask(Step::Load, &made.mapper, || host.load(&made.uuid, line))
     })
-    .map_err(|error| explain_load(host, error))?;
-    Ok(Made { uuid, mapper, dev })
+    .map_err(|error| explain_load(host, error))
 }
 
 /// A failure, with what undoing the steps before it leaves.
@@ -305,15 +437,16 @@ fn target_version<H: Host>(host: &H) -> Result<TargetVersion> {
     })
 }
 
-/// Finds a free loop device and binds `backing` to it. A device that was lost to another process is left alone.
+/// Finds a free loop device and binds `backing` to it; `label` is for people and for finding it again. A device that was lost to another process is left alone.
 pub(crate) fn attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,
+    label: &Path,
     handle: &mut Option<LoopHandle>,
 ) -> Result<Attached<H::Loop>> {
     patiently(host, &RACE_RETRY, Verdict::TakeAnother, || {
-        try_attach(host, backing, flags, handle)
+        try_attach(host, backing, flags, label, handle)
     })
 }
 
@@ -321,6 +454,7 @@ fn try_attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,
+    label: &Path,
     handle: &mut Option<LoopHandle>,
 ) -> Result<Attached<H::Loop>> {
     let number = ask(Step::FindLoop, Path::new(LOOP_CONTROL), || host.find_loop())?;
@@ -331,7 +465,7 @@ fn try_attach<H: Host>(
         hold(host, &device, &path)?;
     }
     ask(Step::AttachLoop, &path, || {
-        host.attach_loop(&device, &backing.file, flags, backing.path)
+        host.attach_loop(&device, &backing.file, flags, label)
     })?;
     let handle = handle.insert(LoopHandle::at(&path));
     handle.backing = Some(backing.facts.id);

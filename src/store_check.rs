@@ -37,10 +37,10 @@ pub(crate) fn check_identity(
 
 /// Holds the COW file's first bytes against what is asked for, before the kernel looks at four of them. Says whether
 /// the store is to be marked.
-pub(crate) fn check_store<H: Host>(
+pub(crate) fn check_store<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,
-    origin: &Backing<'_, H::File>,
+    origin: &Backing<'_, O>,
     options: &SnapshotOptions,
 ) -> Result<bool> {
     let path = || cow.path.to_owned();
@@ -95,8 +95,8 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
 }
 
 /// Holds the image against what the store was made over, or is half merged into.
-pub(crate) fn check_header<F>(
-    origin: &Backing<'_, F>,
+pub(crate) fn check_header<O, F>(
+    origin: &Backing<'_, O>,
     cow: &Backing<'_, F>,
     header: &Header,
     any_origin: bool,

@@ -8,8 +8,10 @@
     reason = "ioctls that no safe crate offers; every other file denies unsafe code"
 )]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
 
 use nix::errno::Errno;
 
@@ -251,6 +253,26 @@ pub(crate) fn cached_block_number(path: &CStr) -> Result<Option<u64>, Errno> {
     let found = unsafe { found.assume_init() };
     let is_block = u32::from(found.stx_mode) & libc::S_IFMT == libc::S_IFBLK;
     Ok(is_block.then(|| libc::makedev(found.stx_rdev_major, found.stx_rdev_minor)))
+}
+
+/// `renameat2` with `RENAME_NOREPLACE` (3.15): EEXIST when `to` is there, EINVAL where the file system cannot say so.
+pub(crate) fn move_file(from: &Path, to: &Path) -> Result<(), Errno> {
+    let text = |path: &Path| CString::new(path.as_os_str().as_bytes()).map_err(|_| Errno::EINVAL);
+    let (from, to) = (text(from)?, text(to)?);
+    let here = libc::AT_FDCWD;
+    // SAFETY: no descriptor is involved; both paths are NUL-terminated and live until the call returns; the kernel
+    // writes no memory of ours; files of any kind answer alike.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_renameat2,
+            here,
+            from.as_ptr(),
+            here,
+            to.as_ptr(),
+            libc::RENAME_NOREPLACE,
+        )
+    };
+    Errno::result(answer).map(drop)
 }
 
 // --- no file ---

@@ -3,14 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask, patiently};
+use crate::binding::{Binding, binding};
 use crate::dm_message::Address;
 use crate::error::{Error, Leftover, Result, Step};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::{Host, MACHINE};
-use crate::loop_device::{self, LoopStatus};
+use crate::loop_device;
 use crate::mapper::MAPPER_CONTROL;
 use crate::policy::{self, Retry, Verdict};
 use crate::removal::{self, Outcome, Subject, When};
+use crate::uuid::{DeviceUuid, Kind};
 
 /// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
 ///
@@ -53,11 +55,10 @@ pub fn cleanup_deferred(handles: &Handles) -> Result<Outcome> {
 
 pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
     let start = host.now();
-    let loops = [&handles.cow_loop, &handles.origin_loop]
-        .into_iter()
-        .flatten();
     // Loops without identity are taken at their word now: once the dm device is gone, their numbers may be others'.
-    let claims: Vec<_> = loops.map(|handle| (handle, claim(host, handle))).collect();
+    let claims: Vec<_> = own_loops(handles)
+        .map(|handle| (handle, claim(host, handle)))
+        .collect();
     let mut left = Vec::new();
     if let Err(error) = remove_device(host, handles, retry) {
         let object = removal::path_of(handles).unwrap_or_else(|| object_of(&error));
@@ -84,6 +85,14 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
         None => Ok(()),
         Some(first) => Err(first.error.clone().leaving(left)),
     }
+}
+
+/// The COW file's loop device, and the origin's unless that is shared: then it is its last user's to go with.
+fn own_loops(handles: &Handles) -> impl Iterator<Item = &LoopHandle> {
+    let is_own = |uuid: &DeviceUuid| uuid.kind() == Kind::Own;
+    let origin = handles.origin_loop.as_ref();
+    let origin = origin.filter(|_| handles.uuid.as_ref().is_none_or(is_own));
+    handles.cow_loop.iter().chain(origin)
 }
 
 fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
@@ -177,47 +186,6 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     absent(detached).map(|found| found.is_some())
 }
 
-/// What a handle's loop device is to the handle.
-enum Binding<L> {
-    /// Bound to what the handle says.
-    Bound(L, LoopStatus),
-    /// Unbound to whoever asks (`LOOP_GET_STATUS64` answers ENXIO), and the kernel still at it (`__loop_clr_fd`): the
-    /// backing file is in use until it is done.
-    LettingGo,
-    /// Free, or bound to something else.
-    Gone,
-}
-
-fn binding<H: Host>(host: &H, handle: &LoopHandle) -> Result<Binding<H::Loop>> {
-    let path = &handle.path;
-    let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
-    let Some(device) = absent(opened)? else {
-        return Ok(Binding::Gone);
-    };
-    let asked = ask(Step::InspectLoop, path, || host.loop_status(&device));
-    let Some(status) = absent(asked)? else {
-        return Ok(if host.shows_backing(path) {
-            Binding::LettingGo
-        } else {
-            Binding::Gone
-        });
-    };
-    let same_file = handle
-        .backing
-        .is_none_or(|backing| backing == status.backing);
-    let same_binding = || match handle.diskseq {
-        Some(then) => {
-            loop_device::diskseq(host, &device, path).map(|now| now.is_none_or(|now| now == then))
-        }
-        None => Ok(true),
-    };
-    Ok(if same_file && same_binding()? {
-        Binding::Bound(device, status)
-    } else {
-        Binding::Gone
-    })
-}
-
 /// Whether other dm devices than the handles' own, which is gone by its name and uuid, stand on the loop device.
 ///
 /// The kernel forgets a device's name before it destroys the table (`__dm_destroy`), so for a moment a removed device
@@ -256,10 +224,7 @@ fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
         let busy = Error::failed(Step::Remove, subject.path, policy::BUSY);
         return Err(busy.noted(format!("open count {}", device.open_count)));
     }
-    let loops = [&handles.cow_loop, &handles.origin_loop]
-        .into_iter()
-        .flatten();
-    for handle in loops.filter(|handle| handle.has_identity()) {
+    for handle in own_loops(handles).filter(|handle| handle.has_identity()) {
         let gone = matches!(binding(host, handle)?, Binding::Gone);
         if !gone && !is_shared(host, handles, &handle.path)? {
             return Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY));

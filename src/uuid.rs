@@ -16,7 +16,7 @@ const UUID_MAX: usize = 128;
 ///
 /// It is also the one place in the kernel where a snapshot can carry what later processes need to know: behind 128
 /// random bits stand the origin's size and modification time, and the number of the loop device that the maker
-/// holds a lock on while it is at work, all in hexadecimal.
+/// holds a lock on while it is at work, all in hexadecimal; then what is special about its devices, if anything is.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(
     feature = "serde",
@@ -24,6 +24,27 @@ const UUID_MAX: usize = 128;
     serde(try_from = "String", into = "String")
 )]
 pub struct DeviceUuid(String);
+
+/// Whose a device's origin loop device is, and how long the uuid means one snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Both loop devices were attached for this snapshot alone.
+    Own,
+    /// The origin's loop device is shared: it goes with its last user, and no snapshot's removal waits for it.
+    Shared,
+    /// As `Shared`, and the dm device serves one snapshot after another.
+    Pooled,
+}
+
+impl Kind {
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Own => "",
+            Self::Shared => "-shared",
+            Self::Pooled => "-pool",
+        }
+    }
+}
 
 impl DeviceUuid {
     /// What every uuid of ours begins with.
@@ -46,14 +67,15 @@ impl DeviceUuid {
 
     /// A uuid that nobody has, for a snapshot over `origin` whose maker holds loop device `cow_loop`. An origin of no
     /// bytes is one that is not known.
-    pub(crate) fn fresh(random: u128, origin: OriginIdentity, cow_loop: u32) -> Self {
+    pub(crate) fn fresh(random: u128, origin: OriginIdentity, cow_loop: u32, kind: Kind) -> Self {
         let OriginIdentity {
             size_bytes,
             mtime_ns,
         } = origin;
         Self(format!(
-            "{}{random:032x}-{size_bytes:x}-{mtime_ns:x}-{cow_loop:x}",
-            Self::PREFIX
+            "{}{random:032x}-{size_bytes:x}-{mtime_ns:x}-{cow_loop:x}{}",
+            Self::PREFIX,
+            kind.suffix()
         ))
     }
 
@@ -72,6 +94,15 @@ impl DeviceUuid {
     pub(crate) fn cow_loop(&self) -> Option<u32> {
         let [_, _, number] = self.fields()?;
         number.try_into().ok()
+    }
+
+    /// What is special about the device.
+    pub(crate) fn kind(&self) -> Kind {
+        let is = |kind: &Kind| self.0.ends_with(kind.suffix());
+        [Kind::Shared, Kind::Pooled]
+            .into_iter()
+            .find(is)
+            .unwrap_or(Kind::Own)
     }
 
     fn fields(&self) -> Option<[u64; 3]> {
@@ -135,12 +166,16 @@ mod tests {
             size_bytes: 1 << 30,
             mtime_ns: -1,
         };
-        let ours = DeviceUuid::fresh(7, origin, 300);
+        let ours = DeviceUuid::fresh(7, origin, 300, Kind::Own);
         assert_eq!(
             ours.as_str(),
             "DMSNAP-00000000000000000000000000000007-40000000-ffffffffffffffff-12c"
         );
-        assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
+        for kind in [Kind::Own, Kind::Shared, Kind::Pooled] {
+            let ours = DeviceUuid::fresh(7, origin, 300, kind);
+            assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
+            assert_eq!(ours.kind(), kind);
+        }
         assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
         let signed = DeviceUuid::new("DMSNAP-0-+5-0-0").expect("a uuid");
         assert_eq!(signed.origin(), None, "not as it is printed");
@@ -149,7 +184,7 @@ mod tests {
             mtime_ns: -1,
         };
         assert!(
-            DeviceUuid::fresh(u128::MAX, largest, u32::MAX)
+            DeviceUuid::fresh(u128::MAX, largest, u32::MAX, Kind::Shared)
                 .as_str()
                 .len()
                 <= UUID_MAX
