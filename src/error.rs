@@ -280,6 +280,8 @@ steps! {
     List = "list the devices of",
     /// Making `/dev/mapper/<name>`, or giving an export its name.
     Link = "make",
+    /// Starting the thread that keeps a pool full.
+    StartThread = "start the thread",
     /// Removing `/dev/mapper/<name>`, the COW file that was made, or an export's temporary file.
     Unlink = "unlink",
     /// `getrandom`, for a uuid.

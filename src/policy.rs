@@ -22,7 +22,7 @@ use crate::error::Step;
 /// | Remove, Query, Status, Rename | ENXIO, ENOENT, ENODEV | Gone |
 /// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
 /// | FindData | ENXIO | Gone |
-/// | Unlink | ENOENT | Gone |
+/// | Unlink, MoveFile | ENOENT | Gone |
 /// | Create, SetUuid, Rename | EBUSY | NameTaken |
 /// | Link, MakeFile, MoveFile | EEXIST | NameTaken |
 /// | Load, OpenFile | EBUSY | InUse |
@@ -86,7 +86,7 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         }
         (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::FindData, E::ENXIO) => Verdict::Gone,
-        (S::Unlink, E::ENOENT) => Verdict::Gone,
+        (S::Unlink | S::MoveFile, E::ENOENT) => Verdict::Gone,
         (S::Create | S::SetUuid | S::Rename, E::EBUSY) => Verdict::NameTaken,
         (S::Link | S::MakeFile | S::MoveFile, E::EEXIST) => Verdict::NameTaken,
         (S::Load | S::OpenFile, E::EBUSY) => Verdict::InUse,

@@ -11,6 +11,7 @@ use crate::inventory::{self, SnapshotInfo};
 use crate::loop_device;
 use crate::name::MAPPER_DIR;
 use crate::policy::{Retry, Verdict};
+use crate::pool;
 use crate::removal::{self, Outcome};
 use crate::teardown;
 use crate::uuid::DeviceUuid;
@@ -74,6 +75,8 @@ pub enum Fate {
         /// How many users have it open.
         open_count: u32,
     },
+    /// It waits in a [`Pool`](crate::Pool) whose process is alive.
+    Pooled,
     /// It was an alias of ours below /dev/mapper whose device was gone; it is gone too.
     AliasRemoved,
 }
@@ -139,6 +142,9 @@ impl ReapOptions {
     fn reap_one(&self, info: &SnapshotInfo) -> Result<Fate> {
         if in_progress(&info.uuid)? {
             return Ok(Fate::InProgress);
+        }
+        if pool::is_alive(&MACHINE, &info.name)? {
+            return Ok(Fate::Pooled);
         }
         // Its maker may have finished since it was looked at: then it is no longer what `keep` was asked about.
         let Some(now) = absent(inventory::status(&info.uuid))? else {

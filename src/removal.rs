@@ -140,7 +140,9 @@ impl Subject {
             path: name.mapper_path(),
             key: Key::Claimed(uuid.clone(), name.clone()),
         };
-        Ok(match cow_loop.filter(|handle| handle.has_identity()) {
+        // Until it is claimed, the name is new for each COW file.
+        let changes = |handle: &&LoopHandle| handle.has_identity() && !name.is_pooled();
+        Ok(match cow_loop.filter(changes) {
             Some(handle) if !matches!(binding(host, handle)?, Binding::Bound(..)) => None,
             _ => Some(subject),
         })

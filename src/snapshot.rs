@@ -77,8 +77,12 @@ impl Snapshot {
     ///
     /// As [`grow`](crate::grow()).
     pub fn grow(&self, bytes: u64) -> Result<SnapshotStatus> {
-        let uuid = self.handles.uuid.as_ref().map_or("", DeviceUuid::as_str);
-        crate::grow::grow(uuid, bytes)
+        // A pool's device keeps its uuid for another snapshot.
+        let lasting = self.handles.uuid.as_ref();
+        let lasting = lasting.filter(|uuid| uuid.kind() != Kind::Pooled);
+        let name = self.handles.name.as_ref().map(DeviceName::as_str);
+        let device = lasting.map(DeviceUuid::as_str).or(name);
+        crate::grow::grow(device.unwrap_or_default(), bytes)
     }
 
     /// Takes it down, as [`cleanup`](crate::cleanup) does. The COW file stays.
@@ -329,6 +333,12 @@ pub(crate) struct Made {
 }
 
 impl Made {
+    pub(crate) fn handles(&self) -> Handles {
+        let mut handles = Handles::default();
+        self.note(&mut handles);
+        handles
+    }
+
     fn note(&self, handles: &mut Handles) {
         handles.name = Some(self.name.clone());
         handles.dev = Some(self.dev);

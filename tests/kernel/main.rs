@@ -28,6 +28,8 @@ mod kernel_facts;
 mod lifecycle;
 mod made_cow;
 mod merge;
+mod origin;
+mod pool;
 mod proof;
 mod sizes;
 mod stores;

@@ -207,6 +207,7 @@ impl From<&Reaped> for ReapedEntry {
         let (fate, open_count) = match &item.fate {
             Ok(Fate::Kept) => ("kept", None),
             Ok(Fate::InProgress) => ("in-progress", None),
+            Ok(Fate::Pooled) => ("pooled", None),
             Ok(Fate::Busy { open_count }) => ("busy", Some(*open_count)),
             Ok(Fate::Due) => ("due", None),
             Ok(Fate::Removed) => ("removed", None),

@@ -30,6 +30,13 @@ pub(crate) fn loops_below(dir: &Path) -> Vec<Bound> {
     bound
 }
 
+/// How many loop devices have that file.
+pub(crate) fn loops_over(file: &Path) -> usize {
+    let over = |found: &&Bound| found.backing == file;
+    let dir = file.parent().expect("a file in a directory");
+    loops_below(dir).iter().filter(over).count()
+}
+
 /// The loop device at that path, if it has a backing file.
 pub(crate) fn loop_at(device: &Path) -> Option<Bound> {
     bound(&Path::new("/sys/block").join(device.file_name()?))

@@ -179,7 +179,7 @@ impl Scene {
             output!("umount", "-l", mount);
         }
         for name in reading::dm_names() {
-            if name.starts_with(PREFIX) {
+            if name.starts_with(PREFIX) || name.starts_with("dmsnap-pool-") {
                 output!("dmsetup", "remove", "--force", "--noudevsync", &name);
             }
         }

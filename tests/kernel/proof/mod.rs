@@ -17,7 +17,7 @@ mod scale;
 mod soak;
 mod stuck_udev;
 mod trace;
-mod worker;
+pub(crate) mod worker;
 mod world;
 
 use std::time::{Duration, Instant};

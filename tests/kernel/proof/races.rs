@@ -140,7 +140,7 @@ fn one_name_for_two_processes_goes_to_one() {
         world.fresh_cow();
     }
     // The first is about to take the name, with all else in hand; the second overtakes.
-    let first = creator.stopped_after("BLKGETSIZE64");
+    let first = creator.stopped_after("BLKGETDISKSEQ");
     let winner = handles(&world.dmsnap(&other));
     let line = complaint(&first.go_on());
     assert!(line.starts_with(&taken), "{line}");

@@ -17,13 +17,13 @@ use crate::common::{Scene, chain, eventually};
 const JOB: &str = "DMSNAP_TEST_JOB";
 
 /// A process that does not outlive the test.
-pub(super) struct Process {
+pub(crate) struct Process {
     child: Option<Child>,
     what: String,
 }
 
 impl Process {
-    pub(super) fn start(command: &mut Command) -> Self {
+    pub(crate) fn start(command: &mut Command) -> Self {
         let what = format!("{command:?}");
         let child = command
             .stdin(Stdio::null())
@@ -39,16 +39,16 @@ impl Process {
         self.child.as_mut().expect("not waited for yet")
     }
 
-    pub(super) fn id(&mut self) -> u32 {
+    pub(crate) fn id(&mut self) -> u32 {
         self.child().id()
     }
 
-    pub(super) fn is_running(&mut self) -> bool {
+    pub(crate) fn is_running(&mut self) -> bool {
         matches!(self.child().try_wait(), Ok(None))
     }
 
     /// For commands that print less than a pipe holds.
-    pub(super) fn join(mut self, deadline: Duration) -> Output {
+    pub(crate) fn join(mut self, deadline: Duration) -> Output {
         assert!(
             eventually(deadline, || !self.is_running()),
             "{} passed its deadline",
@@ -59,7 +59,7 @@ impl Process {
     }
 
     /// SIGKILL, and the end of the process.
-    pub(super) fn kill(mut self) {
+    pub(crate) fn kill(mut self) {
         self.child().kill().expect("our child can be killed");
         self.child().wait().expect("a child can be waited for");
     }

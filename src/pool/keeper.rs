@@ -1,0 +1,99 @@
+//! The one dm device that a pool keeps for itself.
+
+use std::fmt;
+use std::path::Path;
+
+use crate::ask::ask;
+use crate::backing::Backing;
+use crate::error::{Result, Step};
+use crate::handles::Handles;
+use crate::host::Host;
+use crate::name::DeviceName;
+use crate::origin::Base;
+use crate::policy::Retry;
+use crate::snapshot::{Made, attach, load, make_device, undone};
+use crate::sys::LO_AUTOCLEAR;
+use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
+use crate::teardown;
+use crate::units::{ChunkSize, Sectors};
+use crate::uuid::Kind;
+
+/// Enough for a chunk of a transient store, in which nothing is ever kept.
+const COW_BYTES: u64 = 64 << 10;
+
+/// Live, it has an `error` table, and loaded, a snapshot's that is never resumed. From Linux 6.12 on, removing the last
+/// device with tables of a kind frees the slab of their bios, and waits for a grace period or two meanwhile
+/// (`bio_put_slab`, `block/bio.c`): with this device there is none that is the last.
+///
+/// It is open for as long as the pool's process lives, which is how others know that it does.
+pub(crate) struct Keeper<H: Host> {
+    pub(crate) made: Made,
+    handles: Handles,
+    open: H::File,
+}
+
+impl<H: Host> fmt::Debug for Keeper<H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.made.fmt(f)
+    }
+}
+
+pub(crate) fn make<H: Host>(
+    host: &H,
+    base: &Base<H::Loop>,
+    name: &DeviceName,
+) -> Result<Keeper<H>> {
+    let mut handles = Handles::default();
+    build(host, base, name, &mut handles).map_err(|error| undone(host, error, &handles))
+}
+
+fn build<H: Host>(
+    host: &H,
+    base: &Base<H::Loop>,
+    name: &DeviceName,
+    handles: &mut Handles,
+) -> Result<Keeper<H>> {
+    let path = Path::new("memfd:dmsnap");
+    let file = ask(Step::MakeFile, path, || host.make_memory_file())?;
+    ask(Step::SizeFile, path, || {
+        host.size_file(&file, COW_BYTES, false)
+    })?;
+    let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
+    let cow = Backing { path, file, facts };
+    // Its lock says that the maker is at work, until the node is open and says so.
+    let cow_loop = attach(host, &cow, LO_AUTOCLEAR, path, &mut handles.cow_loop)?;
+    let identity = base.image().identity();
+    let line = |target| TargetLine {
+        start: Sectors::default(),
+        length: base.over().length,
+        target,
+    };
+    let kind = Kind::Shared;
+    let error = line(Target::Error);
+    let made = make_device(host, name, identity, kind, &cow_loop, &error, handles)?;
+    ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+    let params = SnapshotParams {
+        origin: base.over().device,
+        cow: cow_loop.dev,
+        store: Store::Transient,
+        chunk: ChunkSize::default(),
+        discard: Discard::Unsupported,
+    };
+    load(host, &made, &line(Target::Snapshot(params)))?;
+    let node = ask(Step::Link, &made.mapper, || {
+        host.make_alias(&made.mapper, made.dev)
+    })?;
+    let open = ask(Step::OpenFile, &node, || host.open_backing(&node, false))?;
+    Ok(Keeper {
+        made,
+        handles: handles.clone(),
+        open,
+    })
+}
+
+impl<H: Host> Keeper<H> {
+    pub(crate) fn remove(self, host: &H) -> Result<()> {
+        drop(self.open);
+        teardown::clean(host, &self.handles, &Retry::default())
+    }
+}

@@ -1,0 +1,508 @@
+//! Snapshots made ready beforehand, so that a boot path pays for a rename only.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::ask::ask;
+use crate::error::{Error, Leftover, Result, Step, errno_of};
+use crate::handles::Handles;
+use crate::host::{Host, MACHINE, Machine};
+use crate::loop_device::LoopDevice;
+use crate::mapper::MAPPER_CONTROL;
+use crate::name::{DeviceName, POOLED};
+use crate::options::{CowSize, SnapshotOptions};
+use crate::origin::Origin;
+use crate::policy::{Retry, Verdict};
+use crate::refusal::Refusal;
+use crate::snapshot::{self, Made, Snapshot};
+use keeper::Keeper;
+use ready::{Ready, Site};
+use recycle::Recycled;
+
+mod keeper;
+mod ready;
+mod recycle;
+mod sweep;
+
+pub(crate) use sweep::is_alive;
+
+/// How a [`Pool`] is to be kept.
+///
+/// ```no_run
+/// use dmsnap::{CowFate, Origin, PoolOptions};
+///
+/// let origin = Origin::open("/images/base.ext4")?;
+/// let pool = PoolOptions::new().size(16).open(&origin, "/var/lib/vms")?;
+/// let claimed = pool.claim("vm-42")?;
+/// println!("boot from {}", claimed.snapshot.device().display());
+/// // ... when the VM has exited:
+/// pool.release(claimed.snapshot.handles(), CowFate::Delete)?;
+/// # pool.drain()?;
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct PoolOptions {
+    snapshot: SnapshotOptions,
+    size: usize,
+    when_empty: WhenEmpty,
+}
+
+/// What a claim does when no snapshot is ready.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WhenEmpty {
+    /// It makes one, which takes as long as a create.
+    #[default]
+    Create,
+    /// It waits so long for the refill.
+    Wait(Duration),
+}
+
+/// What becomes of the COW file of a snapshot that is released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CowFate {
+    /// It is deleted.
+    Delete,
+    /// It stays where it is.
+    Keep,
+    /// As `Keep`, and it is handed back open, for reading and writing.
+    HandBack,
+}
+
+/// A snapshot that is the caller's from now on, like any other: same handles, same cleanup, from any process.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Claimed {
+    /// The snapshot.
+    pub snapshot: Snapshot,
+    /// Its COW file, `<directory>/<name>.cow`.
+    pub cow: PathBuf,
+    /// Whether it was ready. Otherwise it was made just now, as the pool was empty.
+    pub warm: bool,
+}
+
+/// What became of a snapshot that was released.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Released {
+    /// Whether the dm device waits for the next snapshot. Otherwise it was removed, or was gone already.
+    pub recycled: bool,
+    /// The COW file, unless it was deleted or is nowhere to be found any more.
+    pub cow: Option<PathBuf>,
+    /// The COW file, if it was to be handed back.
+    pub file: Option<File>,
+}
+
+/// How a pool is doing.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct PoolStatus {
+    /// Snapshots to be claimed.
+    pub ready: usize,
+    /// dm devices that wait for their next COW file.
+    pub spare: usize,
+    /// How many snapshots are to be ready.
+    pub size: usize,
+    /// How many attempts to make one have failed since the last that did not.
+    pub failures: u32,
+    /// Why the last attempt failed; `None` after one that did not.
+    pub last_error: Option<Error>,
+    /// How long the next attempt is put off after a failure.
+    pub retry_in: Option<Duration>,
+}
+
+/// Snapshots of one origin, COW files included, that wait to be claimed.
+///
+/// A thread keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) renames one: that rename, which is one
+/// ioctl, is the moment at which it becomes the caller's, so that by its name alone a device is known as claimed or not,
+/// also after a kill. [`release`](Self::release) swaps the dm device's table instead of removing it, and the device
+/// serves another snapshot later.
+///
+/// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool is open for as
+/// long as the pool's process lives, so what a killed pool leaves is known for it: the next pool that is opened on the
+/// host takes it down, as any [`reap`](crate::ReapOptions::reap) does, and never touches what was claimed.
+///
+/// Dropping the pool drains it, and hides what could not be taken down; [`drain`](Self::drain) names it.
+#[derive(Debug)]
+pub struct Pool {
+    shared: Arc<Shared>,
+    refill: Option<JoinHandle<()>>,
+    keeper: Option<Keeper<Machine>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    options: SnapshotOptions,
+    when_empty: WhenEmpty,
+    size: usize,
+    origin: Origin,
+    dir: PathBuf,
+    id: u64,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    ready: VecDeque<Ready>,
+    spares: Vec<Made>,
+    /// The number of the next name.
+    next: u64,
+    failures: u32,
+    last_error: Option<Error>,
+    retry_at: Option<Instant>,
+    closing: bool,
+}
+
+/// After the first failure, and at most.
+const BACK_OFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
+
+impl Default for PoolOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PoolOptions {
+    /// Eight snapshots as [`SnapshotOptions::new`] makes them, with COW files of the worst case's size; an empty pool makes
+    /// one at once.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            snapshot: SnapshotOptions::new(),
+            size: 8,
+            when_empty: WhenEmpty::default(),
+        }
+    }
+
+    /// How the snapshots are made: store, chunk size, COW file.
+    pub fn snapshot(&mut self, options: &SnapshotOptions) -> &mut Self {
+        self.snapshot = options.clone();
+        self
+    }
+
+    /// How many are to be ready. As many spare dm devices are kept besides, at most.
+    pub fn size(&mut self, size: usize) -> &mut Self {
+        self.size = size;
+        self
+    }
+
+    /// What a claim does when none is ready.
+    pub fn when_empty(&mut self, when_empty: WhenEmpty) -> &mut Self {
+        self.when_empty = when_empty;
+        self
+    }
+
+    /// Opens a pool over `origin` that makes its COW files in `directory`, and begins to fill it.
+    ///
+    /// What pools left whose process was killed is taken down first, as far as it can be: their devices on this host, and
+    /// their COW files in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] when device-mapper or loop devices cannot be had, or no thread. A failure to make snapshots ready
+    /// is told by [`Pool::status`].
+    pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
+        let host = &MACHINE;
+        snapshot::open_controls(host)?;
+        sweep::sweep(host, directory.as_ref())?;
+        let control = Path::new(MAPPER_CONTROL);
+        let random = ask(Step::Random, control, || host.random())?;
+        let id = u64::try_from(random >> 64).unwrap_or_default();
+        let mut options = self.snapshot.clone();
+        options.make_cow = Some(options.make_cow.unwrap_or(CowSize::WorstCase));
+        options.replace_cow = false;
+        let keeper = keeper::make(host, &origin.0, &pool_name(id, "keeper")?)?;
+        let shared = Arc::new(Shared {
+            options,
+            when_empty: self.when_empty,
+            size: self.size,
+            origin: origin.clone(),
+            dir: directory.as_ref().to_owned(),
+            id,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let mut pool = Pool {
+            shared: Arc::clone(&shared),
+            refill: None,
+            keeper: Some(keeper),
+        };
+        let thread = std::thread::Builder::new().name("dmsnap-refill".to_owned());
+        let spawned = thread.spawn(move || shared.refill());
+        pool.refill = Some(spawned.map_err(|error| no_thread(&error))?);
+        Ok(pool)
+    }
+}
+
+fn no_thread(error: &io::Error) -> Error {
+    Error::failed(Step::StartThread, "dmsnap-refill", errno_of(error))
+}
+
+fn pool_name(id: u64, what: impl std::fmt::Display) -> Result<DeviceName> {
+    Ok(DeviceName::new(format!("{POOLED}{id:016x}-{what}"))?)
+}
+
+impl Pool {
+    /// Hands a snapshot over under the name `name`: a file's and a device's rename and an alias, if one is ready.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`] when none became ready in the time that it was to wait.
+    /// [`Verdict::NameTaken`] when there is such a device or such a COW file; the pool keeps what it had. When it has to
+    /// make one, as [`SnapshotOptions::create_on`].
+    pub fn claim(&self, name: &str) -> Result<Claimed> {
+        let name = DeviceName::given(name)?;
+        loop {
+            let Some(ready) = self.shared.take()? else {
+                return self.shared.create(&name);
+            };
+            self.shared.changed.notify_all();
+            match ready::claim(&MACHINE, &self.shared.site(), &ready, &name) {
+                Ok((snapshot, cow)) => {
+                    return Ok(Claimed {
+                        snapshot,
+                        cow,
+                        warm: true,
+                    });
+                }
+                // Somebody else has removed it, or its COW file.
+                Err(error) if error.verdict() == Some(Verdict::Gone) => {
+                    let failed = ready::discard(&MACHINE, &ready).err();
+                    self.shared.lock().fail(failed.unwrap_or(error));
+                }
+                Err(error) => {
+                    self.shared.lock().ready.push_front(ready);
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that.
+    ///
+    /// Its dm device is kept for another snapshot where that is safe: when nobody had it open at any time since its table
+    /// was taken away, so that no page of it is cached. Otherwise, and for a snapshot that no pool made, over another
+    /// image, or beyond the pool's size, this is a [`cleanup`](crate::cleanup).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] when it is still busy at the deadline: it stays as it is, and claimed.
+    /// [`Error::Debris`] names what remains otherwise.
+    pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
+        let host = &MACHINE;
+        let site = self.shared.site();
+        let to = {
+            let mut state = self.shared.lock();
+            let wanted = !state.closing && state.spares.len() < self.shared.size;
+            wanted.then(|| self.shared.next_name(&mut state))
+        };
+        let to = to.transpose()?;
+        let (recycled, cow) =
+            recycle::release(host, &site, handles, to.as_ref(), &Retry::default())?;
+        let recycled = match recycled {
+            Recycled::Spare(made) => {
+                self.shared.lock().spares.push(made);
+                self.shared.changed.notify_all();
+                true
+            }
+            Recycled::Gone => false,
+        };
+        let (cow, file) = recycle::dispose(host, cow, fate)?;
+        Ok(Released {
+            recycled,
+            cow,
+            file: file.map(File::from),
+        })
+    }
+
+    /// How it is doing.
+    #[must_use]
+    pub fn status(&self) -> PoolStatus {
+        let state = self.shared.lock();
+        let now = Instant::now();
+        PoolStatus {
+            ready: state.ready.len(),
+            spare: state.spares.len(),
+            size: self.shared.size,
+            failures: state.failures,
+            last_error: state.last_error.clone(),
+            retry_in: state.retry_at.map(|at| at.saturating_duration_since(now)),
+        }
+    }
+
+    /// Waits until so many are ready, or all that there are to be; says whether they are.
+    pub fn wait_ready(&self, count: usize, deadline: Duration) -> bool {
+        let count = count.min(self.shared.size);
+        let begin = Instant::now();
+        let mut state = self.shared.lock();
+        while state.ready.len() < count {
+            let Some(left) = deadline.checked_sub(begin.elapsed()) else {
+                return false;
+            };
+            state = self.shared.wait(state, Some(left));
+        }
+        true
+    }
+
+    /// Takes everything down that was not claimed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Debris`] names what remains.
+    pub fn drain(mut self) -> Result<()> {
+        self.close()
+    }
+
+    fn close(&mut self) -> Result<()> {
+        self.shared.lock().closing = true;
+        self.shared.changed.notify_all();
+        if let Some(refill) = self.refill.take() {
+            // It does not panic; if it did, what it left is in the state all the same.
+            let _ = refill.join();
+        }
+        let (ready, spares) = {
+            let mut state = self.shared.lock();
+            (
+                std::mem::take(&mut state.ready),
+                std::mem::take(&mut state.spares),
+            )
+        };
+        let mut left = Vec::new();
+        let mut note = |path: &Path, done: Result<()>| {
+            if let Err(error) = done {
+                left.push(Leftover::new(path, error));
+            }
+        };
+        for ready in &ready {
+            note(&ready.made.mapper, ready::discard(&MACHINE, ready));
+        }
+        for spare in &spares {
+            note(&spare.mapper, recycle::remove_spare(&MACHINE, spare));
+        }
+        if let Some(keeper) = self.keeper.take() {
+            let path = keeper.made.mapper.clone();
+            note(&path, keeper.remove(&MACHINE));
+        }
+        match left.first() {
+            None => Ok(()),
+            Some(first) => Err(first.error.clone().leaving(left)),
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        // What stays is found by the next pool, or by a reap: the keeper's descriptor is closed in any case.
+        let _ = self.close();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that holds the lock leaves the state half-changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait<'a>(
+        &self,
+        state: MutexGuard<'a, State>,
+        at_most: Option<Duration>,
+    ) -> MutexGuard<'a, State> {
+        match at_most {
+            Some(time) => {
+                let waited = self.changed.wait_timeout(state, time);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+            None => self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    fn site(&self) -> Site<'_, LoopDevice> {
+        Site {
+            options: &self.options,
+            base: &self.origin.0,
+            dir: &self.dir,
+        }
+    }
+
+    fn next_name(&self, state: &mut State) -> Result<DeviceName> {
+        state.next += 1;
+        pool_name(self.id, state.next)
+    }
+
+    /// The one that has been ready for longest; `None` when one is to be made instead.
+    fn take(&self) -> Result<Option<Ready>> {
+        let begin = Instant::now();
+        let mut state = self.lock();
+        loop {
+            if let Some(ready) = state.ready.pop_front() {
+                return Ok(Some(ready));
+            }
+            let WhenEmpty::Wait(patience) = self.when_empty else {
+                return Ok(None);
+            };
+            let Some(left) = patience.checked_sub(begin.elapsed()) else {
+                let why = state.last_error.clone();
+                return Err(why.unwrap_or_else(|| Refusal::PoolEmpty.into()));
+            };
+            state = self.wait(state, Some(left));
+        }
+    }
+
+    fn create(&self, name: &DeviceName) -> Result<Claimed> {
+        let cow = ready::claimed_cow(&self.dir, name);
+        let snapshot = snapshot::create_on(&MACHINE, &self.options, &self.origin.0, &cow, name)?;
+        Ok(Claimed {
+            snapshot,
+            cow,
+            warm: false,
+        })
+    }
+
+    /// The life of the thread that keeps the pool full: one snapshot at a time.
+    fn refill(&self) {
+        let mut state = self.lock();
+        while !state.closing {
+            let now = Instant::now();
+            let put_off = state.retry_at.filter(|at| *at > now);
+            if state.ready.len() >= self.size || put_off.is_some() {
+                let left = put_off.map(|at| at - now);
+                state = self.wait(state, left);
+                continue;
+            }
+            let name = self.next_name(&mut state);
+            drop(state);
+            let spare = || self.lock().spares.pop();
+            let made = name.and_then(|name| ready::make(&MACHINE, &self.site(), &name, spare));
+            state = self.lock();
+            match made {
+                Ok(ready) => {
+                    state.ready.push_back(ready);
+                    (state.failures, state.last_error, state.retry_at) = (0, None, None);
+                }
+                Err(error) => state.fail(error),
+            }
+            self.changed.notify_all();
+        }
+    }
+}
+
+impl State {
+    fn fail(&mut self, error: Error) {
+        let [first, most] = BACK_OFF;
+        let pause = first.saturating_mul(2u32.saturating_pow(self.failures.min(16)));
+        self.retry_at = Some(Instant::now() + pause.min(most));
+        self.failures = self.failures.saturating_add(1);
+        self.last_error = Some(error);
+    }
+}
