@@ -56,6 +56,8 @@ pub(crate) struct World {
     pub(crate) busy_until: Duration,
     /// When loop devices that are being cleared are done with it.
     pub(crate) letting_go_until: Duration,
+    /// The inodes of files that were moved.
+    moved: BTreeMap<PathBuf, u64>,
     /// Inode to size, of files that are no longer as they were made.
     sizes: BTreeMap<u64, u64>,
     /// What every live device says of itself, if it is not in working order.
@@ -249,7 +251,8 @@ impl Host for Script {
 
     fn open_file(&self, path: &Path, _writable: bool) -> Result<u64, Errno> {
         self.call(Step::OpenFile)?;
-        Ok(inode(path))
+        let moved = self.world.borrow().moved.get(path).copied();
+        Ok(moved.unwrap_or_else(|| inode(path)))
     }
 
     fn open_backing(&self, path: &Path, writable: bool) -> Result<u64, Errno> {
@@ -267,7 +270,7 @@ impl Host for Script {
     fn make_file(&self, path: &Path) -> Result<u64, Errno> {
         self.call(Step::MakeFile)?;
         self.world.borrow_mut().made_files.insert(path.to_owned());
-        Ok(0)
+        Ok(inode(path))
     }
 
     fn make_memory_file(&self) -> Result<u64, Errno> {
@@ -277,15 +280,19 @@ impl Host for Script {
 
     fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
         self.call(Step::MoveFile)?;
-        let files = &mut self.world.borrow_mut().made_files;
-        match files.contains(to) {
-            true => Err(Errno::EEXIST),
-            false if files.remove(from) => {
-                files.insert(to.to_owned());
-                Ok(())
-            }
-            false => Err(Errno::ENOENT),
+        let mut world = self.world.borrow_mut();
+        if world.made_files.contains(to) {
+            return Err(Errno::EEXIST);
         }
+        if !world.made_files.remove(from) {
+            return Err(Errno::ENOENT);
+        }
+        world.made_files.insert(to.to_owned());
+        let inode = world.moved.remove(from).unwrap_or_else(|| inode(from));
+        world.moved.insert(to.to_owned(), inode);
+        let bound = world.loops.values_mut().filter(|each| each.path == from);
+        bound.for_each(|each| each.path = to.to_owned());
+        Ok(())
     }
 
     fn size_file(&self, _file: &u64, _bytes: u64, _reserve: bool) -> Result<(), Errno> {
@@ -633,11 +640,13 @@ impl Host for Script {
         if found { Ok(()) } else { Err(Errno::ENOENT) }
     }
 
-    fn device_number(&self, _path: &Path) -> Result<Option<DeviceNumber>, Errno> {
+    fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno> {
         self.call(Step::Query)?;
+        let text = path.to_string_lossy();
+        let number = text.strip_prefix("/dev/loop").and_then(|n| n.parse().ok());
         Ok(Some(DeviceNumber {
-            major: 254,
-            minor: 0,
+            major: if number.is_some() { 7 } else { 254 },
+            minor: number.unwrap_or(0),
         }))
     }
 
@@ -670,4 +679,5 @@ impl Host for Script {
 
 mod growth;
 mod merging;
+mod pooling;
 mod tests;

@@ -24,9 +24,9 @@ use keeper::Keeper;
 use ready::{Ready, Site};
 use recycle::Recycled;
 
-mod keeper;
-mod ready;
-mod recycle;
+pub(crate) mod keeper;
+pub(crate) mod ready;
+pub(crate) mod recycle;
 mod sweep;
 
 pub(crate) use sweep::is_alive;

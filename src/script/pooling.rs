@@ -1,0 +1,245 @@
+//! The pool's steps, every call failed in turn.
+
+use super::*;
+use crate::error::Error;
+use crate::handles::Handles;
+use crate::options::{CowSize, SnapshotOptions};
+use crate::origin::{self, Base};
+use crate::policy::Retry;
+use crate::pool::ready::{self, Ready, Site};
+use crate::pool::recycle::{self, Recycled};
+use crate::pool::{CowFate, keeper};
+use crate::snapshot::Made;
+
+/// A pool's things, without its thread.
+struct Stage {
+    script: Script,
+    options: SnapshotOptions,
+    base: Base<ScriptLoop>,
+}
+
+fn name(text: &str) -> DeviceName {
+    DeviceName::new(text).expect("a name")
+}
+
+fn never(_: Step, _: usize) -> Option<Errno> {
+    None
+}
+
+fn only(call: usize) -> impl Fn(Step, usize) -> Option<Errno> {
+    move |_, nth| (nth == call).then_some(Errno::EIO)
+}
+
+impl Stage {
+    fn new() -> Self {
+        let script = Script::new(never);
+        let base = origin::open(&script, Path::new("/image")).expect("nothing fails");
+        let mut options = SnapshotOptions::new();
+        options.make_cow(CowSize::WorstCase);
+        script.restart(never);
+        Self {
+            script,
+            options,
+            base,
+        }
+    }
+
+    fn site(&self) -> Site<'_, ScriptLoop> {
+        Site {
+            options: &self.options,
+            base: &self.base,
+            dir: Path::new("/pool"),
+        }
+    }
+
+    fn make(&self, nth: u32, spare: Option<Made>) -> Result<Ready, Error> {
+        let name = name(&format!("dmsnap-pool-1-{nth}"));
+        ready::make(&self.script, &self.site(), &name, || spare)
+    }
+
+    fn made(&self, nth: u32, spare: Option<Made>) -> Ready {
+        let ready = self.make(nth, spare).expect("nothing fails");
+        self.script.restart(never);
+        ready
+    }
+
+    fn claimed(&self, nth: u32) -> Handles {
+        let ready = self.made(nth, None);
+        let claimed = ready::claim(&self.script, &self.site(), &ready, &name("vm"));
+        self.script.restart(never);
+        claimed.expect("nothing fails").0.into_handles()
+    }
+
+    fn release(&self, handles: &Handles) -> Result<Recycled, Error> {
+        let to = name("dmsnap-pool-1-99");
+        let (script, retry) = (&self.script, Retry::default());
+        let (recycled, cow) = recycle::release(script, &self.site(), handles, Some(&to), &retry)?;
+        recycle::dispose(script, cow, CowFate::Delete)?;
+        Ok(recycled)
+    }
+
+    fn spare(&self, nth: u32) -> Made {
+        let released = self.release(&self.claimed(nth)).expect("nothing fails");
+        self.script.restart(never);
+        match released {
+            Recycled::Spare(made) => made,
+            Recycled::Gone => panic!("nobody has it open"),
+        }
+    }
+
+    fn residue(&self) -> BTreeSet<PathBuf> {
+        self.script.world.borrow().residue()
+    }
+
+    /// How many calls `act` makes when none of them fails.
+    fn calls(act: impl Fn(&Self)) -> usize {
+        let stage = Self::new();
+        act(&stage);
+        stage.script.calls.borrow().len()
+    }
+}
+
+fn residue_named(error: &Error) -> BTreeSet<PathBuf> {
+    let left = error.left().iter();
+    left.map(|leftover| leftover.object.clone()).collect()
+}
+
+#[test]
+fn whichever_call_of_making_one_ready_fails_nothing_of_it_is_left() {
+    let calls = Stage::calls(|stage| drop(stage.made_quietly(1)));
+    assert_eq!(calls, 16);
+    for call in 1..=calls {
+        let stage = Stage::new();
+        let before = stage.residue();
+        stage.script.restart(only(call));
+        let error = stage.make(1, None).expect_err("one call failed");
+        assert_eq!(error.left(), [], "call {call}: {error}");
+        assert_eq!(stage.residue(), before, "call {call}: {error}");
+    }
+}
+
+#[test]
+fn a_spare_device_that_cannot_be_used_is_removed_or_never_taken() {
+    let calls = {
+        let stage = Stage::new();
+        let spare = stage.spare(1);
+        let _ = stage.make(2, Some(spare)).expect("nothing fails");
+        stage.script.calls.borrow().len()
+    };
+    for call in 1..=calls {
+        let stage = Stage::new();
+        let bare = stage.residue();
+        let spare = stage.spare(1);
+        let with_spare = stage.residue();
+        let taken = Cell::new(false);
+        stage.script.restart(only(call));
+        let to = name("dmsnap-pool-1-2");
+        let made = ready::make(&stage.script, &stage.site(), &to, || {
+            taken.set(true);
+            Some(spare)
+        });
+        let error = made.expect_err("one call failed");
+        let expected = if taken.get() { &bare } else { &with_spare };
+        assert_eq!(&stage.residue(), expected, "call {call}: {error}");
+    }
+}
+
+#[test]
+fn whichever_call_of_a_claim_fails_the_pool_still_has_it() {
+    let calls = {
+        let stage = Stage::new();
+        let _ = stage.claimed_quietly();
+        stage.script.calls.borrow().len()
+    };
+    assert_eq!(calls, 3, "two renames and an alias");
+    for call in 1..=calls {
+        let stage = Stage::new();
+        let ready = stage.made(1, None);
+        let before = stage.residue();
+        stage.script.restart(only(call));
+        let claimed = ready::claim(&stage.script, &stage.site(), &ready, &name("vm"));
+        let error = claimed.expect_err("one call failed");
+        assert_eq!(error.left(), [], "call {call}: {error}");
+        assert_eq!(stage.residue(), before, "call {call}: {error}");
+    }
+}
+
+#[test]
+fn whichever_call_of_a_release_fails_the_device_is_the_callers_or_gone_or_named() {
+    let calls = {
+        let stage = Stage::new();
+        let handles = stage.claimed(1);
+        let _ = stage.release(&handles).expect("nothing fails");
+        stage.script.calls.borrow().len()
+    };
+    for call in 1..=calls {
+        let stage = Stage::new();
+        let bare = stage.residue();
+        let handles = stage.claimed(1);
+        let claimed = stage.residue();
+        stage.script.restart(only(call));
+        let Err(error) = stage.release(&handles) else {
+            panic!("call {call} failed");
+        };
+        let found = stage.residue();
+        let cow = PathBuf::from("/pool/vm.cow");
+        let mut gone = bare.clone();
+        gone.insert(cow);
+        let spare = |path: &&PathBuf| path.ends_with("dmsnap-pool-1-99");
+        let as_claimed = found == claimed;
+        let as_gone = found == gone || found.iter().any(|path| spare(&path));
+        let named = residue_named(&error).is_subset(&found) && !error.left().is_empty();
+        assert!(
+            as_claimed || as_gone || named,
+            "call {call}: {error}: {found:?}"
+        );
+    }
+}
+
+#[test]
+fn a_device_that_is_opened_while_its_tables_are_swapped_is_not_used_again() {
+    let stage = Stage::new();
+    let handles = stage.claimed(1);
+    let world = Rc::clone(&stage.script.world);
+    stage.script.restart(move |step, _| {
+        if step == Step::Load {
+            world.borrow_mut().busy_until = Duration::from_secs(3600);
+        }
+        None
+    });
+    let released = stage.release(&handles).expect("nothing fails");
+    assert!(matches!(released, Recycled::Gone));
+    assert!(
+        stage.script.calls.borrow().contains(&Step::Remove),
+        "at its last close"
+    );
+}
+
+#[test]
+fn whichever_call_of_making_the_keeper_fails_nothing_of_it_is_left() {
+    let to = name("dmsnap-pool-1-keeper");
+    let calls = Stage::calls(|stage| {
+        let keeper = keeper::make(&stage.script, &stage.base, &to).expect("nothing fails");
+        std::mem::forget(keeper);
+    });
+    for call in 1..=calls {
+        let stage = Stage::new();
+        let before = stage.residue();
+        stage.script.restart(only(call));
+        let error = keeper::make(&stage.script, &stage.base, &to).expect_err("one call failed");
+        assert_eq!(error.left(), [], "call {call}: {error}");
+        assert_eq!(stage.residue(), before, "call {call}: {error}");
+    }
+}
+
+impl Stage {
+    fn made_quietly(&self, nth: u32) -> Ready {
+        self.make(nth, None).expect("nothing fails")
+    }
+
+    fn claimed_quietly(&self) -> PathBuf {
+        let ready = self.made(1, None);
+        let claimed = ready::claim(&self.script, &self.site(), &ready, &name("vm"));
+        claimed.expect("nothing fails").1
+    }
+}
