@@ -263,8 +263,10 @@ impl Pool {
             let Some(ready) = self.shared.take()? else {
                 return self.shared.create(&name);
             };
+            let claimed = ready::claim(&MACHINE, &self.shared.site(), &ready, &name);
+            // Now, and not before: the refill asks the same kernel.
             self.shared.changed.notify_all();
-            match ready::claim(&MACHINE, &self.shared.site(), &ready, &name) {
+            match claimed {
                 Ok((snapshot, cow)) => {
                     return Ok(Claimed {
                         snapshot,

@@ -3,7 +3,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use dmsnap::{
     Claimed, CowFate, CowSize, Fate, Origin, Pool, PoolOptions, ReapOptions, Refusal,
@@ -12,6 +12,7 @@ use dmsnap::{
 
 use crate::common::reading::{alias_exists, dm_exists, dm_names, dm_table, loops_over};
 use crate::common::{PREFIX, Scene, chain, eventually};
+use crate::proof::median;
 
 mod kills;
 
@@ -315,7 +316,7 @@ fn an_open_device_is_waited_for_and_stays_claimed_meanwhile() {
     let claimed = claim(&scene, &pool);
     let device = claimed.snapshot.device().to_owned();
     let held = File::open(&device).expect("a disk");
-    let begin = std::time::Instant::now();
+    let begin = Instant::now();
     let late = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(200));
         drop(held);
@@ -357,4 +358,70 @@ fn a_live_pools_devices_are_nobodys_to_reap() {
     assert_eq!(reaped.len(), 1, "{reaped:?}");
     assert_eq!(reaped[0].fate, Ok(Fate::Removed));
     assert!(reaped[0].name.starts_with(PREFIX));
+}
+
+/// What the pool is for. A cold create and its removal as the only snapshot of the host, then warm ones, then cold ones
+/// again; the bounds are wide, as a busy machine must not break them, and the figures are the bench's.
+#[test]
+fn a_claim_and_a_release_cost_a_fraction_of_a_create_and_a_cleanup() {
+    let scene = Scene::new();
+    let timed = |times: &mut [Vec<Duration>; 2], two: [Duration; 2]| {
+        times
+            .iter_mut()
+            .zip(two)
+            .for_each(|(all, one)| all.push(one));
+    };
+    let mut cold = [vec![], vec![]];
+    let cold_round = |cold: &mut [Vec<Duration>; 2]| {
+        for _ in 0..8 {
+            let name = scene.name();
+            let cow = scene.cow(format!("{name}.cow"));
+            let begin = Instant::now();
+            let made = SnapshotOptions::new().create(scene.image(), cow, &name);
+            let created = begin.elapsed();
+            let made = made.expect("a snapshot");
+            let begin = Instant::now();
+            made.cleanup().expect("idle");
+            timed(cold, [created, begin.elapsed()]);
+        }
+    };
+    cold_round(&mut cold);
+    let pool = pool(&scene, 4);
+    let mut warm = [vec![], vec![]];
+    for _ in 0..24 {
+        assert!(pool.wait_ready(4, PATIENCE), "{:?}", pool.status());
+        let name = scene.name();
+        let begin = Instant::now();
+        let claimed = pool.claim(&name).expect("one is ready");
+        let claim = begin.elapsed();
+        assert!(claimed.warm && pool.wait_ready(4, PATIENCE));
+        let begin = Instant::now();
+        let released = pool.release(claimed.snapshot.handles(), CowFate::Delete);
+        timed(&mut warm, [claim, begin.elapsed()]);
+        assert!(released.expect("idle").recycled);
+    }
+    pool.drain().expect("nothing is open");
+    cold_round(&mut cold);
+    let fastest =
+        |times: &[Vec<Duration>; 2]| [0, 1].map(|nth| *times[nth].iter().min().expect("some"));
+    let p50 = |times: &[Vec<Duration>; 2]| [0, 1].map(|nth| median(times[nth].clone()));
+    println!(
+        "create, cleanup p50 {:.2?}, fastest {:.2?}",
+        p50(&cold),
+        fastest(&cold)
+    );
+    println!(
+        "claim, release p50 {:.2?}, fastest {:.2?}",
+        p50(&warm),
+        fastest(&warm)
+    );
+    let [[create, remove], [claim, release]] = [fastest(&cold), fastest(&warm)];
+    assert!(
+        claim * 10 < create,
+        "a claim takes {claim:?}, a create {create:?}"
+    );
+    assert!(
+        release < remove,
+        "a release takes {release:?}, a removal {remove:?}"
+    );
 }

@@ -49,7 +49,7 @@ pub(crate) fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     (done, start.elapsed())
 }
 
-fn median(mut of: Vec<Duration>) -> Duration {
+pub(crate) fn median(mut of: Vec<Duration>) -> Duration {
     of.sort_unstable();
     of[of.len() / 2]
 }
