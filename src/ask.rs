@@ -7,23 +7,28 @@ use nix::errno::Errno;
 use crate::error::{Error, Result, Step};
 use crate::host::Host;
 use crate::policy::{self, Retry, Verdict};
+use crate::{spans, timings};
 
 /// Makes a kernel call; repeats it at once, a bounded number of times, when the policy says so.
-pub(crate) fn ask<T>(
-    step: Step,
-    on: &Path,
-    mut call: impl FnMut() -> Result<T, Errno>,
-) -> Result<T> {
+///
+/// Whoever watches what we do, watches here.
+pub(crate) fn ask<T>(step: Step, on: &Path, call: impl FnMut() -> Result<T, Errno>) -> Result<T> {
+    let span = spans::step(step, on);
+    let answer = timings::call(step, on, || insist(step, call));
+    spans::answered(&span, &answer);
+    answer.map_err(|errno| Error::failed(step, on, errno))
+}
+
+fn insist<T>(step: Step, mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     let mut attempt = 1;
     loop {
         match call() {
-            Ok(answer) => return Ok(answer),
             Err(errno)
                 if policy::verdict(step, errno) == Verdict::Again && attempt < policy::AT_ONCE =>
             {
                 attempt += 1
             }
-            Err(errno) => return Err(Error::failed(step, on, errno)),
+            answer => return answer,
         }
     }
 }
@@ -51,7 +56,7 @@ pub(crate) fn patiently<H: Host, T>(
             settled => return settled,
         };
         match retry.pause(attempts, host.now().saturating_sub(start)) {
-            Some(pause) => host.sleep(pause),
+            Some(pause) => timings::pause(|| host.sleep(pause)),
             None => return Err(error),
         }
         attempts += 1;

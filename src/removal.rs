@@ -11,6 +11,7 @@ use crate::mapper::{Device, MAPPER_CONTROL};
 use crate::name::{DeviceName, DeviceNumber, MAPPER_DIR};
 use crate::policy::{self, Retry, Verdict};
 use crate::refusal::Refusal;
+use crate::spans;
 use crate::uuid::DeviceUuid;
 
 /// What became of a dm device that was to be removed.
@@ -185,6 +186,7 @@ pub(crate) fn path_of(handles: &Handles) -> Option<PathBuf> {
 }
 
 fn remove_path<H: Host>(host: &H, target: &Path, retry: &Retry, when: When) -> Result<Outcome> {
+    let _span = spans::remove(target);
     match Subject::at(host, target)? {
         Some(subject) => remove_subject(host, &subject, retry, when),
         None => Ok(Outcome::AlreadyGone),

@@ -20,6 +20,7 @@ use crate::options::SnapshotOptions;
 use crate::origin_identity::OriginIdentity;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
+use crate::spans;
 use crate::status::SnapshotStatus;
 use crate::sys::{LO_AUTOCLEAR, LO_DIRECT_IO, LO_READ_ONLY};
 use crate::table::{Discard, SnapshotParams, Target, TargetLine};
@@ -103,6 +104,7 @@ pub(crate) fn create<H: Host>(
     cow: &Path,
     name: &DeviceName,
 ) -> Result<Snapshot> {
+    let _span = spans::create(origin, cow, name);
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;

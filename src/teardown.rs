@@ -11,6 +11,7 @@ use crate::loop_device::{self, LoopStatus};
 use crate::mapper::MAPPER_CONTROL;
 use crate::policy::{self, Retry, Verdict};
 use crate::removal::{self, Outcome, Subject, When};
+use crate::spans;
 
 /// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
 ///
@@ -42,6 +43,7 @@ pub fn cleanup_with(handles: &Handles, retry: &Retry) -> Result<()> {
 #[must_use = "a deferred removal is still to come"]
 pub fn cleanup_deferred(handles: &Handles) -> Result<Outcome> {
     let host = &MACHINE;
+    let _span = spans::cleanup(handles);
     let Some(subject) = Subject::of(host, handles)? else {
         return clean(host, handles, &Retry::default()).map(|()| Outcome::AlreadyGone);
     };
@@ -52,14 +54,45 @@ pub fn cleanup_deferred(handles: &Handles) -> Result<Outcome> {
 }
 
 pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
-    let start = host.now();
+    clean_claimed(host, handles, &claims(host, handles), retry)
+}
+
+/// The loop devices that handles name, each with what it is known by from now on.
+pub(crate) type Claims<'a> = Vec<(&'a LoopHandle, Result<Option<Claim>>)>;
+
+/// Loops without identity are taken at their word now: once the dm device is gone, their numbers may be others'.
+pub(crate) fn claims<'a, H: Host>(host: &H, handles: &'a Handles) -> Claims<'a> {
     let loops = [&handles.cow_loop, &handles.origin_loop]
         .into_iter()
         .flatten();
-    // Loops without identity are taken at their word now: once the dm device is gone, their numbers may be others'.
-    let claims: Vec<_> = loops.map(|handle| (handle, claim(host, handle))).collect();
+    loops.map(|handle| (handle, claim(host, handle))).collect()
+}
+
+/// [`clean`], of loop devices that were claimed before.
+pub(crate) fn clean_claimed<H: Host>(
+    host: &H,
+    handles: &Handles,
+    claims: &Claims<'_>,
+    retry: &Retry,
+) -> Result<()> {
+    let _span = spans::cleanup(handles);
+    let start = host.now();
+    let removed = remove_device(host, handles, retry);
+    let retry = retry.less(host.now().saturating_sub(start));
+    release_loops(host, handles, removed, claims, &retry)
+}
+
+/// What follows a dm device's removal, or the failure of it.
+pub(crate) fn release_loops<H: Host>(
+    host: &H,
+    handles: &Handles,
+    removed: Result<()>,
+    claims: &Claims<'_>,
+    retry: &Retry,
+) -> Result<()> {
+    let start = host.now();
     let mut left = Vec::new();
-    if let Err(error) = remove_device(host, handles, retry) {
+    if let Err(error) = removed {
         let object = removal::path_of(handles).unwrap_or_else(|| object_of(&error));
         left.push(Leftover::new(object, error));
     }
@@ -72,10 +105,11 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
         } else {
             Retry::ONCE
         };
-        let released = claim.and_then(|claim| match claim {
-            Some(claim) => release_loop(host, &claim, removed.then_some(handles), &patience),
-            None => Ok(()),
-        });
+        let released = match claim {
+            Ok(Some(claim)) => release_loop(host, claim, removed.then_some(handles), &patience),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.clone()),
+        };
         if let Err(error) = released {
             left.push(Leftover::new(&handle.path, error));
         }
@@ -86,7 +120,7 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
     }
 }
 
-fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+pub(crate) fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
     match Subject::of(host, handles)? {
         Some(subject) => removal::remove_subject(host, &subject, retry, When::Now).map(drop),
         None => Ok(()),
@@ -101,7 +135,7 @@ fn object_of(error: &Error) -> PathBuf {
 }
 
 /// A loop device that is to be detached, by an identity that is never empty.
-struct Claim {
+pub(crate) struct Claim {
     handle: LoopHandle,
     /// Whether the handle had an identity: then the device was attached by us, with autoclear.
     is_ours: bool,

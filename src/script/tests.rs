@@ -8,6 +8,7 @@ use crate::policy::{AT_ONCE, Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::snapshot::{Snapshot, create};
 use crate::teardown::clean;
+use crate::timings::Timings;
 
 fn never(_: Step, _: usize) -> Option<Errno> {
     None
@@ -64,6 +65,23 @@ fn whichever_call_of_create_fails_nothing_is_left_and_the_error_names_it() {
             "after call {index}, {step:?}"
         );
     }
+}
+
+#[test]
+fn the_timings_of_a_create_are_its_calls_in_order() {
+    let (made, timings) = Timings::of(|| create_on(&Script::new(never)));
+    assert!(made.is_ok());
+    let steps: Vec<_> = timings.calls.iter().map(|call| call.step).collect();
+    assert_eq!(steps, calls_of_a_create());
+    assert!(timings.calls.iter().all(|call| call.errno.is_none()));
+
+    let script = Script::new(|step, _| (step == Step::Resume).then_some(Errno::EIO));
+    let (_, timings) = Timings::of(|| create_on(&script).expect_err("it cannot be resumed"));
+    let failed = timings.calls.iter().find(|call| call.errno.is_some());
+    let failed = failed.map(|call| (call.step, call.on.as_path()));
+    assert_eq!(failed, Some((Step::Resume, Path::new("/dev/mapper/vm"))));
+    let undone = timings.calls.last().map(|call| call.step);
+    assert_ne!(undone, Some(Step::Resume), "undoing is part of it");
 }
 
 #[test]

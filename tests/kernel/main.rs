@@ -33,5 +33,6 @@ mod sizes;
 mod stores;
 mod strace;
 mod teardown;
+mod timings;
 mod udev;
 mod watch;
