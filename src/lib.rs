@@ -26,6 +26,7 @@ mod dm_message;
 mod error;
 mod exception_store;
 mod export;
+mod fleet;
 mod grow;
 mod half_merged;
 mod handles;
@@ -40,6 +41,7 @@ mod merge;
 mod name;
 mod options;
 mod origin_identity;
+mod overlap;
 mod policy;
 mod reap;
 mod refusal;
@@ -65,6 +67,7 @@ pub use exception_store::{
     least_bytes as least_cow_bytes, sound as sound_cow_bytes, worst_case as worst_case_bytes,
 };
 pub use export::{ExportOptions, ExportProgress, Exported};
+pub use fleet::{cleanup_all, cleanup_all_with};
 pub use grow::{GrowOptions, grow, recover};
 pub use handles::{FileId, Handles, LoopHandle};
 pub use inventory::{LoopFacts, SnapshotInfo, State, adopt, list, status};

@@ -147,6 +147,23 @@ impl Retry {
         self
     }
 
+    /// One attempt, at a deadline that has come: unlike [`Retry::ONCE`] it counts as having waited.
+    pub(crate) const LAST: Self = Self::until(Duration::from_nanos(1));
+
+    /// The pause between two rounds over so many devices, as [`Retry::pause`] has it for one. A round over more than
+    /// eight is as much rarer as it takes longer.
+    pub(crate) fn pause_among(
+        &self,
+        devices: usize,
+        round: u32,
+        elapsed: Duration,
+    ) -> Option<Duration> {
+        let left = self.deadline.saturating_sub(elapsed);
+        let rarer = u32::try_from(devices.div_ceil(8)).unwrap_or(u32::MAX);
+        let pause = self.pause(round, elapsed)?;
+        Some(pause.saturating_mul(rarer).min(left))
+    }
+
     /// What is left of it when so much time has gone.
     pub(crate) fn less(mut self, elapsed: Duration) -> Self {
         self.deadline = self.deadline.saturating_sub(elapsed);
