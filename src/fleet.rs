@@ -1,13 +1,16 @@
 //! The story of many teardowns at once, as after a host's VMs have all been stopped.
 
+use std::path::PathBuf;
+
+use crate::ask::Wait;
 use crate::error::Result;
 use crate::handles::Handles;
 use crate::host::{Host, MACHINE};
 use crate::overlap::overlapped;
 use crate::policy::{Retry, Verdict};
-use crate::removal::Subject;
+use crate::removal;
+use crate::spans;
 use crate::teardown::{self, Claims};
-use crate::{spans, timings};
 
 /// Takes down what each of the handles names, as [`cleanup`](crate::cleanup) does; results in the order given.
 ///
@@ -61,7 +64,7 @@ fn clean_all<H: Host + Sync>(host: &H, all: &[&Handles], retry: &Retry) -> Vec<R
             claims: teardown::claims(host, handles),
         })
         .collect();
-    let mut round = 0;
+    let mut wait = Wait::new(host, retry);
     loop {
         let attempts = overlapped(&ready, |due| due.attempt(host, &left()));
         for (due, attempt) in ready.drain(..).zip(attempts) {
@@ -73,12 +76,13 @@ fn clean_all<H: Host + Sync>(host: &H, all: &[&Handles], retry: &Retry) -> Vec<R
         if busy.is_empty() {
             return results;
         }
-        let elapsed = host.now().saturating_sub(start);
-        let Some(pause) = retry.pause_among(busy.len(), round, elapsed) else {
-            break;
+        let nodes = || {
+            let nodes = busy.iter().filter_map(|due: &Due<'_>| due.node(host));
+            nodes.collect()
         };
-        timings::pause(|| host.sleep(pause));
-        round += 1;
+        if !wait.pause(busy.len(), nodes) {
+            break;
+        }
         (busy, ready) = busy.into_iter().partition(|due| due.is_busy(host));
     }
     let last = match *retry {
@@ -114,8 +118,11 @@ impl Due<'_> {
     /// A look from the calling thread, which is a thousandth of a removal. Whatever else it finds is for the attempt to
     /// name.
     fn is_busy<H: Host>(&self, host: &H) -> bool {
-        let subject = Subject::of(host, self.handles).ok().flatten();
-        let device = subject.and_then(|subject| subject.query(host).ok().flatten());
+        let device = removal::look(host, self.handles);
         device.is_some_and(|device| device.open_count > 0)
+    }
+
+    fn node<H: Host>(&self, host: &H) -> Option<PathBuf> {
+        removal::look(host, self.handles).map(|device| device.number.dm_node())
     }
 }

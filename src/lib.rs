@@ -22,6 +22,7 @@ mod readme {}
 mod alias;
 mod ask;
 mod backing;
+mod closes;
 mod dm_message;
 mod error;
 mod exception_store;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::ask::{absent, ask, patiently};
+use crate::ask::{absent, ask, watchfully};
 use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
 use crate::handles::Handles;
@@ -177,6 +177,12 @@ impl Subject {
     }
 }
 
+/// The dm device that the handles name, if it can be found.
+pub(crate) fn look<H: Host>(host: &H, handles: &Handles) -> Option<Device> {
+    let subject = Subject::of(host, handles).ok().flatten()?;
+    subject.query(host).ok().flatten()
+}
+
 /// The path that stands for the handles' dm device, if they name one.
 pub(crate) fn path_of(handles: &Handles) -> Option<PathBuf> {
     let by_name = handles.name.as_ref().map(DeviceName::mapper_path);
@@ -202,7 +208,15 @@ pub(crate) fn remove_subject<H: Host>(
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
-    let outcome = patiently(host, retry, Verdict::Busy, || try_once(host, subject, when));
+    let node = || {
+        let device = subject.query(host).ok().flatten();
+        device
+            .map(|device| device.number.dm_node())
+            .into_iter()
+            .collect()
+    };
+    let attempt = || try_once(host, subject, when);
+    let outcome = watchfully(host, retry, Verdict::Busy, node, attempt);
     match outcome {
         // Looking for holders takes far longer than an attempt: worth it for who has waited in vain, not for who asks
         // from an event loop.

@@ -261,7 +261,7 @@ const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
 /// Reading several stores back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its buffers
 /// while another one destroys it. Real shortage of memory lasts longer.
-const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500));
+const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
 /// The next free loop device is another one already, so the first pauses are next to nothing.
 const RACE_RETRY: Retry =

@@ -172,7 +172,7 @@ fn release_loop<H: Host>(
     retry: &Retry,
 ) -> Result<()> {
     let path = &claim.handle.path;
-    patiently(host, retry, Verdict::Busy, || {
+    patiently(host, &retry.sparing(), Verdict::Busy, || {
         if !detach(host, claim)? || matches!(binding(host, &claim.handle)?, Binding::Gone) {
             return Ok(());
         }
@@ -280,7 +280,9 @@ pub fn wait_gone(handles: &Handles, retry: &Retry) -> Result<()> {
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
-    patiently(host, retry, Verdict::Busy, || look_gone(host, handles))
+    patiently(host, &retry.sparing(), Verdict::Busy, || {
+        look_gone(host, handles)
+    })
 }
 
 fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {

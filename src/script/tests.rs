@@ -159,6 +159,30 @@ fn a_call_that_is_interrupted_is_repeated_but_not_for_ever() {
 }
 
 #[test]
+fn a_long_wait_asks_seldom_and_ends_with_the_close() {
+    let script = Script::new(never);
+    let handles = made(&script);
+    let closes = Duration::from_micros(14_123_456);
+    let since = script.now();
+    script.world.borrow_mut().busy_until = since + closes;
+    assert_eq!(clean(&script, &handles, &Retry::default()), Ok(()));
+    let late = script.now() - since - closes;
+    assert!(late < Duration::from_millis(1), "{late:?} late");
+    let asked = script.calls.borrow().len();
+    assert!((2000..3000).contains(&asked), "{asked} calls");
+
+    // With pauses of the caller's own, nobody tells of the close.
+    let script = Script::new(never);
+    let handles = made(&script);
+    let since = script.now();
+    script.world.borrow_mut().busy_until = since + closes;
+    let ms = Duration::from_millis;
+    let retry = Retry::default().pauses(ms(100), ms(100));
+    assert_eq!(clean(&script, &handles, &retry), Ok(()));
+    assert!(script.now() - since >= ms(14_200));
+}
+
+#[test]
 fn cleanup_removes_everything_twice_over() {
     let script = Script::new(never);
     let handles = made(&script);

@@ -30,6 +30,7 @@ mod lifecycle;
 mod made_cow;
 mod merge;
 mod proof;
+mod reaction;
 mod sizes;
 mod stores;
 mod strace;
