@@ -112,7 +112,8 @@ impl<'a, H: Host> Wait<'a, H> {
             return false;
         };
         self.attempts = self.attempts.saturating_add(1);
-        if !self.retry.is_calm(now.saturating_sub(self.still_since)) {
+        let still = now.saturating_sub(self.still_since);
+        if !self.retry.watches(still) {
             timings::pause(|| self.host.sleep(pause));
             return true;
         }
@@ -125,8 +126,8 @@ impl<'a, H: Host> Wait<'a, H> {
                 self.watch = watch.map_or(Watching::Never, Watching::By);
             }
             Watching::By(watch) => {
-                let longer = self.retry.watching_pause(elapsed).unwrap_or(pause);
-                if timings::pause(|| self.host.wait_for_close(watch, longer)) {
+                let longest = self.retry.watching(pause, still, elapsed);
+                if timings::pause(|| self.host.wait_for_close(watch, longest)) {
                     self.attempts = 0;
                     self.still_since = self.host.now();
                 }

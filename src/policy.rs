@@ -117,24 +117,27 @@ pub(crate) const AT_ONCE: u32 = 16;
 /// How long a busy device is waited for, and how often it is asked meanwhile.
 ///
 /// The first pause is short because the usual holder (a VMM that has just exited, a probing udev) is gone within
-/// a millisecond; each pause is twice the one before, up to 1 ms for the first second. From then on the device's node is
-/// watched (inotify, `IN_CLOSE`) and asked only every 10 ms; a close brings the short pauses back for a second. So a
-/// removal comes within 2 ms of its holder's last close, and a wait of 15 s takes some 2,500 questions.
+/// a millisecond; each pause is twice the one before, up to 1 ms for the first second and 10 ms from then on. After 10 ms
+/// the device's node is watched as well (inotify, `IN_CLOSE`), so that a close ends the pause, and brings the short ones
+/// back. So a removal follows its holder's last close within 2 ms, and a wait of 15 s takes some 2,500 looks.
 ///
 /// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a mount,
-/// swap), closes unseen: after the first second, that is noticed within 10 ms. [`Retry::pauses`] keeps to its own
-/// ceiling instead, however long it takes.
+/// swap), closes unseen: within the first second, that is noticed within 1 ms, afterwards within 10 ms.
+/// [`Retry::pauses`] keeps to its own ceiling instead, and nothing is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     deadline: Duration,
     first: Duration,
     ceiling: Duration,
-    /// The pause while somebody else tells of closes; no longer than `ceiling` if nobody is to be asked to.
+    /// The pause while a close would be told of; no longer than `ceiling` if nothing is to be watched.
     watching: Duration,
 }
 
-/// For how long short pauses go on, from the beginning and from each close that was seen: the event of a close comes
+/// From when on a wait is worth a watch, from the beginning and from each close that was seen: the event of a close comes
 /// before the release, which may have pages to write first.
+const WATCHED_FROM: Duration = Duration::from_millis(10);
+
+/// Until when, from there too, holders that close unseen are noticed at once.
 const RESTLESS: Duration = Duration::from_secs(1);
 
 impl Retry {
@@ -144,7 +147,7 @@ impl Retry {
     /// One attempt, at a deadline that has come: unlike [`Retry::ONCE`] it counts as having waited.
     pub(crate) const LAST: Self = Self::until(Duration::from_nanos(1));
 
-    /// Repeats for at most `deadline`, pausing 100 us at first and 1 ms at most, or 10 ms while the device is watched.
+    /// Repeats for at most `deadline`, pausing 100 us at first, and 1 ms or, with the device watched, 10 ms at most.
     #[must_use]
     pub const fn until(deadline: Duration) -> Self {
         Self {
@@ -177,9 +180,18 @@ impl Retry {
         self
     }
 
-    /// Whether it is time to be told of closes, so long after the beginning or the last of them.
-    pub(crate) fn is_calm(&self, still: Duration) -> bool {
-        self.watching > self.ceiling && still >= RESTLESS
+    /// Whether to be told of closes, so long after the beginning or the last of them.
+    pub(crate) fn watches(&self, still: Duration) -> bool {
+        self.watching > self.ceiling && still >= WATCHED_FROM
+    }
+
+    /// What becomes of a pause when a close would end it.
+    pub(crate) fn watching(&self, pause: Duration, still: Duration, elapsed: Duration) -> Duration {
+        if still < RESTLESS {
+            return pause;
+        }
+        let left = self.deadline.saturating_sub(elapsed);
+        self.watching.max(pause).min(left)
     }
 
     /// The pause after attempt number `attempt` (from 0), `elapsed` after the first one began; `None` when the
@@ -192,23 +204,15 @@ impl Retry {
         devices: usize,
         elapsed: Duration,
     ) -> Option<Duration> {
-        let left = self.left(elapsed)?;
+        let left = self
+            .deadline
+            .checked_sub(elapsed)
+            .filter(|left| !left.is_zero())?;
         let grown = self
             .first
             .saturating_mul(2u32.saturating_pow(attempt.min(31)));
         let rarer = u32::try_from(devices.div_ceil(8)).unwrap_or(u32::MAX);
         Some(grown.min(self.ceiling).saturating_mul(rarer).min(left))
-    }
-
-    /// The pause while the device is watched.
-    pub(crate) fn watching_pause(&self, elapsed: Duration) -> Option<Duration> {
-        Some(self.watching.min(self.left(elapsed)?))
-    }
-
-    fn left(&self, elapsed: Duration) -> Option<Duration> {
-        self.deadline
-            .checked_sub(elapsed)
-            .filter(|left| !left.is_zero())
     }
 }
 
@@ -312,14 +316,15 @@ mod tests {
     }
 
     #[test]
-    fn closes_are_watched_for_after_a_second_unless_the_pauses_are_the_callers() {
+    fn closes_are_watched_for_unless_the_pauses_are_the_callers() {
         let ms = Duration::from_millis;
         let retry = Retry::default();
-        assert!(!retry.is_calm(ms(999)) && retry.is_calm(ms(1000)));
-        assert_eq!(retry.watching_pause(ms(2000)), Some(ms(10)));
-        assert_eq!(retry.watching_pause(ms(14_997)), Some(ms(3)));
-        assert_eq!(retry.watching_pause(ms(15_000)), None);
-        assert!(!retry.sparing().is_calm(ms(5000)));
-        assert!(!retry.pauses(ms(1), ms(50)).is_calm(ms(5000)));
+        assert!(!retry.watches(ms(9)) && retry.watches(ms(10)));
+        let pause = |still, elapsed| retry.watching(ms(1), ms(still), ms(elapsed));
+        assert_eq!(pause(999, 999), ms(1));
+        assert_eq!(pause(1000, 2000), ms(10));
+        assert_eq!(pause(1000, 14_997), ms(3));
+        assert!(!retry.sparing().watches(ms(5000)));
+        assert!(!retry.pauses(ms(1), ms(50)).watches(ms(5000)));
     }
 }
