@@ -1,29 +1,35 @@
 //! Asking the kernel, with a step and an object to name if it refuses.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
 use crate::error::{Error, Result, Step};
 use crate::host::Host;
 use crate::policy::{self, Retry, Verdict};
+use crate::{spans, timings};
 
 /// Makes a kernel call; repeats it at once, a bounded number of times, when the policy says so.
-pub(crate) fn ask<T>(
-    step: Step,
-    on: &Path,
-    mut call: impl FnMut() -> Result<T, Errno>,
-) -> Result<T> {
+///
+/// Whoever watches what we do, watches here.
+pub(crate) fn ask<T>(step: Step, on: &Path, call: impl FnMut() -> Result<T, Errno>) -> Result<T> {
+    let span = spans::step(step, on);
+    let answer = timings::call(step, on, || insist(step, call));
+    spans::answered(&span, &answer);
+    answer.map_err(|errno| Error::failed(step, on, errno))
+}
+
+fn insist<T>(step: Step, mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     let mut attempt = 1;
     loop {
         match call() {
-            Ok(answer) => return Ok(answer),
             Err(errno)
                 if policy::verdict(step, errno) == Verdict::Again && attempt < policy::AT_ONCE =>
             {
                 attempt += 1
             }
-            Err(errno) => return Err(Error::failed(step, on, errno)),
+            answer => return answer,
         }
     }
 }
@@ -41,19 +47,93 @@ pub(crate) fn patiently<H: Host, T>(
     host: &H,
     retry: &Retry,
     while_it_is: Verdict,
+    attempt: impl FnMut() -> Result<T>,
+) -> Result<T> {
+    watchfully(host, retry, while_it_is, Vec::new, attempt)
+}
+
+/// As [`patiently`], and told of closes of `nodes` once it takes long.
+pub(crate) fn watchfully<H: Host, T>(
+    host: &H,
+    retry: &Retry,
+    while_it_is: Verdict,
+    nodes: impl Fn() -> Vec<PathBuf>,
     mut attempt: impl FnMut() -> Result<T>,
 ) -> Result<T> {
-    let start = host.now();
-    let mut attempts = 0;
+    let mut wait = Wait::new(host, retry);
     loop {
-        let error = match attempt() {
-            Err(error) if error.verdict() == Some(while_it_is) => error,
+        match attempt() {
+            Err(error) if error.verdict() == Some(while_it_is) => {
+                if !wait.pause(1, &nodes) {
+                    return Err(error);
+                }
+            }
             settled => return settled,
-        };
-        match retry.pause(attempts, host.now().saturating_sub(start)) {
-            Some(pause) => host.sleep(pause),
-            None => return Err(error),
         }
-        attempts += 1;
+    }
+}
+
+/// A wait for busy devices: pauses as the policy has them, between one attempt and the next.
+pub(crate) struct Wait<'a, H: Host> {
+    host: &'a H,
+    retry: &'a Retry,
+    start: Duration,
+    /// Since when no close was seen.
+    still_since: Duration,
+    attempts: u32,
+    watch: Watching<H::Watch>,
+}
+
+enum Watching<W> {
+    NotYet,
+    By(W),
+    /// There is no node, or no watching it.
+    Never,
+}
+
+impl<'a, H: Host> Wait<'a, H> {
+    pub(crate) fn new(host: &'a H, retry: &'a Retry) -> Self {
+        let start = host.now();
+        Self {
+            host,
+            retry,
+            start,
+            still_since: start,
+            attempts: 0,
+            watch: Watching::NotYet,
+        }
+    }
+
+    /// Pauses after an attempt at so many devices; `false` when the deadline has come. `nodes` are theirs.
+    pub(crate) fn pause(&mut self, devices: usize, nodes: impl Fn() -> Vec<PathBuf>) -> bool {
+        let now = self.host.now();
+        let elapsed = now.saturating_sub(self.start);
+        let Some(pause) = self.retry.pause(self.attempts, devices, elapsed) else {
+            return false;
+        };
+        self.attempts = self.attempts.saturating_add(1);
+        let still = now.saturating_sub(self.still_since);
+        if !self.retry.watches(still) {
+            timings::pause(|| self.host.sleep(pause));
+            return true;
+        }
+        match &self.watch {
+            Watching::NotYet => {
+                // The last close may have come before the watch: the next attempt follows at once.
+                let watch = Some(nodes())
+                    .filter(|nodes| !nodes.is_empty())
+                    .and_then(|nodes| self.host.watch_closes(&nodes).ok());
+                self.watch = watch.map_or(Watching::Never, Watching::By);
+            }
+            Watching::By(watch) => {
+                let longest = self.retry.watching(pause, still, elapsed);
+                if timings::pause(|| self.host.wait_for_close(watch, longest)) {
+                    self.attempts = 0;
+                    self.still_since = self.host.now();
+                }
+            }
+            Watching::Never => timings::pause(|| self.host.sleep(pause)),
+        }
+        true
     }
 }

@@ -185,6 +185,7 @@ macro_rules! steps {
     ($($(#[$doc:meta])* $step:ident = $text:literal,)*) => {
         /// One thing asked of the kernel.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+        #[cfg_attr(feature = "serde", derive(serde::Serialize), serde(rename_all = "kebab-case"))]
         #[non_exhaustive]
         pub enum Step {
             $($(#[$doc])* $step,)*

@@ -14,6 +14,7 @@ use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens};
 use nix::sys::time::TimeSpec;
 
 use crate::alias;
+use crate::closes::Closes;
 use crate::dm_message::{Address, Listed};
 use crate::handles::FileId;
 use crate::holders;
@@ -61,6 +62,8 @@ pub(crate) enum FileKind {
 pub(crate) trait Host {
     type File;
     type Loop;
+    /// What tells of closes.
+    type Watch;
 
     fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
     fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
@@ -123,6 +126,8 @@ pub(crate) trait Host {
     fn random(&self) -> Result<u128, Errno>;
     fn now(&self) -> Duration;
     fn sleep(&self, pause: Duration);
+    fn watch_closes(&self, nodes: &[PathBuf]) -> Result<Self::Watch, Errno>;
+    fn wait_for_close(&self, watch: &Self::Watch, pause: Duration) -> bool;
 }
 
 /// The machine we run on. Its two control nodes are opened on first use and stay open with the process.
@@ -184,6 +189,7 @@ impl Machine {
 impl Host for Machine {
     type File = OwnedFd;
     type Loop = LoopDevice;
+    type Watch = Closes;
 
     /// `O_EXCL` without `O_CREAT` claims a block device against mounts and other exclusive users, for as long as the
     /// loop device has it; it means nothing for a regular file. `O_NONBLOCK` keeps a FIFO from blocking the open; it has no effect on regular files and block devices
@@ -447,6 +453,14 @@ impl Host for Machine {
 
     fn sleep(&self, pause: Duration) {
         std::thread::sleep(pause);
+    }
+
+    fn watch_closes(&self, nodes: &[PathBuf]) -> Result<Closes, Errno> {
+        Closes::of(nodes)
+    }
+
+    fn wait_for_close(&self, watch: &Closes, pause: Duration) -> bool {
+        watch.wait(pause)
     }
 }
 

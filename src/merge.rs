@@ -26,6 +26,7 @@ use crate::store_check::unsound;
 use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
 use crate::teardown;
+use crate::timings;
 use crate::units::{ChunkSize, Sectors};
 use crate::uuid::Kind;
 
@@ -364,7 +365,7 @@ impl<H: Host> Pair<'_, H> {
             if progress(MergeProgress { merged, total }).is_break() || left == 0 {
                 return Ok(());
             }
-            self.host.sleep(pause);
+            timings::pause(|| self.host.sleep(pause));
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }

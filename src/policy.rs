@@ -119,33 +119,60 @@ pub(crate) const AT_ONCE: u32 = 16;
 /// How long a busy device is waited for, and how often it is asked meanwhile.
 ///
 /// The first pause is short because the usual holder (a VMM that has just exited, a probing udev) is gone within
-/// a millisecond; each pause is twice the one before, up to a ceiling.
+/// a millisecond; each pause is twice the one before, up to 1 ms for the first second and 10 ms from then on. After 10 ms
+/// the device's node is watched as well (inotify, `IN_CLOSE`), so that a close ends the pause, and brings the short ones
+/// back. So a removal follows its holder's last close within 2 ms, and a wait of 15 s takes some 2,500 looks.
+///
+/// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a mount,
+/// swap), closes unseen: within the first second, that is noticed within 1 ms, afterwards within 10 ms.
+/// [`Retry::pauses`] keeps to its own ceiling instead, and nothing is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     deadline: Duration,
     first: Duration,
     ceiling: Duration,
+    /// The pause while a close would be told of; no longer than `ceiling` if nothing is to be watched.
+    watching: Duration,
 }
+
+/// From when on a wait is worth a watch, from the beginning and from each close that was seen: the event of a close comes
+/// before the release, which may have pages to write first.
+const WATCHED_FROM: Duration = Duration::from_millis(10);
+
+/// Until when, from there too, holders that close unseen are noticed at once.
+const RESTLESS: Duration = Duration::from_secs(1);
 
 impl Retry {
     /// One attempt, no waiting.
     pub const ONCE: Self = Self::until(Duration::ZERO);
 
-    /// Repeats for at most `deadline`, pausing 100 us at first and 10 ms at most.
+    /// One attempt, at a deadline that has come: unlike [`Retry::ONCE`] it counts as having waited.
+    pub(crate) const LAST: Self = Self::until(Duration::from_nanos(1));
+
+    /// Repeats for at most `deadline`, pausing 100 us at first, and 1 ms or, with the device watched, 10 ms at most.
     #[must_use]
     pub const fn until(deadline: Duration) -> Self {
         Self {
             deadline,
             first: Duration::from_micros(100),
-            ceiling: Duration::from_millis(10),
+            ceiling: Duration::from_millis(1),
+            watching: Duration::from_millis(10),
         }
     }
 
-    /// Sets the first pause and the longest one.
+    /// Sets the first pause and the longest one. The device is not watched then.
     #[must_use]
     pub const fn pauses(mut self, first: Duration, ceiling: Duration) -> Self {
         self.first = first;
         self.ceiling = ceiling;
+        self.watching = ceiling;
+        self
+    }
+
+    /// For questions that cost more than a look at an open count, and are answered by no close: with the longer pauses
+    /// from the beginning.
+    pub(crate) const fn sparing(mut self) -> Self {
+        self.ceiling = self.watching;
         self
     }
 
@@ -155,9 +182,30 @@ impl Retry {
         self
     }
 
+    /// Whether to be told of closes, so long after the beginning or the last of them.
+    pub(crate) fn watches(&self, still: Duration) -> bool {
+        self.watching > self.ceiling && still >= WATCHED_FROM
+    }
+
+    /// What becomes of a pause when a close would end it.
+    pub(crate) fn watching(&self, pause: Duration, still: Duration, elapsed: Duration) -> Duration {
+        if still < RESTLESS {
+            return pause;
+        }
+        let left = self.deadline.saturating_sub(elapsed);
+        self.watching.max(pause).min(left)
+    }
+
     /// The pause after attempt number `attempt` (from 0), `elapsed` after the first one began; `None` when the
     /// deadline has come. The last pause is cut so that one attempt falls on the deadline itself.
-    pub(crate) fn pause(&self, attempt: u32, elapsed: Duration) -> Option<Duration> {
+    ///
+    /// An attempt at more than eight devices is as much rarer as it takes longer.
+    pub(crate) fn pause(
+        &self,
+        attempt: u32,
+        devices: usize,
+        elapsed: Duration,
+    ) -> Option<Duration> {
         let left = self
             .deadline
             .checked_sub(elapsed)
@@ -165,7 +213,8 @@ impl Retry {
         let grown = self
             .first
             .saturating_mul(2u32.saturating_pow(attempt.min(31)));
-        Some(grown.min(self.ceiling).min(left))
+        let rarer = u32::try_from(devices.div_ceil(8)).unwrap_or(u32::MAX);
+        Some(grown.min(self.ceiling).saturating_mul(rarer).min(left))
     }
 }
 
@@ -237,19 +286,47 @@ mod tests {
 
     #[test]
     fn pauses_double_from_well_under_a_millisecond_to_the_ceiling_and_end_on_the_deadline() {
-        let retry = Retry::until(Duration::from_millis(30));
-        let mut elapsed = Duration::ZERO;
-        let mut pauses = Vec::new();
-        while let Some(pause) = retry.pause(u32::try_from(pauses.len()).expect("few"), elapsed) {
-            elapsed += pause;
-            pauses.push(pause.as_micros());
-        }
-        assert_eq!(pauses, [100, 200, 400, 800, 1600, 3200, 6400, 10_000, 7300]);
-        assert_eq!(elapsed, Duration::from_millis(30));
-        assert_eq!(Retry::ONCE.pause(0, Duration::ZERO), None);
+        let pauses_of = |retry: Retry| {
+            let mut elapsed = Duration::ZERO;
+            let mut pauses = Vec::new();
+            let attempt = |pauses: &Vec<_>| u32::try_from(pauses.len()).expect("few");
+            while let Some(pause) = retry.pause(attempt(&pauses), 1, elapsed) {
+                elapsed += pause;
+                pauses.push(pause.as_micros());
+            }
+            (pauses, elapsed)
+        };
+        let ms = Duration::from_millis;
         assert_eq!(
-            Retry::default().pause(u32::MAX, Duration::ZERO),
-            Some(Duration::from_millis(10))
+            pauses_of(Retry::until(ms(4))),
+            (vec![100, 200, 400, 800, 1000, 1000, 500], ms(4))
         );
+        assert_eq!(
+            pauses_of(Retry::until(ms(30)).sparing()),
+            (
+                vec![100, 200, 400, 800, 1600, 3200, 6400, 10_000, 7300],
+                ms(30)
+            )
+        );
+        assert_eq!(Retry::ONCE.pause(0, 1, Duration::ZERO), None);
+        let retry = Retry::default();
+        let longest = |devices| retry.pause(u32::MAX, devices, Duration::ZERO);
+        assert_eq!(
+            [1, 8, 9, 64].map(longest),
+            [1, 1, 2, 8].map(|pause| Some(ms(pause)))
+        );
+    }
+
+    #[test]
+    fn closes_are_watched_for_unless_the_pauses_are_the_callers() {
+        let ms = Duration::from_millis;
+        let retry = Retry::default();
+        assert!(!retry.watches(ms(9)) && retry.watches(ms(10)));
+        let pause = |still, elapsed| retry.watching(ms(1), ms(still), ms(elapsed));
+        assert_eq!(pause(999, 999), ms(1));
+        assert_eq!(pause(1000, 2000), ms(10));
+        assert_eq!(pause(1000, 14_997), ms(3));
+        assert!(!retry.sparing().watches(ms(5000)));
+        assert!(!retry.pauses(ms(1), ms(50)).watches(ms(5000)));
     }
 }

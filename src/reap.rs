@@ -10,6 +10,7 @@ use crate::host::{Host, MACHINE};
 use crate::inventory::{self, SnapshotInfo};
 use crate::loop_device;
 use crate::name::MAPPER_DIR;
+use crate::overlap::overlapped;
 use crate::policy::{Retry, Verdict};
 use crate::pool;
 use crate::removal::{self, Outcome};
@@ -106,35 +107,34 @@ impl ReapOptions {
         self
     }
 
-    /// Sweeps, keeping those that `keep` claims.
+    /// Sweeps, keeping those that `keep` claims: it is asked about all of them first, and then the others are taken down
+    /// side by side, as [`cleanup_all`](crate::cleanup_all) does.
     ///
     /// # Errors
     ///
     /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails for one snapshot is in
     /// its [`Reaped::fate`].
     pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
-        let mut reaped = Vec::new();
-        for (name, info) in inventory::ours()? {
-            reaped.push(match info {
-                Ok(info) => {
-                    let fate = if keep(&info) {
-                        Ok(Fate::Kept)
-                    } else {
-                        self.reap_one(&info)
-                    };
-                    Reaped {
-                        name,
-                        snapshot: Some(info),
-                        fate,
-                    }
-                }
-                Err(error) => Reaped {
-                    name,
-                    snapshot: None,
-                    fate: Err(error),
-                },
-            });
-        }
+        let found: Vec<_> = inventory::ours()?
+            .into_iter()
+            .map(|(name, info)| {
+                let kept = info.as_ref().is_ok_and(&mut keep);
+                (name, info, kept)
+            })
+            .collect();
+        let fates = overlapped(&found, |(_, info, kept)| match info {
+            Ok(_) if *kept => Ok(Fate::Kept),
+            Ok(info) => self.reap_one(info),
+            Err(error) => Err(error.clone()),
+        });
+        let items = found.into_iter().zip(fates);
+        let mut reaped: Vec<_> = items
+            .map(|((name, info, _), fate)| Reaped {
+                name,
+                snapshot: info.ok(),
+                fate,
+            })
+            .collect();
         reaped.extend(self.sweep_aliases());
         Ok(reaped)
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::ask::{absent, ask, patiently};
+use crate::ask::{absent, ask, watchfully};
 use crate::binding::{Binding, binding};
 use crate::dm_message::Address;
 use crate::error::{Error, Result, Step};
@@ -12,6 +12,7 @@ use crate::mapper::{Device, MAPPER_CONTROL};
 use crate::name::{DeviceName, DeviceNumber, MAPPER_DIR};
 use crate::policy::{self, Retry, Verdict};
 use crate::refusal::Refusal;
+use crate::spans;
 use crate::uuid::{DeviceUuid, Kind};
 
 /// What became of a dm device that was to be removed.
@@ -205,6 +206,12 @@ impl Subject {
     }
 }
 
+/// The dm device that the handles name, if it can be found.
+pub(crate) fn look<H: Host>(host: &H, handles: &Handles) -> Option<Device> {
+    let subject = Subject::of(host, handles).ok().flatten()?;
+    subject.query(host).ok().flatten()
+}
+
 /// The path that stands for the handles' dm device, if they name one.
 pub(crate) fn path_of(handles: &Handles) -> Option<PathBuf> {
     let by_name = handles.name.as_ref().map(DeviceName::mapper_path);
@@ -214,6 +221,7 @@ pub(crate) fn path_of(handles: &Handles) -> Option<PathBuf> {
 }
 
 fn remove_path<H: Host>(host: &H, target: &Path, retry: &Retry, when: When) -> Result<Outcome> {
+    let _span = spans::remove(target);
     match Subject::at(host, target)? {
         Some(subject) => remove_subject(host, &subject, retry, when),
         None => Ok(Outcome::AlreadyGone),
@@ -229,7 +237,15 @@ pub(crate) fn remove_subject<H: Host>(
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
-    let outcome = patiently(host, retry, Verdict::Busy, || try_once(host, subject, when));
+    let node = || {
+        let device = subject.query(host).ok().flatten();
+        device
+            .map(|device| device.number.dm_node())
+            .into_iter()
+            .collect()
+    };
+    let attempt = || try_once(host, subject, when);
+    let outcome = watchfully(host, retry, Verdict::Busy, node, attempt);
     match outcome {
         // Looking for holders takes far longer than an attempt: worth it for who has waited in vain, not for who asks
         // from an event loop.

@@ -248,6 +248,7 @@ impl Script {
 impl Host for Script {
     type File = u64;
     type Loop = ScriptLoop;
+    type Watch = ();
 
     fn open_file(&self, path: &Path, _writable: bool) -> Result<u64, Errno> {
         self.call(Step::OpenFile)?;
@@ -665,6 +666,18 @@ impl Host for Script {
 
     fn now(&self) -> Duration {
         self.clock.get()
+    }
+
+    fn watch_closes(&self, _nodes: &[PathBuf]) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    /// The users' close is seen as it happens.
+    fn wait_for_close(&self, (): &(), pause: Duration) -> bool {
+        let left = self.world.borrow().busy_until.checked_sub(self.clock.get());
+        let seen = left.filter(|left| !left.is_zero() && *left <= pause);
+        self.sleep(seen.unwrap_or(pause));
+        seen.is_some()
     }
 
     fn sleep(&self, pause: Duration) {

@@ -21,6 +21,7 @@ use crate::origin::Base;
 use crate::origin_identity::OriginIdentity;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
+use crate::spans;
 use crate::status::SnapshotStatus;
 use crate::store_check::check_identity;
 use crate::sys::{LO_AUTOCLEAR, LO_DIRECT_IO, LO_READ_ONLY};
@@ -131,6 +132,7 @@ pub(crate) fn create<H: Host>(
     cow: &Path,
     name: &DeviceName,
 ) -> Result<Snapshot> {
+    let _span = spans::create(origin, cow, name);
     open_controls(host)?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, options)?;
@@ -166,6 +168,7 @@ pub(crate) fn create_on<H: Host>(
     cow: &Path,
     name: &DeviceName,
 ) -> Result<Snapshot> {
+    let _span = spans::create(base.image().path, cow, name);
     open_controls(host)?;
     let (cow, mut handles) = prepare(host, options, base, cow)?;
     let mut live = || -> Result<_> {
@@ -401,7 +404,7 @@ const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
 /// Reading several stores back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its buffers
 /// while another one destroys it. Real shortage of memory lasts longer.
-const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500));
+const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
 /// The next free loop device is another one already, so the first pauses are next to nothing.
 const RACE_RETRY: Retry =

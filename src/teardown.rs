@@ -12,6 +12,7 @@ use crate::loop_device;
 use crate::mapper::MAPPER_CONTROL;
 use crate::policy::{self, Retry, Verdict};
 use crate::removal::{self, Outcome, Subject, When};
+use crate::spans;
 use crate::uuid::{DeviceUuid, Kind};
 
 /// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
@@ -44,6 +45,7 @@ pub fn cleanup_with(handles: &Handles, retry: &Retry) -> Result<()> {
 #[must_use = "a deferred removal is still to come"]
 pub fn cleanup_deferred(handles: &Handles) -> Result<Outcome> {
     let host = &MACHINE;
+    let _span = spans::cleanup(handles);
     let Some(subject) = Subject::of(host, handles)? else {
         return clean(host, handles, &Retry::default()).map(|()| Outcome::AlreadyGone);
     };
@@ -54,13 +56,44 @@ pub fn cleanup_deferred(handles: &Handles) -> Result<Outcome> {
 }
 
 pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
-    let start = host.now();
-    // Loops without identity are taken at their word now: once the dm device is gone, their numbers may be others'.
-    let claims: Vec<_> = own_loops(handles)
+    clean_claimed(host, handles, &claims(host, handles), retry)
+}
+
+/// The loop devices that handles name, each with what it is known by from now on.
+pub(crate) type Claims<'a> = Vec<(&'a LoopHandle, Result<Option<Claim>>)>;
+
+/// Loops without identity are taken at their word now: once the dm device is gone, their numbers may be others'.
+pub(crate) fn claims<'a, H: Host>(host: &H, handles: &'a Handles) -> Claims<'a> {
+    own_loops(handles)
         .map(|handle| (handle, claim(host, handle)))
-        .collect();
+        .collect()
+}
+
+/// [`clean`], of loop devices that were claimed before.
+pub(crate) fn clean_claimed<H: Host>(
+    host: &H,
+    handles: &Handles,
+    claims: &Claims<'_>,
+    retry: &Retry,
+) -> Result<()> {
+    let _span = spans::cleanup(handles);
+    let start = host.now();
+    let removed = remove_device(host, handles, retry);
+    let retry = retry.less(host.now().saturating_sub(start));
+    release_loops(host, handles, removed, claims, &retry)
+}
+
+/// What follows a dm device's removal, or the failure of it.
+pub(crate) fn release_loops<H: Host>(
+    host: &H,
+    handles: &Handles,
+    removed: Result<()>,
+    claims: &Claims<'_>,
+    retry: &Retry,
+) -> Result<()> {
+    let start = host.now();
     let mut left = Vec::new();
-    if let Err(error) = remove_device(host, handles, retry) {
+    if let Err(error) = removed {
         let object = removal::path_of(handles).unwrap_or_else(|| object_of(&error));
         left.push(Leftover::new(object, error));
     }
@@ -73,10 +106,11 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
         } else {
             Retry::ONCE
         };
-        let released = claim.and_then(|claim| match claim {
-            Some(claim) => release_loop(host, &claim, removed.then_some(handles), &patience),
-            None => Ok(()),
-        });
+        let released = match claim {
+            Ok(Some(claim)) => release_loop(host, claim, removed.then_some(handles), &patience),
+            Ok(None) => Ok(()),
+            Err(error) => Err(error.clone()),
+        };
         if let Err(error) = released {
             left.push(Leftover::new(&handle.path, error));
         }
@@ -95,7 +129,7 @@ fn own_loops(handles: &Handles) -> impl Iterator<Item = &LoopHandle> {
     handles.cow_loop.iter().chain(origin)
 }
 
-fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+pub(crate) fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
     match Subject::of(host, handles)? {
         Some(subject) => removal::remove_subject(host, &subject, retry, When::Now).map(drop),
         None => Ok(()),
@@ -110,7 +144,7 @@ fn object_of(error: &Error) -> PathBuf {
 }
 
 /// A loop device that is to be detached, by an identity that is never empty.
-struct Claim {
+pub(crate) struct Claim {
     handle: LoopHandle,
     /// Whether the handle had an identity: then the device was attached by us, with autoclear.
     is_ours: bool,
@@ -147,7 +181,7 @@ fn release_loop<H: Host>(
     retry: &Retry,
 ) -> Result<()> {
     let path = &claim.handle.path;
-    patiently(host, retry, Verdict::Busy, || {
+    patiently(host, &retry.sparing(), Verdict::Busy, || {
         if !detach(host, claim)? || matches!(binding(host, &claim.handle)?, Binding::Gone) {
             return Ok(());
         }
@@ -214,7 +248,9 @@ pub fn wait_gone(handles: &Handles, retry: &Retry) -> Result<()> {
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
-    patiently(host, retry, Verdict::Busy, || look_gone(host, handles))
+    patiently(host, &retry.sparing(), Verdict::Busy, || {
+        look_gone(host, handles)
+    })
 }
 
 fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {

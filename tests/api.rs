@@ -21,6 +21,10 @@ mod messages;
 #[path = "api/store.rs"]
 mod store;
 
+#[cfg(feature = "tracing")]
+#[path = "api/spans.rs"]
+mod spans;
+
 #[cfg(feature = "cli")]
 #[path = "api/command.rs"]
 mod command;

@@ -17,6 +17,7 @@ use crate::mapper::MAPPER_CONTROL;
 use crate::name::{DeviceName, POOLED};
 use crate::options::{CowSize, SnapshotOptions};
 use crate::origin::Origin;
+use crate::overlap::overlapped;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::snapshot::{self, Made, Snapshot};
@@ -382,11 +383,14 @@ impl Pool {
                 left.push(Leftover::new(path, error));
             }
         };
-        for ready in &ready {
-            note(&ready.made.mapper, ready::discard(&MACHINE, ready));
+        let ready = Vec::from(ready);
+        let discarded = overlapped(&ready, |ready| ready::discard(&MACHINE, ready));
+        for (ready, discarded) in ready.iter().zip(discarded) {
+            note(&ready.made.mapper, discarded);
         }
-        for spare in &spares {
-            note(&spare.mapper, recycle::remove_spare(&MACHINE, spare));
+        let removed = overlapped(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
+        for (spare, removed) in spares.iter().zip(removed) {
+            note(&spare.mapper, removed);
         }
         if let Some(keeper) = self.keeper.take() {
             let path = keeper.made.mapper.clone();

@@ -8,6 +8,7 @@ use crate::policy::{AT_ONCE, Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::snapshot::{Snapshot, create};
 use crate::teardown::clean;
+use crate::timings::Timings;
 
 fn never(_: Step, _: usize) -> Option<Errno> {
     None
@@ -64,6 +65,23 @@ fn whichever_call_of_create_fails_nothing_is_left_and_the_error_names_it() {
             "after call {index}, {step:?}"
         );
     }
+}
+
+#[test]
+fn the_timings_of_a_create_are_its_calls_in_order() {
+    let (made, timings) = Timings::of(|| create_on(&Script::new(never)));
+    assert!(made.is_ok());
+    let steps: Vec<_> = timings.calls.iter().map(|call| call.step).collect();
+    assert_eq!(steps, calls_of_a_create());
+    assert!(timings.calls.iter().all(|call| call.errno.is_none()));
+
+    let script = Script::new(|step, _| (step == Step::Resume).then_some(Errno::EIO));
+    let (_, timings) = Timings::of(|| create_on(&script).expect_err("it cannot be resumed"));
+    let failed = timings.calls.iter().find(|call| call.errno.is_some());
+    let failed = failed.map(|call| (call.step, call.on.as_path()));
+    assert_eq!(failed, Some((Step::Resume, Path::new("/dev/mapper/vm"))));
+    let undone = timings.calls.last().map(|call| call.step);
+    assert_ne!(undone, Some(Step::Resume), "undoing is part of it");
 }
 
 #[test]
@@ -138,6 +156,30 @@ fn a_call_that_is_interrupted_is_repeated_but_not_for_ever() {
             Script::new(move |at, nth| (at == step && nth % 2 == 0).then_some(Errno::EINTR));
         let _ = create_on(&script).expect("interrupted now and then");
     }
+}
+
+#[test]
+fn a_long_wait_asks_seldom_and_ends_with_the_close() {
+    let script = Script::new(never);
+    let handles = made(&script);
+    let closes = Duration::from_micros(14_123_456);
+    let since = script.now();
+    script.world.borrow_mut().busy_until = since + closes;
+    assert_eq!(clean(&script, &handles, &Retry::default()), Ok(()));
+    let late = script.now() - since - closes;
+    assert!(late < Duration::from_millis(1), "{late:?} late");
+    let asked = script.calls.borrow().len();
+    assert!((2000..3000).contains(&asked), "{asked} calls");
+
+    // With pauses of the caller's own, nobody tells of the close.
+    let script = Script::new(never);
+    let handles = made(&script);
+    let since = script.now();
+    script.world.borrow_mut().busy_until = since + closes;
+    let ms = Duration::from_millis;
+    let retry = Retry::default().pauses(ms(100), ms(100));
+    assert_eq!(clean(&script, &handles, &retry), Ok(()));
+    assert!(script.now() - since >= ms(14_200));
 }
 
 #[test]

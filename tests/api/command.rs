@@ -169,12 +169,47 @@ fn what_is_gone_is_status_0() {
 }
 
 #[test]
+fn how_long_steps_took_is_on_stderr() {
+    let output = run(&["remove", "--timings", "/nowhere/dm-0"], "");
+    assert_eq!(output.stdout, b"already gone\n");
+    let table = String::from_utf8(output.stderr).expect("text");
+    let firsts = table.lines().filter_map(|line| line.split(' ').next());
+    assert_eq!(
+        firsts.collect::<Vec<_>>(),
+        ["step", "Query", "elsewhere", "total"],
+        "{table}"
+    );
+    let output = run(&["cleanup", "--timings", "-"], "[]");
+    assert!(output.stdout.is_empty() && !output.stderr.is_empty());
+}
+
+#[test]
 fn handles_come_from_a_file_too() {
     let mut file = tempfile::NamedTempFile::new().expect("a file");
     file.write_all(b"{\"cow_loop\": \"/nowhere/loop7\"}")
         .expect("written");
     let path = file.path().to_str().expect("a plain path");
     check(&run(&["cleanup", path], ""), 0, "", "");
+    check(&run(&["cleanup", path, path, "-"], "[]"), 0, "", "");
+}
+
+#[test]
+fn of_many_snapshots_each_that_fails_has_a_line_and_keeps_no_other() {
+    let input = r#"[{"cow_loop": "/dev/zero"}, {}, {"origin_loop": "/dev/full"}]"#;
+    let line = |path| {
+        format!(
+            "dmsnap: left behind {path}: cannot inspect loop device {path}: \
+             Inappropriate ioctl for device (os error 25)\n"
+        )
+    };
+    let lines = format!(
+        "{}{}dmsnap: cannot clean up 2 of the snapshots\n",
+        line("/dev/zero"),
+        line("/dev/full")
+    );
+    check(&run(&["cleanup"], input), 1, "", &lines);
+    let output = run(&["cleanup"], r#"[{"name": "vm"}, {"name": "a/b"}]"#);
+    assert_eq!(output.status.code(), Some(1));
 }
 
 #[test]

@@ -215,3 +215,18 @@ proptest! {
         prop_assert_eq!(from_str::<Handles>(&text).expect("reads back"), handles);
     }
 }
+
+#[test]
+fn timings_are_printed_in_nanoseconds_with_the_steps_in_words() {
+    let (_, timings) = dmsnap::Timings::of(|| dmsnap::remove("/nowhere/dm-0"));
+    let printed = serde_json::to_value(&timings).expect("JSON");
+    let took = printed["calls"][0]["took_ns"].as_u64();
+    let start = printed["calls"][0]["start_ns"].as_u64();
+    let expected = json!({
+        "total_ns": u64::try_from(timings.total.as_nanos()).expect("not long"),
+        "waited_ns": 0,
+        "calls": [{"step": "query", "on": "/nowhere/dm-0", "start_ns": start, "took_ns": took, "errno": 2}],
+    });
+    assert_eq!(printed, expected);
+    assert!(took.is_some() && start.is_some());
+}

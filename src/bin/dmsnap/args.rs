@@ -22,14 +22,17 @@ pub(crate) struct Args {
 pub(crate) enum Command {
     /// Make a snapshot and print its handles as JSON
     Create(Create),
-    /// Take down what handles name: dm device, COW loop, origin loop
+    /// Take down what handles name: dm device, COW loop, origin loop; many snapshots side by side
     Cleanup {
-        /// How long to wait while the device is busy, such as 15s or 200ms
+        /// How long to wait in all while devices are busy, such as 15s or 200ms
         #[arg(long, default_value = "15s", value_parser = duration)]
         deadline: Duration,
-        /// A file with the JSON that create printed; - reads stdin
-        #[arg(default_value = "-")]
-        file: String,
+        /// Say on stderr how long each step took
+        #[arg(long)]
+        timings: bool,
+        /// Files with the JSON that create printed, or arrays of it; - reads stdin
+        #[arg(default_value = "-", value_name = "FILE")]
+        files: Vec<String>,
     },
     /// Remove a dm device by name or path; its autoclear loop devices go with it
     Remove {
@@ -39,6 +42,9 @@ pub(crate) enum Command {
         /// If it is busy, have the kernel remove it at the last close
         #[arg(long)]
         defer: bool,
+        /// Say on stderr how long each step took
+        #[arg(long)]
+        timings: bool,
         /// Name, /dev/mapper/NAME or /dev/dm-N
         name: PathBuf,
     },
@@ -185,6 +191,9 @@ pub(crate) struct Create {
     /// Use the COW file even though the image's size or modification time is not what it was made over
     #[arg(long)]
     any_origin: bool,
+    /// Say on stderr how long each step took
+    #[arg(long)]
+    pub(crate) timings: bool,
     /// The shared, read-only image
     pub(crate) origin: PathBuf,
     /// The file that takes this snapshot's writes

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use dmsnap::{GrowOptions, Handles, Outcome, ReapOptions, Retry, SnapshotInfo};
+use dmsnap::{GrowOptions, Handles, Outcome, ReapOptions, Retry, SnapshotInfo, Timings};
 
 use args::{Args, Command, Reap};
 
@@ -63,6 +63,9 @@ enum Failure {
     /// Some snapshots could not be read; the others were printed.
     #[error("cannot read {0} of the snapshots")]
     Unreadable(usize),
+    /// Some snapshots could not be taken down; the others were.
+    #[error("cannot clean up {0} of the snapshots")]
+    Uncleaned(usize),
     /// Some snapshots could not be removed; the others were.
     #[error("cannot reap {0} of the snapshots")]
     Unreaped(usize),
@@ -71,9 +74,9 @@ enum Failure {
 fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Create(create) => {
-            let made = create
-                .options()
-                .create(&create.origin, &create.cow, &create.name)?;
+            let options = create.options();
+            let work = || options.create(&create.origin, &create.cow, &create.name);
+            let made = timed(create.timings, work)?;
             for warning in made.warnings() {
                 output::note(warning);
             }
@@ -83,20 +86,21 @@ fn run(command: Command) -> Result<(), Failure> {
                 Err(unprinted)
             })
         }
-        Command::Cleanup { file, deadline } => {
-            let handles = read_handles(&file)?;
-            Ok(dmsnap::cleanup_with(&handles, &Retry::until(deadline))?)
-        }
+        Command::Cleanup {
+            files,
+            deadline,
+            timings,
+        } => cleanup(&files, &Retry::until(deadline), timings),
         Command::Remove {
             deadline,
             defer,
+            timings,
             name,
         } => {
-            let outcome = if defer {
-                dmsnap::remove_deferred(name)?
-            } else {
-                dmsnap::remove_with(name, &Retry::until(deadline))?
-            };
+            let outcome = timed(timings, || match defer {
+                true => dmsnap::remove_deferred(name),
+                false => dmsnap::remove_with(name, &Retry::until(deadline)),
+            })?;
             print(outcome_text(outcome))
         }
         Command::List { json } => list(json),
@@ -127,6 +131,35 @@ fn run(command: Command) -> Result<(), Failure> {
             print_json(recovered.handles())
         }
         Command::Watch(options) => watch::watch(&options),
+    }
+}
+
+/// Does `work`; then, if told to, prints how long its steps took, whatever came of it.
+fn timed<T>(timings: bool, work: impl FnOnce() -> T) -> T {
+    if !timings {
+        return work();
+    }
+    let (done, timings) = Timings::of(work);
+    let _ = write!(io::stderr(), "{timings}");
+    done
+}
+
+/// Takes nothing down before all handles are read.
+fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure> {
+    let mut fleet = Vec::new();
+    for file in files {
+        fleet.append(&mut read_handles(file)?);
+    }
+    let results = timed(timings, || dmsnap::cleanup_all_with(&fleet, retry));
+    let mut failed: Vec<_> = results.into_iter().filter_map(Result::err).collect();
+    match (failed.pop(), fleet.len()) {
+        (None, _) => Ok(()),
+        (Some(error), 1) => Err(error.into()),
+        (Some(error), _) => {
+            failed.push(error);
+            failed.iter().map(output::whole).for_each(output::note);
+            Err(Failure::Uncleaned(failed.len()))
+        }
     }
 }
 
@@ -196,7 +229,8 @@ fn outcome_text(outcome: Outcome) -> String {
     }
 }
 
-fn read_handles(file: &str) -> Result<Handles, Failure> {
+/// One snapshot's, or an array of them.
+fn read_handles(file: &str) -> Result<Vec<Handles>, Failure> {
     let from = || if file == "-" { "stdin" } else { file }.to_owned();
     let mut text = String::new();
     let read = if file == "-" {
@@ -208,7 +242,12 @@ fn read_handles(file: &str) -> Result<Handles, Failure> {
         from: from(),
         source,
     })?;
-    serde_json::from_str(&text).map_err(|source| Failure::Handles {
+    let handles = if text.trim_start().starts_with('[') {
+        serde_json::from_str(&text)
+    } else {
+        serde_json::from_str(&text).map(|handles| vec![handles])
+    };
+    handles.map_err(|source| Failure::Handles {
         from: from(),
         source,
     })
