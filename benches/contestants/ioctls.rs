@@ -93,7 +93,12 @@ impl Contestant for Ioctls {
         let cow = self.attach(&read_write(job.cow)?, LO_AUTOCLEAR)?;
         let mut bytes = [0; 8];
         with_buffer(&origin, BLKGETSIZE64, &mut bytes)?;
-        let table = format!("{} {} P 8", number(&origin)?, number(&cow)?);
+        let table = format!(
+            "{} {} {}",
+            number(&origin)?,
+            number(&cow)?,
+            job.store_and_chunk()
+        );
         self.ask(DM_DEV_CREATE, job.name, None)?;
         let sectors = u64::from_ne_bytes(bytes) / 512;
         self.ask(DM_TABLE_LOAD, job.name, Some((sectors, table)))?;

@@ -194,7 +194,9 @@ command_bench() {
     done
     guest_out=${guest_out:-$target_dir/vm-bench}
     ((guest_timeout_given)) || guest_timeout=3600
-    guest_exec sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' "$benches" "${quick[@]}" "${guest_command[@]}"
+    # The guest's disk is empty and goes with it.
+    guest_exec env DMSNAP_BENCH_DISK=/dev/vda sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' \
+        "$benches" "${quick[@]}" "${guest_command[@]}"
 }
 
 # The kernel tests' proof in its long form, which no CI run has the time for.
