@@ -73,7 +73,7 @@ fn run(args: &[String]) -> Result<()> {
         if !chosen.is_empty() && !chosen.iter().any(|name| *name == scenario.name) {
             continue;
         }
-        if let Some(reason) = obstacle(scenario, &report.origin, has_disk) {
+        if let Some(reason) = obstacle(scenario, &report.origin, has_disk, quick) {
             report.left_out.push((scenario.name, reason));
             continue;
         }
@@ -97,7 +97,15 @@ fn run(args: &[String]) -> Result<()> {
 }
 
 /// Why a scenario is not run here.
-fn obstacle(scenario: &Scenario, origin: &Origin, has_disk: bool) -> Option<&'static str> {
+fn obstacle(
+    scenario: &Scenario,
+    origin: &Origin,
+    has_disk: bool,
+    quick: bool,
+) -> Option<&'static str> {
+    if quick && scenario.each > 1 {
+        return Some("it takes too long for --quick");
+    }
     match (scenario.udev, origin.udev) {
         (Udev::Running, false) => return Some("it needs a udevd"),
         (Udev::None, true) => return Some("it is measured without a udevd"),

@@ -25,7 +25,7 @@ type Crew = Vec<Box<dyn Contestant>>;
 /// nor what the one before leaves behind (deferred frees, warm slabs) favours anybody.
 pub(crate) fn contest(place: &Place, scenario: &Scenario, quick: bool) -> Result<Outcome> {
     let (warm_up, rounds) = match quick {
-        true => (1, scenario.rounds.div_ceil(10).max(3)),
+        true => (1, scenario.rounds.div_ceil(10).max(2)),
         false => (2, scenario.rounds),
     };
     let mut crews = Vec::new();
@@ -109,7 +109,7 @@ fn turn(
     let mut fresh = Vec::new();
     for member in 0..crew.len() {
         let jobs =
-            (0..scenario.each).map(|nth| place.fresh(scenario, &format!("turn-{member}-{nth}")));
+            (0..scenario.each).map(|nth| place.fresh(scenario, &format!("turn-{member}-{nth:03}")));
         fresh.push(jobs.collect::<Result<Vec<_>>>()?);
     }
     let jobs: Vec<Vec<_>> = fresh

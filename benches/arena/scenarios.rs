@@ -67,7 +67,6 @@ const BASE: Scenario = Scenario {
 };
 
 const THREADS: Scenario = Scenario {
-    each: 2,
     contestants: &[IOCTLS, LIBRARY],
     rounds: 20,
     ..BASE
