@@ -22,6 +22,7 @@ pub(crate) fn json(report: &Report) -> Value {
         "cpu": origin.cpu,
         "emulated": origin.is_emulated(),
         "udev": origin.udev,
+        "counted": origin.counted,
         "calls": calls.collect::<Vec<_>>(),
         "scenarios": report.outcomes.iter().map(scenario).collect::<Vec<_>>(),
     })
