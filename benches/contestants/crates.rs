@@ -6,12 +6,12 @@ use std::io::{Seek, SeekFrom};
 use devicemapper::{DM, DevId, DmName, DmOptions};
 use loopdev::{LoopControl, LoopDevice};
 
-use super::{Contestant, Job, Result};
+use super::{Contestant, Job, Made, Result};
 
 pub(super) struct Crates {
     loops: LoopControl,
     mapper: DM,
-    made: Option<[LoopDevice; 2]>,
+    made: Made<[LoopDevice; 2]>,
 }
 
 impl Crates {
@@ -19,7 +19,7 @@ impl Crates {
         Ok(Self {
             loops: LoopControl::open()?,
             mapper: DM::new()?,
-            made: None,
+            made: Made::default(),
         })
     }
 }
@@ -36,7 +36,9 @@ impl Contestant for Crates {
         cow.with().attach(job.cow)?;
         let path = |device: &LoopDevice| device.path().ok_or("a loop device without a path");
         let sectors = File::open(path(&origin)?)?.seek(SeekFrom::End(0))? / 512;
-        let params = format!("{} {} P 8", path(&origin)?.display(), path(&cow)?.display());
+        let (origin_path, cow_path) = (path(&origin)?, path(&cow)?);
+        let devices = format!("{} {}", origin_path.display(), cow_path.display());
+        let params = format!("{devices} {}", job.store_and_chunk());
         let name = DmName::new(job.name)?;
         self.mapper
             .device_create(name, None, DmOptions::default())?;
@@ -45,14 +47,14 @@ impl Contestant for Crates {
         self.mapper
             .table_load(&id, &[table], DmOptions::default())?;
         self.mapper.device_suspend(&id, DmOptions::default())?;
-        self.made = Some([cow, origin]);
+        self.made.keep(&job, [cow, origin]);
         Ok(())
     }
 
     fn remove(&mut self, job: Job<'_>) -> Result<()> {
         let id = DevId::Name(DmName::new(job.name)?);
         self.mapper.device_remove(&id, DmOptions::default())?;
-        for device in self.made.take().ok_or("nothing made")? {
+        for device in self.made.take(&job)? {
             device.detach()?;
         }
         Ok(())

@@ -46,19 +46,24 @@ impl Ioctls {
         })
     }
 
+    /// Another thread may be faster at a free device: then the next one.
     fn attach(&self, backing: &File, flags: u32) -> Result<File> {
-        let free = plain(&self.loops, LOOP_CTL_GET_FREE)?;
-        let node = format!("/dev/loop{free}");
-        let device = if flags & LO_READ_ONLY != 0 {
-            File::open(node)?
-        } else {
-            read_write(node.as_ref())?
-        };
-        let mut config = [0; LOOP_CONFIG_BYTES];
-        put(&mut config, 0, u32::try_from(backing.as_raw_fd())?);
-        put(&mut config, LOOP_CONFIG_FLAGS, flags);
-        with_buffer(&device, LOOP_CONFIGURE, &mut config)?;
-        Ok(device)
+        loop {
+            let free = plain(&self.loops, LOOP_CTL_GET_FREE)?;
+            let node = format!("/dev/loop{free}");
+            let device = if flags & LO_READ_ONLY != 0 {
+                File::open(node)?
+            } else {
+                read_write(node.as_ref())?
+            };
+            let mut config = [0; LOOP_CONFIG_BYTES];
+            put(&mut config, 0, u32::try_from(backing.as_raw_fd())?);
+            put(&mut config, LOOP_CONFIG_FLAGS, flags);
+            match with_buffer(&device, LOOP_CONFIGURE, &mut config) {
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+                answer => return answer.map(|_| device).map_err(Into::into),
+            }
+        }
     }
 
     fn ask(&self, request: u32, name: &str, table: Option<(u64, String)>) -> Result<()> {
@@ -93,7 +98,12 @@ impl Contestant for Ioctls {
         let cow = self.attach(&read_write(job.cow)?, LO_AUTOCLEAR)?;
         let mut bytes = [0; 8];
         with_buffer(&origin, BLKGETSIZE64, &mut bytes)?;
-        let table = format!("{} {} P 8", number(&origin)?, number(&cow)?);
+        let table = format!(
+            "{} {} {}",
+            number(&origin)?,
+            number(&cow)?,
+            job.store_and_chunk()
+        );
         self.ask(DM_DEV_CREATE, job.name, None)?;
         let sectors = u64::from_ne_bytes(bytes) / 512;
         self.ask(DM_TABLE_LOAD, job.name, Some((sectors, table)))?;

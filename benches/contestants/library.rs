@@ -2,11 +2,11 @@
 
 use dmsnap::{Snapshot, SnapshotOptions};
 
-use super::{Contestant, Job, Result};
+use super::{Contestant, Job, Made, Result};
 
 #[derive(Debug, Default)]
 pub(super) struct Library {
-    made: Option<Snapshot>,
+    made: Made<Snapshot>,
 }
 
 impl Contestant for Library {
@@ -15,11 +15,14 @@ impl Contestant for Library {
     }
 
     fn create(&mut self, job: Job<'_>) -> Result<()> {
-        self.made = Some(SnapshotOptions::new().create(job.image, job.cow, job.name)?);
+        let mut options = SnapshotOptions::new();
+        options.store(job.store).chunk_size(job.chunk);
+        let made = options.create(job.image, job.cow, job.name)?;
+        self.made.keep(&job, made);
         Ok(())
     }
 
-    fn remove(&mut self, _: Job<'_>) -> Result<()> {
-        Ok(self.made.take().ok_or("nothing made")?.cleanup()?)
+    fn remove(&mut self, job: Job<'_>) -> Result<()> {
+        Ok(self.made.take(&job)?.cleanup()?)
     }
 }

@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 use std::process::{Command, Stdio};
 
-use super::{Contestant, Job, Result};
+use super::{Contestant, Job, Made, Result};
 
 #[derive(Debug, Default)]
 pub(super) struct Processes {
-    made: Option<[String; 2]>,
+    made: Made<[String; 2]>,
 }
 
 impl Contestant for Processes {
@@ -22,15 +22,18 @@ impl Contestant for Processes {
         let origin = run("losetup", &[find, show, read_only, job.image.as_ref()])?;
         let cow = run("losetup", &[find, show, job.cow.as_ref()])?;
         let sectors = run("blockdev", &["--getsz", &origin])?;
-        let table = format!("0 {sectors} snapshot {origin} {cow} P 8");
+        let table = format!(
+            "0 {sectors} snapshot {origin} {cow} {}",
+            job.store_and_chunk()
+        );
         run("dmsetup", &["create", job.name, "--table", &table])?;
-        self.made = Some([cow, origin]);
+        self.made.keep(&job, [cow, origin]);
         Ok(())
     }
 
     fn remove(&mut self, job: Job<'_>) -> Result<()> {
         run("dmsetup", &["remove", job.name])?;
-        for device in self.made.take().ok_or("nothing made")? {
+        for device in self.made.take(&job)? {
             run("losetup", &["--detach", &device])?;
         }
         Ok(())

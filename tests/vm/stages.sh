@@ -171,7 +171,7 @@ command_demo() {
 }
 
 command_bench() {
-    local quick=() benches="lifecycle chunk_size" bench path
+    local quick=() benches="lifecycle chunk_size" bench path variables=(DMSNAP_BENCH_DISK=/dev/vda)
     while (($# > 0)); do
         case $1 in
             --quick) quick=(--quick); shift ;;
@@ -194,7 +194,10 @@ command_bench() {
     done
     guest_out=${guest_out:-$target_dir/vm-bench}
     ((guest_timeout_given)) || guest_timeout=3600
-    guest_exec sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' "$benches" "${quick[@]}" "${guest_command[@]}"
+    ((guest_counted == 0)) || variables+=(DMSNAP_BENCH_COUNTED=1)
+    # shellcheck disable=SC2016
+    guest_exec env "${variables[@]}" sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' \
+        "$benches" "${quick[@]}" "${guest_command[@]}"
 }
 
 # The kernel tests' proof in its long form, which no CI run has the time for.
