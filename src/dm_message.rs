@@ -23,6 +23,7 @@ pub(crate) const UUID: u32 = 1 << 15;
 pub(crate) const DEFERRED_REMOVE: u32 = 1 << 17;
 
 const DATA_START: usize = 16;
+const TARGET_COUNT: usize = 20;
 const OPEN_COUNT: usize = 24;
 const FLAGS: usize = 28;
 const EVENT_NR: usize = 32;
@@ -31,6 +32,10 @@ const NAME: usize = 48;
 const UUID_FIELD: usize = 176;
 const NAME_BYTES: usize = 128;
 const UUID_BYTES: usize = 129;
+
+/// In `struct dm_target_spec`.
+const TARGET_TYPE: usize = 24;
+const SPEC_BYTES: usize = 40;
 
 /// A message in a buffer of at least [`DM_HEAD_BYTES`].
 #[derive(Debug)]
@@ -101,6 +106,19 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
     pub(crate) fn with_text(mut self, text: &str) -> Self {
         let room = self.0.as_ref().len() - DM_HEAD_BYTES;
         self.put_text(DM_HEAD_BYTES, room, text);
+        self
+    }
+
+    /// Writes one target behind the head: `struct dm_target_spec` and its parameters, NUL-terminated.
+    pub(crate) fn with_target(mut self, start: u64, length: u64, kind: &str, params: &str) -> Self {
+        let at = DM_HEAD_BYTES;
+        self.put(TARGET_COUNT, 1);
+        let bytes = self.0.as_mut();
+        bytes[at..at + 8].copy_from_slice(&start.to_ne_bytes());
+        bytes[at + 8..at + 16].copy_from_slice(&length.to_ne_bytes());
+        let room = bytes.len() - at - SPEC_BYTES;
+        self.put_text(at + TARGET_TYPE, SPEC_BYTES - TARGET_TYPE, kind);
+        self.put_text(at + SPEC_BYTES, room, params);
         self
     }
 
@@ -188,8 +206,6 @@ pub(crate) fn target_version(payload: &[u8]) -> Option<[u32; 3]> {
 /// The first target's name and what it says, in an answer made of `struct dm_target_spec` and text each
 /// (`retrieve_status`, `drivers/md/dm-ioctl.c`).
 pub(crate) fn first_target(payload: &[u8]) -> Option<(&str, &str)> {
-    const TARGET_TYPE: usize = 24;
-    const SPEC_BYTES: usize = 40;
     let text = |field: &'_ [u8]| field.iter().position(|byte| *byte == 0);
     let kind = payload.get(TARGET_TYPE..SPEC_BYTES)?;
     let status = payload.get(SPEC_BYTES..)?;

@@ -151,6 +151,9 @@ impl ReapOptions {
             return Ok(Fate::Removed);
         };
         let open_count = now.open_count;
+        if now.state == info.state && open_count == 0 && !self.dry_run {
+            pool::forget_cow(&MACHINE, &now)?;
+        }
         match (now.state == info.state, open_count > 0, self.defer) {
             (false, _, _) => Ok(Fate::InProgress),
             (true, true, false) => Ok(Fate::Busy { open_count }),

@@ -30,7 +30,7 @@ pub(crate) mod ready;
 pub(crate) mod recycle;
 mod sweep;
 
-pub(crate) use sweep::is_alive;
+pub(crate) use sweep::{forget_cow, is_alive};
 
 /// How a [`Pool`] is to be kept.
 ///
@@ -82,7 +82,7 @@ pub enum CowFate {
 pub struct Claimed {
     /// The snapshot.
     pub snapshot: Snapshot,
-    /// Its COW file, `<directory>/<name>.cow`.
+    /// Its COW file, under a name in the pool's directory that no other ever has.
     pub cow: PathBuf,
     /// Whether it was ready. Otherwise it was made just now, as the pool was empty.
     pub warm: bool,
@@ -251,13 +251,13 @@ fn pool_name(id: u64, what: impl std::fmt::Display) -> Result<DeviceName> {
 }
 
 impl Pool {
-    /// Hands a snapshot over under the name `name`: a file's and a device's rename and an alias, if one is ready.
+    /// Hands a snapshot over under the name `name`: a device's rename and an alias, if one is ready.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`] when none became ready in the time that it was to wait.
-    /// [`Verdict::NameTaken`] when there is such a device or such a COW file; the pool keeps what it had. When it has to
-    /// make one, as [`SnapshotOptions::create_on`].
+    /// [`Verdict::NameTaken`] when there is such a device; the pool keeps what it had. When it has to make one, as
+    /// [`SnapshotOptions::create_on`].
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;
         loop {
@@ -268,14 +268,14 @@ impl Pool {
             // Now, and not before: the refill asks the same kernel.
             self.shared.changed.notify_all();
             match claimed {
-                Ok((snapshot, cow)) => {
+                Ok(snapshot) => {
                     return Ok(Claimed {
                         snapshot,
-                        cow,
+                        cow: ready.cow,
                         warm: true,
                     });
                 }
-                // Somebody else has removed it, or its COW file.
+                // Somebody else has removed it.
                 Err(error) if error.verdict() == Some(Verdict::Gone) => {
                     let failed = ready::discard(&MACHINE, &ready).err();
                     self.shared.lock().fail(failed.unwrap_or(error));
@@ -466,7 +466,9 @@ impl Shared {
     }
 
     fn create(&self, name: &DeviceName) -> Result<Claimed> {
-        let cow = ready::claimed_cow(&self.dir, name);
+        let pooled = self.next_name(&mut self.lock())?;
+        let number = pooled.as_str().strip_prefix(POOLED).unwrap_or_default();
+        let cow = ready::lasting_cow(&self.dir, number);
         let snapshot = snapshot::create_on(&MACHINE, &self.options, &self.origin.0, &cow, name)?;
         Ok(Claimed {
             snapshot,

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask};
 use crate::backing::Warning;
-use crate::error::{Error, Leftover, Result, Step};
+use crate::error::{Leftover, Result, Step};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
-use crate::name::DeviceName;
+use crate::name::{DeviceName, POOLED};
 use crate::options::SnapshotOptions;
 use crate::origin::Base;
 use crate::policy::Retry;
@@ -39,12 +39,15 @@ impl Ready {
     }
 }
 
-/// The COW file of a snapshot that is claimed under that name.
-pub(crate) fn claimed_cow(dir: &Path, name: &DeviceName) -> PathBuf {
-    dir.join(format!("{name}.cow"))
+/// The COW file of a snapshot that is ready or claimed; `number` is unlike any other's.
+pub(crate) fn lasting_cow(dir: &Path, number: &str) -> PathBuf {
+    dir.join(format!("dmsnap-{number}.cow"))
 }
 
 /// Makes one ready: on a dm device of the name `name`, or on a spare one, which is asked for when the COW file is there.
+///
+/// Until there is a device, the COW file's name has the pool's mark too, and a later pool deletes it if this process dies.
+/// From then on it is found through the device while that is unclaimed, and has a name that the caller can keep.
 pub(crate) fn make<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -52,7 +55,9 @@ pub(crate) fn make<H: Host>(
     spare: impl FnOnce() -> Option<Made>,
 ) -> Result<Ready> {
     let options = site.options;
-    let path = claimed_cow(site.dir, name);
+    let path = site.dir.join(format!("{name}.cow"));
+    let number = name.as_str().strip_prefix(POOLED).unwrap_or_default();
+    let lasting = lasting_cow(site.dir, number);
     let (cow, mut handles) = prepare(host, options, site.base, &path)?;
     let spare = spare();
     let kind = Kind::Pooled;
@@ -60,10 +65,14 @@ pub(crate) fn make<H: Host>(
         Some(made) => Onto::Recycled(made),
         None => Onto::New { name, kind },
     };
-    match build(host, options, &site.base.over(), &cow, &onto, &mut handles) {
+    let built = build(host, options, &site.base.over(), &cow, &onto, &mut handles);
+    let moved = built.and_then(|built| {
+        ask(Step::MoveFile, &lasting, || host.move_file(&path, &lasting)).map(|()| built)
+    });
+    match moved {
         Ok((made, warnings)) => Ok(Ready {
             made,
-            cow: path.clone(),
+            cow: lasting,
             cow_loop: handles.cow_loop,
             warnings,
         }),
@@ -71,33 +80,24 @@ pub(crate) fn make<H: Host>(
     }
 }
 
-/// Hands it over. The COW file goes first: at the moment that the device's name says that it is claimed, the file's does
-/// so too, and no later pool takes it for a leftover of this one.
+/// Hands it over. The rename is the moment: before it the device is the pool's, whoever asks, and from then on the
+/// caller's.
 pub(crate) fn claim<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
     ready: &Ready,
     name: &DeviceName,
-) -> Result<(Snapshot, PathBuf)> {
-    let cow = claimed_cow(site.dir, name);
+) -> Result<Snapshot> {
     let made = &ready.made;
     let mapper = name.mapper_path();
-    ask(Step::MoveFile, &cow, || host.move_file(&ready.cow, &cow))?;
-    let back = |error: Error| {
-        // Where the file cannot be had back, it is found through the loop device that has it.
-        let _ = ask(Step::MoveFile, &ready.cow, || {
-            host.move_file(&cow, &ready.cow)
-        });
-        error
-    };
-    ask(Step::Rename, &mapper, || host.rename(&made.name, name)).map_err(back)?;
+    ask(Step::Rename, &mapper, || host.rename(&made.name, name))?;
     let linked = ask(Step::Link, &mapper, || host.make_alias(&mapper, made.dev));
     let device = match linked {
         Ok(device) => device,
         Err(error) => {
             let undo = || host.rename(name, &made.name);
             return Err(match ask(Step::Rename, &mapper, undo) {
-                Ok(()) => back(error),
+                Ok(()) => error,
                 Err(why) => error.leaving(vec![Leftover::new(&mapper, why)]),
             });
         }
@@ -111,7 +111,7 @@ pub(crate) fn claim<H: Host>(
         origin: Some(site.base.image().identity()),
         ..made.handles()
     };
-    Ok((Snapshot::of(handles, ready.warnings.clone()), cow))
+    Ok(Snapshot::of(handles, ready.warnings.clone()))
 }
 
 /// Takes it down, and its COW file, in which nobody has written.

@@ -1,13 +1,14 @@
 //! What pools leave whose process was killed: unclaimed devices, and COW files that nobody has written to.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::ask::{absent, ask};
 use crate::dm_message::Address;
-use crate::error::{Result, Step};
-use crate::host::{Host, Machine};
-use crate::inventory::{self, SnapshotInfo};
+use crate::error::{Error, Result, Step};
+use crate::host::Host;
+use crate::inventory::SnapshotInfo;
+use crate::lookup;
 use crate::name::POOLED;
 use crate::policy::Verdict;
 use crate::reap::ReapOptions;
@@ -28,27 +29,33 @@ pub(crate) fn is_alive<H: Host>(host: &H, name: &str) -> Result<bool> {
     Ok(found.is_some_and(|device| device.open_count > 0))
 }
 
-/// Takes down what dead pools left on this host, and in `dir`.
-pub(crate) fn sweep(machine: &Machine, dir: &Path) -> Result<()> {
-    let unclaimed = |info: &SnapshotInfo| info.name.starts_with(POOLED);
-    // The files are found before their devices go: they may be in another directory.
-    let files: Vec<PathBuf> = inventory::list()?
-        .into_iter()
-        .flatten()
-        .filter(unclaimed)
-        .filter(|info| is_alive(machine, &info.name).is_ok_and(|alive| !alive))
-        .filter_map(|info| info.cow?.path)
-        .collect();
-    // Whoever cannot be taken down now is so by the next pool, or by a reap that says why.
-    ReapOptions::new().reap(|info| !unclaimed(info))?;
-    let here = fs::read_dir(dir).into_iter().flatten().flatten();
-    for path in files.into_iter().chain(here.map(|entry| entry.path())) {
-        let _ = delete_leftover(machine, &path);
+/// Takes down what dead pools left on this host, and in `dir`. Whatever cannot be taken down now is so by the next pool,
+/// or by a reap that says why.
+pub(crate) fn sweep<H: Host>(host: &H, dir: &Path) -> Result<()> {
+    ReapOptions::new().reap(|info| !info.name.starts_with(POOLED))?;
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let _ = delete_leftover(host, &entry.path());
     }
     Ok(())
 }
 
-/// Deletes a COW file that a dead pool made, by its name, and that no loop device has, by its lock.
+/// Deletes the COW file of a dead pool's device that nobody has claimed, by the path that the kernel has for it. To be
+/// called while the device is there: it is how the file is known.
+pub(crate) fn forget_cow<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
+    let cow = info.params.as_ref().map(|params| params.cow);
+    let Some(number) = cow.filter(|_| info.name.starts_with(POOLED)) else {
+        return Ok(());
+    };
+    let bound = lookup::bound(host, number)?;
+    match lookup::reach(host, &bound, &info.name, false) {
+        Ok(_) => absent(ask(Step::Unlink, &bound.path, || host.unlink(&bound.path))).map(drop),
+        // It has no name any more, or never had one.
+        Err(Error::Refused(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
+
+/// Deletes a COW file that a dead pool was making: known by its name, and by its lock, which no loop device has.
 fn delete_leftover<H: Host>(host: &H, path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if !name.starts_with(POOLED) || !name.ends_with(".cow") {

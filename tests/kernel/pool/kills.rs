@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use dmsnap::{CowFate, Origin, adopt, cleanup};
+use dmsnap::{CowFate, Origin, cleanup};
 
 use super::{PATIENCE, claim, live, options, unclaimed};
 use crate::common::reading::dm_names;
@@ -90,7 +90,8 @@ fn check_and_clean(scene: &Scene) -> usize {
             !released.contains(nth),
             "VM {nth} was released, and is there"
         );
-        let handles = adopt(name(*nth)).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let found = dmsnap::status(name(*nth)).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        let handles = found.handles();
         if used.contains(nth) {
             let disk = File::open(handles.device.as_ref().expect("a device")).expect("a disk");
             let mut seen = vec![0; 4096];
@@ -103,7 +104,7 @@ fn check_and_clean(scene: &Scene) -> usize {
             );
         }
         cleanup(&handles).unwrap_or_else(|error| panic!("{}", chain(&error)));
-        let cow = scene.path(format!("{}.cow", name(*nth)));
+        let cow = found.cow.and_then(|cow| cow.path).expect("a COW file");
         fs::remove_file(&cow).unwrap_or_else(|error| panic!("{}: {error}", cow.display()));
     }
     File::create(scene.path("journal")).expect("a new journal");
@@ -174,9 +175,7 @@ fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
     assert_eq!(unclaimed(), 0);
     let files = fs::read_dir(scene.dir()).expect("a directory").flatten();
     let files = files.map(|entry| entry.file_name().to_string_lossy().into_owned());
-    let left: Vec<_> = files
-        .filter(|name| name.starts_with("dmsnap-pool-"))
-        .collect();
+    let left: Vec<_> = files.filter(|name| name.ends_with(".cow")).collect();
     assert!(left.is_empty(), "{left:?}");
     println!("{done} cycles, {kills} kills, {survivors} VMs survived their pool");
 }
