@@ -85,10 +85,10 @@ command_test() {
     cd "$root"
 
     # An empty cache fills up beside the builds. Whatever comes of it, each kernel is asked for again when it is used.
-    # shellcheck disable=SC2046
+    # shellcheck disable=SC2046,SC2086
     "$here/run" fetch $(printf '%s\n' $kernels | sed 's/+udev$//' | sort -u) &
     test_fetch=$!
-    trap 'kill "$test_fetch" "${!job_spec[@]}" 2>/dev/null || true' EXIT
+    trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
 
@@ -127,7 +127,7 @@ kernel_tests() {
             continue
         fi
         # A core that would be idle at the end takes half of the last one: the proof is about half of the time.
-        local parts=(all)
+        local parts=('')
         if [[ $spec == "${!#}" ]] && (($# % test_jobs != 0)); then
             parts=(proof rest)
         fi
@@ -143,7 +143,7 @@ kernel_tests() {
     done
 }
 
-# kernel_tests_begin SPEC PART: PART is all of the tests, the proof, or the rest.
+# kernel_tests_begin SPEC PART: PART is "proof", "rest" or, for all of the tests, empty.
 kernel_tests_begin() {
     local spec=$1 part=$2 kernel=${1%+udev} filter=()
     local options=(--kernel "$kernel" --timeout 2400 --times --file "$target_dir/vm/kernel")
@@ -157,7 +157,7 @@ kernel_tests_begin() {
         rest) filter=(--skip proof::) ;;
     esac
     "$here/run" exec "${options[@]}" -- env "${variables[@]}" ./kernel --test-threads=1 "${filter[@]}" \
-        >"$target_dir/vm/test-$spec-$part.log" 2>&1 &
+        >"$target_dir/vm/test-$spec${part:+-$part}.log" 2>&1 &
     job_spec[$!]=$spec
     job_part[$!]=$part
     job_begin[$!]=$(now_ms)
@@ -176,10 +176,10 @@ kernel_tests_end() {
     wait -n -p pid "${!job_spec[@]}" || status=$?
     spec=${job_spec[$pid]}
     part=${job_part[$pid]}
-    log=$target_dir/vm/test-$spec-$part.log
+    log=$target_dir/vm/test-$spec${part:+-$part}.log
     ms=$(($(now_ms) - job_begin[$pid]))
     unset "job_spec[$pid]" "job_part[$pid]" "job_begin[$pid]"
-    printf '\n== kernel %s, %s\n' "$spec" "$part"
+    printf '\n== kernel %s\n' "$spec${part:+, $part}"
     sed 's/^[0-9]\{16,\} //' "$log"
     read -r passed failed ignored < <(awk '
         $2 == "test" && $3 == "result:" { passed += $5; failed += $7; ignored += $9 }
@@ -191,8 +191,8 @@ kernel_tests_end() {
         verdict=FAILED
         stage_failures=$((stage_failures + 1))
     fi
-    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s), %s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
-        "$spec" "$(kernel_release "${spec%+udev}")" "$part" "$passed" "$failed" "$ignored")")
+    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s)%s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
+        "$spec" "$(kernel_release "${spec%+udev}")" "${part:+, $part}" "$passed" "$failed" "$ignored")")
     while read -r line; do
         stage_report+=("                     $line")
     done < <(slowest_tests "$log")
