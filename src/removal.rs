@@ -122,12 +122,14 @@ impl Subject {
         }
     }
 
-    /// Our device of that uuid, or none.
+    /// Our device of that uuid, and a pool's only by that name, or none.
     pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
-        Self {
-            key: Key::Uuid(uuid),
-            path: name.mapper_path(),
-        }
+        let key = match uuid.kind() {
+            Kind::Pooled => Key::Claimed(uuid, name.clone()),
+            Kind::Own | Kind::Shared => Key::Uuid(uuid),
+        };
+        let path = name.mapper_path();
+        Self { key, path }
     }
 
     /// The snapshot's COW file is bound for exactly as long as the device is that snapshot.
@@ -138,10 +140,7 @@ impl Subject {
         cow_loop: Option<&LoopHandle>,
     ) -> Result<Option<Self>> {
         let subject = match name {
-            Some(name) => Self {
-                path: name.mapper_path(),
-                key: Key::Claimed(uuid.clone(), name.clone()),
-            },
+            Some(name) => Self::ours(uuid.clone(), name),
             None => Self {
                 path: PathBuf::from(uuid.as_str()),
                 key: Key::Uuid(uuid.clone()),
