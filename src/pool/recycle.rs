@@ -1,6 +1,6 @@
 //! A dm device between two snapshots.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask, patiently};
 use crate::binding::{Binding, binding};
@@ -64,7 +64,10 @@ pub(crate) fn release<H: Host>(
         CowFate::Keep | CowFate::HandBack => DeviceName::new(format!("{to}{KEPT}"))?,
     };
     let names = [&way, to];
-    Ok((swap_out(host, site, made, handles, names, retry)?, cow))
+    let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
+    let doomed = doomed.map(|cow| cow.path.as_path());
+    let recycled = swap_out(host, site, made, handles, names, doomed, retry)?;
+    Ok((recycled, cow))
 }
 
 fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
@@ -104,6 +107,7 @@ fn swap_out<H: Host>(
     old: Made,
     handles: &Handles,
     [way, to]: [&DeviceName; 2],
+    doomed: Option<&Path>,
     retry: &Retry,
 ) -> Result<Recycled> {
     ask(Step::Unlink, &old.mapper, || {
@@ -125,7 +129,12 @@ fn swap_out<H: Host>(
     };
     let mut renamed = made.handles();
     renamed.cow_loop.clone_from(&handles.cow_loop);
-    let swapped = swap(host, site, &made).and_then(|open_count| {
+    // Before the swap: a sweep after a kill finds the file by the table alone.
+    let unlinked = doomed.map_or(Ok(None), |path| {
+        absent(ask(Step::Unlink, path, || host.unlink(path)))
+    });
+    let swapped = unlinked.and_then(|_| swap(host, site, &made));
+    let swapped = swapped.and_then(|open_count| {
         if open_count == 0 {
             wait_unbound(host, handles, retry)?;
         }
