@@ -127,6 +127,14 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             },
             r#"COW file "/run/vm 42.cow" has 8192 bytes, too small: chunks of 8 sectors need at least 12288 bytes"#,
         ),
+        (Refusal::PoolEmpty, "no device of the pool is ready"),
+        (
+            Refusal::Name {
+                name: "dmsnap-pool-1".into(),
+                fault: NameFault::Pool,
+            },
+            r#"cannot name a device "dmsnap-pool-1": names that begin with dmsnap-pool- are a pool's"#,
+        ),
         (
             Refusal::CowUnlinked { path: cow() },
             r#"COW file "/run/vm 42.cow" was removed meanwhile"#,
@@ -346,6 +354,9 @@ fn every_step_makes_a_sentence() {
         (Step::ArmPoll, "cannot watch for events through X"),
         (Step::List, "cannot list the devices of X"),
         (Step::Link, "cannot make X"),
+        (Step::MoveFile, "cannot move X"),
+        (Step::Rename, "cannot rename X"),
+        (Step::StartThread, "cannot start the thread X"),
         (Step::Unlink, "cannot unlink X"),
         (Step::Random, "cannot draw a uuid for X"),
     ];
