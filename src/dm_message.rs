@@ -151,6 +151,13 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
         text(&self.0.as_ref()[NAME..NAME + NAME_BYTES])
     }
 
+    /// Whether that is its name, without allocating. The kernel writes it into every answer about one device
+    /// (`__find_device_hash_cell`, `drivers/md/dm-ioctl.c`).
+    pub(crate) fn is_named(&self, name: &str) -> bool {
+        let field = &self.0.as_ref()[NAME..NAME + NAME_BYTES];
+        field.split(|byte| *byte == 0).next() == Some(name.as_bytes())
+    }
+
     pub(crate) fn uuid(&self) -> String {
         text(&self.0.as_ref()[UUID_FIELD..UUID_FIELD + UUID_BYTES])
     }

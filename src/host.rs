@@ -177,8 +177,12 @@ impl Machine {
         self.mapper()?.table(id, inactive)
     }
 
-    pub(crate) fn glance(&self, uuid: &DeviceUuid) -> Result<Option<SnapshotStatus>, Errno> {
-        self.mapper()?.glance(uuid)
+    pub(crate) fn glance(
+        &self,
+        uuid: &DeviceUuid,
+        name: &str,
+    ) -> Result<Option<SnapshotStatus>, Errno> {
+        self.mapper()?.glance(uuid, name)
     }
 
     pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {

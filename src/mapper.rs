@@ -26,10 +26,11 @@ use nix::sys::stat::Mode;
 use crate::dm_message::{self, Address, Head, Listed, Message};
 use crate::error;
 use crate::name::{DeviceName, DeviceNumber};
+use crate::policy;
 use crate::status::SnapshotStatus;
 use crate::sys::{self, DM_HEAD_BYTES};
 use crate::table::TargetLine;
-use crate::uuid::DeviceUuid;
+use crate::uuid::{DeviceUuid, Kind};
 
 /// The node that takes dm ioctls.
 pub(crate) const MAPPER_CONTROL: &str = "/dev/mapper/control";
@@ -222,13 +223,21 @@ impl Mapper {
         self.first_line(DevId::Uuid(uuid), DmFlags::DM_NOFLUSH)
     }
 
-    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target.
-    pub(crate) fn glance(&self, uuid: &DeviceUuid) -> Result<Option<SnapshotStatus>, Errno> {
+    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target. A
+    /// pool's device by another name is another snapshot, and this one is gone.
+    pub(crate) fn glance(
+        &self,
+        uuid: &DeviceUuid,
+        name: &str,
+    ) -> Result<Option<SnapshotStatus>, Errno> {
         const ROOM: usize = 200;
         let mut buffer = [0; DM_HEAD_BYTES + ROOM];
         let message = Message::new(&mut buffer[..]).with_flags(dm_message::NOFLUSH);
         let mut message = message.with_address(Address::Uuid(uuid.as_str()));
         self.send(TABLE_STATUS, &mut message)?;
+        if uuid.kind() == Kind::Pooled && !message.is_named(name) {
+            return Err(policy::GONE);
+        }
         if message.flags() & dm_message::ACTIVE_PRESENT == 0 {
             return Ok(None);
         }

@@ -107,6 +107,9 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
 /// What stands in a message for a device that was seen to be in use, so that the kernel was not even asked.
 pub(crate) const BUSY: Errno = Errno::EBUSY;
 
+/// What the kernel answers about a device that is not there, for one that is another snapshot's by now.
+pub(crate) const GONE: Errno = Errno::ENXIO;
+
 /// What stands in a message for a merge that the kernel gave up, which it says in a status line only.
 pub(crate) const MERGE_FAILED: Errno = Errno::EIO;
 

@@ -60,7 +60,7 @@ pub struct Reaped {
 pub enum Fate {
     /// The caller claims it.
     Kept,
-    /// Its maker is at work on it.
+    /// Its maker is at work on it, or it became another snapshot during the sweep.
     InProgress,
     /// Somebody has it open; it was left alone.
     Busy {
@@ -146,15 +146,17 @@ impl ReapOptions {
         if pool::is_alive(&MACHINE, &info.name)? {
             return Ok(Fate::Pooled);
         }
-        // Its maker may have finished since it was looked at: then it is no longer what `keep` was asked about.
+        // Its maker may have finished since it was looked at, or a pool's device may have become another snapshot, as by a
+        // claim: then it is no longer what `keep` was asked about.
         let Some(now) = absent(inventory::status(&info.uuid))? else {
             return Ok(Fate::Removed);
         };
         let open_count = now.open_count;
-        if now.state == info.state && open_count == 0 && !self.dry_run {
+        let same = (now.state, &now.name, &now.cow) == (info.state, &info.name, &info.cow);
+        if same && (open_count == 0 || self.defer) && !self.dry_run {
             pool::forget_cow(&MACHINE, &now)?;
         }
-        match (now.state == info.state, open_count > 0, self.defer) {
+        match (same, open_count > 0, self.defer) {
             (false, _, _) => Ok(Fate::InProgress),
             (true, true, false) => Ok(Fate::Busy { open_count }),
             _ if self.dry_run => Ok(Fate::Due),

@@ -100,8 +100,8 @@ impl Subject {
     pub(crate) fn of<H: Host>(host: &H, handles: &Handles) -> Result<Option<Self>> {
         let path = path_of(handles);
         match (&handles.uuid, &handles.name) {
-            (Some(uuid), Some(name)) if uuid.kind() == Kind::Pooled => {
-                Self::claimed(host, uuid, name, handles.cow_loop.as_ref())
+            (Some(uuid), name) if uuid.kind() == Kind::Pooled => {
+                Self::claimed(host, uuid, name.as_ref(), handles.cow_loop.as_ref())
             }
             (Some(uuid), _) => {
                 let path = path.unwrap_or_else(|| PathBuf::from(uuid.as_str()));
@@ -122,27 +122,34 @@ impl Subject {
         }
     }
 
-    /// Our device of that uuid, or none.
+    /// Our device of that uuid, and a pool's only by that name, or none.
     pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
-        Self {
-            key: Key::Uuid(uuid),
-            path: name.mapper_path(),
-        }
+        let key = match uuid.kind() {
+            Kind::Pooled => Key::Claimed(uuid, name.clone()),
+            Kind::Own | Kind::Shared => Key::Uuid(uuid),
+        };
+        let path = name.mapper_path();
+        Self { key, path }
     }
 
     /// The snapshot's COW file is bound for exactly as long as the device is that snapshot.
     fn claimed<H: Host>(
         host: &H,
         uuid: &DeviceUuid,
-        name: &DeviceName,
+        name: Option<&DeviceName>,
         cow_loop: Option<&LoopHandle>,
     ) -> Result<Option<Self>> {
-        let subject = Self {
-            path: name.mapper_path(),
-            key: Key::Claimed(uuid.clone(), name.clone()),
+        let subject = match name {
+            Some(name) => Self::ours(uuid.clone(), name),
+            None => Self {
+                path: PathBuf::from(uuid.as_str()),
+                key: Key::Uuid(uuid.clone()),
+            },
         };
         // Until it is claimed, the name is new for each COW file.
-        let changes = |handle: &&LoopHandle| handle.has_identity() && !name.is_pooled();
+        let changes = |handle: &&LoopHandle| {
+            handle.has_identity() && !name.is_some_and(DeviceName::is_pooled)
+        };
         Ok(match cow_loop.filter(changes) {
             Some(handle) if !matches!(binding(host, handle)?, Binding::Bound(..)) => None,
             _ => Some(subject),

@@ -203,7 +203,8 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
         Binding::Gone => return Ok(false),
     };
     if status.autoclear {
-        return Ok(true);
+        // A shared origin's may be open for as long as it likes; handles without a uuid do not say that it is one.
+        return Ok(!status.is_shared);
     }
     if claim.is_ours {
         // Attached to the same file, but not by us: ours clear themselves.
@@ -261,7 +262,11 @@ fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
         return Err(busy.noted(format!("open count {}", device.open_count)));
     }
     for handle in own_loops(handles).filter(|handle| handle.has_identity()) {
-        let gone = matches!(binding(host, handle)?, Binding::Gone);
+        let gone = match binding(host, handle)? {
+            Binding::Gone => true,
+            Binding::Bound(_, status) => status.is_shared,
+            Binding::LettingGo => false,
+        };
         if !gone && !is_shared(host, handles, &handle.path)? {
             return Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY));
         }

@@ -97,7 +97,7 @@ pub enum Change {
     Invalid,
     /// Merging failed: the origin could not be written.
     MergeFailed,
-    /// The dm device was removed. It is watched no more.
+    /// The dm device was removed, or released to a pool. It is watched no more.
     Gone,
     /// Its status is a text that this version does not know.
     Unknown(String),
@@ -290,7 +290,9 @@ impl AsFd for Watch {
 impl Watched {
     /// What is new, and whether it is to be watched on.
     fn look(&mut self, bounds: Bounds) -> (Option<Change>, bool) {
-        let seen = ask(Step::Status, &self.path, || MACHINE.glance(&self.uuid));
+        let seen = ask(Step::Status, &self.path, || {
+            MACHINE.glance(&self.uuid, &self.name)
+        });
         let now = MACHINE.now();
         match seen {
             Ok(status) => (self.track.see(now, status, bounds), true),

@@ -13,11 +13,11 @@ use crate::error::{Error, Leftover, Result, Step, errno_of};
 use crate::host::{Host, MACHINE};
 use crate::inventory::{self, LoopFacts, SnapshotInfo, State};
 use crate::name::MAPPER_DIR;
-use crate::policy::{Retry, Verdict};
+use crate::policy::{self, Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::status::SnapshotStatus;
 use crate::table::SnapshotParams;
-use crate::uuid::DeviceUuid;
+use crate::uuid::{DeviceUuid, Kind};
 
 pub(super) fn export(
     options: &ExportOptions,
@@ -42,9 +42,10 @@ pub(super) fn export(
     // A COW file whose snapshot was taken down while it was read may have been anything.
     source.export(options, output, progress, || {
         ask(Step::Query, &mapper, || {
-            MACHINE.query(Address::Uuid(info.uuid.as_str()))
+            let device = MACHINE.query(Address::Uuid(info.uuid.as_str()))?;
+            let another = info.uuid.kind() == Kind::Pooled && device.name != info.name;
+            if another { Err(policy::GONE) } else { Ok(()) }
         })
-        .map(drop)
     })
 }
 

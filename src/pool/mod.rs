@@ -153,11 +153,17 @@ struct Shared {
 struct State {
     ready: VecDeque<Ready>,
     spares: Vec<Made>,
+    /// Popped from `ready`, and neither claimed nor back yet.
+    leaving: usize,
+    /// Devices that are to be among the spares, and are still on their way.
+    coming: usize,
     /// The number of the next name.
     next: u64,
     failures: u32,
     last_error: Option<Error>,
     retry_at: Option<Instant>,
+    /// What failures left behind.
+    left: Vec<Leftover>,
     closing: bool,
 }
 
@@ -265,10 +271,18 @@ impl Pool {
                 return self.shared.create(&name);
             };
             let claimed = ready::claim(&MACHINE, &self.shared.site(), &ready, &name);
-            // Now, and not before: the refill asks the same kernel.
-            self.shared.changed.notify_all();
+            let settle = |put_back: Option<Ready>| {
+                let mut state = self.shared.lock();
+                state.leaving -= 1;
+                put_back
+                    .into_iter()
+                    .for_each(|ready| state.ready.push_front(ready));
+                // Now, and not before: the refill asks the same kernel.
+                self.shared.changed.notify_all();
+            };
             match claimed {
                 Ok(snapshot) => {
+                    settle(None);
                     return Ok(Claimed {
                         snapshot,
                         cow: ready.cow,
@@ -279,9 +293,15 @@ impl Pool {
                 Err(error) if error.verdict() == Some(Verdict::Gone) => {
                     let failed = ready::discard(&MACHINE, &ready).err();
                     self.shared.lock().fail(failed.unwrap_or(error));
+                    settle(None);
+                }
+                // It has the caller's name, and the error says so.
+                Err(error) if !error.left().is_empty() => {
+                    settle(None);
+                    return Err(error);
                 }
                 Err(error) => {
-                    self.shared.lock().ready.push_front(ready);
+                    settle(Some(ready));
                     return Err(error);
                 }
             }
@@ -303,19 +323,23 @@ impl Pool {
         let site = self.shared.site();
         let to = {
             let mut state = self.shared.lock();
-            let wanted = !state.closing && state.spares.len() < self.shared.size;
-            wanted.then(|| self.shared.next_name(&mut state))
+            let wanted = state.spares.len() + state.coming < self.shared.size;
+            let to = wanted.then(|| self.shared.next_name(&mut state));
+            let to = to.transpose()?;
+            state.coming += usize::from(wanted);
+            to
         };
-        let to = to.transpose()?;
-        let (recycled, cow) =
-            recycle::release(host, &site, handles, to.as_ref(), &Retry::default())?;
-        let recycled = match recycled {
-            Recycled::Spare(made) => {
-                self.shared.lock().spares.push(made);
-                self.shared.changed.notify_all();
-                true
+        let released = recycle::release(host, &site, handles, to.as_ref(), fate, &Retry::default());
+        let (recycled, cow) = {
+            let mut state = self.shared.lock();
+            state.coming -= usize::from(to.is_some());
+            match released? {
+                (Recycled::Spare(made), cow) => {
+                    state.spares.push(made);
+                    (true, cow)
+                }
+                (Recycled::Gone, cow) => (false, cow),
             }
-            Recycled::Gone => false,
         };
         let (cow, file) = recycle::dispose(host, cow, fate)?;
         Ok(Released {
@@ -354,7 +378,7 @@ impl Pool {
         true
     }
 
-    /// Takes everything down that was not claimed.
+    /// Takes everything down that was not claimed, what earlier failures left included.
     ///
     /// # Errors
     ///
@@ -370,13 +394,12 @@ impl Pool {
             // It does not panic; if it did, what it left is in the state all the same.
             let _ = refill.join();
         }
-        let (ready, spares) = {
-            let mut state = self.shared.lock();
-            (
-                std::mem::take(&mut state.ready),
-                std::mem::take(&mut state.spares),
-            )
-        };
+        let State {
+            ready,
+            spares,
+            left: old,
+            ..
+        } = std::mem::take(&mut *self.shared.lock());
         let mut left = Vec::new();
         let mut note = |path: &Path, done: Result<()>| {
             if let Err(error) = done {
@@ -395,6 +418,9 @@ impl Pool {
         if let Some(keeper) = self.keeper.take() {
             let path = keeper.made.mapper.clone();
             note(&path, keeper.remove(&MACHINE));
+        }
+        if !old.is_empty() {
+            left.extend(sweep::sweep_again(&MACHINE, &self.shared.dir, old));
         }
         match left.first() {
             None => Ok(()),
@@ -452,6 +478,7 @@ impl Shared {
         let mut state = self.lock();
         loop {
             if let Some(ready) = state.ready.pop_front() {
+                state.leaving += 1;
                 return Ok(Some(ready));
             }
             let WhenEmpty::Wait(patience) = self.when_empty else {
@@ -483,7 +510,7 @@ impl Shared {
         while !state.closing {
             let now = Instant::now();
             let put_off = state.retry_at.filter(|at| *at > now);
-            if state.ready.len() >= self.size || put_off.is_some() {
+            if state.ready.len() + state.leaving >= self.size || put_off.is_some() {
                 let left = put_off.map(|at| at - now);
                 state = self.wait(state, left);
                 continue;
@@ -511,6 +538,7 @@ impl State {
         let pause = first.saturating_mul(2u32.saturating_pow(self.failures.min(16)));
         self.retry_at = Some(Instant::now() + pause.min(most));
         self.failures = self.failures.saturating_add(1);
+        self.left.extend(error.left().iter().cloned());
         self.last_error = Some(error);
     }
 }

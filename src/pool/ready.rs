@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask};
 use crate::backing::Warning;
+use crate::dm_message::Address;
 use crate::error::{Leftover, Result, Step};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
@@ -114,8 +115,13 @@ pub(crate) fn claim<H: Host>(
     Ok(Snapshot::of(handles, ready.warnings.clone()))
 }
 
-/// Takes it down, and its COW file, in which nobody has written.
+/// Takes it down, and its COW file, in which nobody has written. Whoever has renamed the device has both.
 pub(crate) fn discard<H: Host>(host: &H, ready: &Ready) -> Result<()> {
     teardown::clean(host, &ready.handles(), &Retry::default())?;
+    let address = Address::Uuid(ready.made.uuid.as_str());
+    let found = ask(Step::Query, &ready.made.mapper, || host.query(address));
+    if absent(found)?.is_some() {
+        return Ok(());
+    }
     absent(ask(Step::Unlink, &ready.cow, || host.unlink(&ready.cow))).map(drop)
 }

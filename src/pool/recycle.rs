@@ -1,6 +1,6 @@
 //! A dm device between two snapshots.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask, patiently};
 use crate::binding::{Binding, binding};
@@ -9,7 +9,7 @@ use crate::handles::Handles;
 use crate::host::Host;
 use crate::lookup;
 use crate::mapper::Device;
-use crate::name::DeviceName;
+use crate::name::{DeviceName, KEPT};
 use crate::policy::{self, Retry, Verdict};
 use crate::removal::{self, Subject, When};
 use crate::snapshot::{Made, load};
@@ -35,12 +35,13 @@ pub(crate) struct CowFile<F> {
     file: F,
 }
 
-/// Makes the handles' dm device a spare one named `to`, or removes it.
+/// Makes the handles' dm device a spare one named `to`, or removes it. The COW file is found, and left alone.
 pub(crate) fn release<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
     handles: &Handles,
     to: Option<&DeviceName>,
+    fate: CowFate,
     retry: &Retry,
 ) -> Result<(Recycled, Option<CowFile<H::File>>)> {
     let Some(subject) = Subject::of(host, handles)? else {
@@ -48,13 +49,25 @@ pub(crate) fn release<H: Host>(
         return Ok((Recycled::Gone, None));
     };
     let idle = patiently(host, retry, Verdict::Busy, || idle(host, &subject))?;
-    let cow = find_cow(host, handles)?;
+    let cow = match &idle {
+        Some(device) => find_cow(host, &subject, device)?,
+        // Its loop device may be another snapshot's by now.
+        None => None,
+    };
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
     let (Some(to), Some(made)) = (to, fitting) else {
         teardown::clean(host, handles, retry)?;
         return Ok((Recycled::Gone, cow));
     };
-    Ok((swap_out(host, site, made, handles, to, retry)?, cow))
+    let way = match fate {
+        CowFate::Delete => to.clone(),
+        CowFate::Keep | CowFate::HandBack => DeviceName::new(format!("{to}{KEPT}"))?,
+    };
+    let names = [&way, to];
+    let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
+    let doomed = doomed.map(|cow| cow.path.as_path());
+    let recycled = swap_out(host, site, made, handles, names, doomed, retry)?;
+    Ok((recycled, cow))
 }
 
 fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
@@ -82,7 +95,8 @@ fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<Made> {
     })
 }
 
-/// From the rename on it is the pool's again, and a leftover of it if the process dies.
+/// From the rename on it is the pool's again, and a leftover of it if the process dies. With a COW file that is to be kept
+/// it has a name in between that says so, until it has nothing to do with the file any more.
 ///
 /// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
 /// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into the
@@ -92,13 +106,14 @@ fn swap_out<H: Host>(
     site: &Site<'_, H::Loop>,
     old: Made,
     handles: &Handles,
-    to: &DeviceName,
+    [way, to]: [&DeviceName; 2],
+    doomed: Option<&Path>,
     retry: &Retry,
 ) -> Result<Recycled> {
     ask(Step::Unlink, &old.mapper, || {
         host.remove_alias(&old.mapper, old.dev)
     })?;
-    let renamed = ask(Step::Rename, &old.mapper, || host.rename(&old.name, to));
+    let renamed = ask(Step::Rename, &old.mapper, || host.rename(&old.name, way));
     let renamed = absent(renamed).inspect_err(|_| {
         // It stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads there.
         let _ = host.make_alias(&old.mapper, old.dev);
@@ -107,19 +122,30 @@ fn swap_out<H: Host>(
         teardown::clean(host, handles, retry)?;
         return Ok(Recycled::Gone);
     }
-    let made = Made {
-        mapper: to.mapper_path(),
-        name: to.clone(),
+    let mut made = Made {
+        mapper: way.mapper_path(),
+        name: way.clone(),
         ..old
     };
     let mut renamed = made.handles();
     renamed.cow_loop.clone_from(&handles.cow_loop);
-    let swapped = swap(host, site, &made);
-    match swapped {
-        Ok(0) => {
+    // Before the swap: a sweep after a kill finds the file by the table alone.
+    let unlinked = doomed.map_or(Ok(None), |path| {
+        absent(ask(Step::Unlink, path, || host.unlink(path)))
+    });
+    let swapped = unlinked.and_then(|_| swap(host, site, &made));
+    let swapped = swapped.and_then(|open_count| {
+        if open_count == 0 {
             wait_unbound(host, handles, retry)?;
-            Ok(Recycled::Spare(made))
         }
+        if open_count == 0 && way != to {
+            ask(Step::Rename, &made.mapper, || host.rename(way, to))?;
+            (made.mapper, made.name) = (to.mapper_path(), to.clone());
+        }
+        Ok(open_count)
+    });
+    match swapped {
+        Ok(0) => Ok(Recycled::Spare(made)),
         Ok(_) => {
             let subject = Subject::ours(made.uuid, &made.name);
             removal::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)?;
@@ -156,20 +182,31 @@ fn wait_unbound<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<(
     })
 }
 
-/// Opens the COW file while its loop device still says which it is; `None` when its path leads to it no more.
-fn find_cow<H: Host>(host: &H, handles: &Handles) -> Result<Option<CowFile<H::File>>> {
-    let Some(handle) = &handles.cow_loop else {
+/// Opens the COW file that the device's table has; `None` when its path leads to it no more, or the device is gone
+/// meanwhile. What a handle says of a loop device would not do: the file is about to be deleted.
+fn find_cow<H: Host>(
+    host: &H,
+    subject: &Subject,
+    device: &Device,
+) -> Result<Option<CowFile<H::File>>> {
+    let Ok(uuid) = DeviceUuid::new(device.uuid.as_str()) else {
         return Ok(None);
     };
-    let number = ask(Step::Query, &handle.path, || {
-        host.device_number(&handle.path)
-    });
-    let Some(number) = absent(number)?.flatten() else {
+    let table = ask(Step::Status, &subject.path, || host.live_table(&uuid));
+    let target = absent(table)?
+        .flatten()
+        .and_then(|(kind, text)| Target::parse(&kind, &text).ok());
+    let Some(Target::Snapshot(params)) = target else {
         return Ok(None);
     };
-    let bound = lookup::bound(host, number)?;
-    let name = handles.name.as_ref().map_or("", DeviceName::as_str);
-    match lookup::reach(host, &bound, name, true) {
+    let Some(bound) = absent(lookup::bound(host, params.cow))? else {
+        return Ok(None);
+    };
+    // It is there now, so the loop device was held by it when it was opened, and is the one meant.
+    if subject.query(host)?.is_none() {
+        return Ok(None);
+    }
+    match lookup::reach(host, &bound, &device.name, true) {
         Ok((file, _)) => Ok(Some(CowFile {
             path: bound.path,
             file,

@@ -2,14 +2,18 @@
 
 use super::*;
 use crate::error::Error;
-use crate::handles::Handles;
+use crate::handles::{Handles, LoopHandle};
+use crate::inventory::{SnapshotInfo, State};
 use crate::options::{CowSize, SnapshotOptions};
 use crate::origin::{self, Base};
 use crate::policy::Retry;
 use crate::pool::ready::{self, Ready, Site};
 use crate::pool::recycle::{self, Recycled};
-use crate::pool::{CowFate, keeper};
-use crate::snapshot::Made;
+use crate::pool::{CowFate, forget_cow, keeper};
+use crate::snapshot::{self, Made};
+use crate::table::{Discard, Store};
+use crate::teardown;
+use crate::units::ChunkSize;
 
 /// A pool's things, without its thread.
 struct Stage {
@@ -71,10 +75,15 @@ impl Stage {
     }
 
     fn release(&self, handles: &Handles) -> Result<Recycled, Error> {
+        self.release_with(handles, CowFate::Delete)
+    }
+
+    fn release_with(&self, handles: &Handles, fate: CowFate) -> Result<Recycled, Error> {
         let to = name("dmsnap-pool-1-99");
         let (script, retry) = (&self.script, Retry::default());
-        let (recycled, cow) = recycle::release(script, &self.site(), handles, Some(&to), &retry)?;
-        recycle::dispose(script, cow, CowFate::Delete)?;
+        let (recycled, cow) =
+            recycle::release(script, &self.site(), handles, Some(&to), fate, &retry)?;
+        recycle::dispose(script, cow, fate)?;
         Ok(recycled)
     }
 
@@ -187,7 +196,7 @@ fn whichever_call_of_a_release_fails_the_device_is_the_callers_or_gone_or_named(
         gone.insert(cow);
         let spare = |path: &&PathBuf| path.ends_with("dmsnap-pool-1-99");
         let as_claimed = found == claimed;
-        let as_gone = found == gone || found.iter().any(|path| spare(&path));
+        let as_gone = found == gone || found == bare || found.iter().any(|path| spare(&path));
         let named = residue_named(&error).is_subset(&found) && !error.left().is_empty();
         assert!(
             as_claimed || as_gone || named,
@@ -229,6 +238,129 @@ fn whichever_call_of_making_the_keeper_fails_nothing_of_it_is_left() {
         let error = keeper::make(&stage.script, &stage.base, &to).expect_err("one call failed");
         assert_eq!(error.left(), [], "call {call}: {error}");
         assert_eq!(stage.residue(), before, "call {call}: {error}");
+    }
+}
+
+/// The loop device of a snapshot that is gone serves another one by now. A second release was seen to delete that one's
+/// COW file, as it took the handle's number at its word.
+#[test]
+fn a_release_of_what_is_gone_deletes_nobody_elses_cow_file() {
+    let stage = Stage::new();
+    let (script, options) = (&stage.script, &stage.options);
+    let (cow, vm) = (Path::new("/pool/1.cow"), name("vm"));
+    let old = snapshot::create_on(script, options, &stage.base, cow, &vm);
+    let old = old.expect("nothing fails").into_handles();
+    teardown::clean(script, &old, &Retry::default()).expect("nothing fails");
+    let other = stage.made(22, None);
+    let path = |handle: Option<LoopHandle>| handle.expect("a loop").path;
+    let number = path(old.cow_loop.clone());
+    assert_eq!(number, path(other.cow_loop), "it is used again");
+    let before = stage.residue();
+    let released = stage.release(&old).expect("it is gone already");
+    assert!(matches!(released, Recycled::Gone));
+    assert_eq!(stage.residue(), before);
+}
+
+/// By the uuid the origin's loop device is known as shared. Without it, its last user was waited for.
+#[test]
+fn a_shared_origin_is_not_waited_for_by_handles_that_have_no_uuid() {
+    let stage = Stage::new();
+    let bare = stage.residue();
+    let (script, options) = (&stage.script, &stage.options);
+    let (cow, vm) = (Path::new("/pool/1.cow"), name("vm"));
+    let made = snapshot::create_on(script, options, &stage.base, cow, &vm);
+    let mut handles = made.expect("nothing fails").into_handles();
+    handles.uuid = None;
+    teardown::clean(script, &handles, &Retry::default()).expect("nothing fails");
+    assert_eq!(script.now(), Duration::ZERO, "nothing was waited for");
+    let cow = PathBuf::from(cow);
+    assert_eq!(stage.residue(), bare.into_iter().chain([cow]).collect());
+}
+
+/// Two sweeps at once: the other one has removed the device, and its loop device is another snapshot's.
+#[test]
+fn a_sweep_deletes_no_cow_file_by_a_loop_device_that_has_changed_hands() {
+    let stage = Stage::new();
+    let ready = stage.made(1, None);
+    let device = LoopHandle::at("/dev/loop1");
+    assert_eq!(
+        ready.cow_loop.as_ref().map(|it| &it.path),
+        Some(&device.path)
+    );
+    let info = info_of(&ready.made, 1);
+    teardown::clean(&stage.script, &ready.handles(), &Retry::default()).expect("nothing fails");
+    let other = stage.made(22, None);
+    assert_eq!(
+        other.cow_loop.as_ref().map(|it| &it.path),
+        Some(&device.path)
+    );
+    let before = stage.residue();
+    forget_cow(&stage.script, &info).expect("nothing fails");
+    assert_eq!(stage.residue(), before);
+    forget_cow(&stage.script, &info_of(&other.made, 1)).expect("nothing fails");
+    assert!(!stage.residue().contains(&other.cow), "its own goes");
+}
+
+/// A kill in the middle of a release left a device under a name of the pool's, with the COW file that the caller was to
+/// be handed back; the next sweep deleted it.
+#[test]
+fn a_cow_file_that_is_to_be_kept_is_never_a_leftover_of_the_pools() {
+    for fate in [CowFate::Keep, CowFate::HandBack] {
+        let calls = {
+            let stage = Stage::new();
+            let handles = stage.claimed(1);
+            let _ = stage.release_with(&handles, fate).expect("nothing fails");
+            stage.script.calls.borrow().len()
+        };
+        for call in 1..=calls {
+            let stage = Stage::new();
+            let handles = stage.claimed(1);
+            let cow = PathBuf::from("/pool/dmsnap-1-1.cow");
+            // From this call on nothing is answered any more.
+            stage
+                .script
+                .restart(move |_, nth| (nth >= call).then_some(Errno::EIO));
+            drop(stage.release_with(&handles, fate));
+            stage.script.restart(never);
+            let found = stage.script.query(Address::Uuid(
+                handles.uuid.as_ref().expect("a uuid").as_str(),
+            ));
+            if let Ok(found) = found {
+                let made = Made {
+                    name: name(&found.name),
+                    uuid: handles.uuid.clone().expect("a uuid"),
+                    mapper: name(&found.name).mapper_path(),
+                    dev: found.number,
+                };
+                forget_cow(&stage.script, &info_of(&made, 1)).expect("nothing fails");
+            }
+            assert!(stage.residue().contains(&cow), "call {call}");
+        }
+    }
+}
+
+fn info_of(made: &Made, cow_loop: u32) -> SnapshotInfo {
+    SnapshotInfo {
+        name: made.name.to_string(),
+        uuid: made.uuid.clone(),
+        dev: made.dev,
+        state: State::Live,
+        merging: false,
+        deferred_remove: false,
+        open_count: 0,
+        params: Some(SnapshotParams {
+            origin: DeviceNumber { major: 7, minor: 0 },
+            cow: DeviceNumber {
+                major: 7,
+                minor: cow_loop,
+            },
+            store: Store::Persistent,
+            chunk: ChunkSize::default(),
+            discard: Discard::Unsupported,
+        }),
+        origin: None,
+        cow: None,
+        status: None,
     }
 }
 

@@ -15,6 +15,7 @@ use crate::common::{PREFIX, Scene, chain, eventually};
 use crate::proof::Cost;
 
 mod kills;
+mod races;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 /// The chunks in which the tests write, of those that a scene's image has.
