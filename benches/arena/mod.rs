@@ -24,7 +24,7 @@ type Crew = Vec<Box<dyn Contestant>>;
 /// Every contestant in every round, in an order in which each follows each other equally often, so that neither drift
 /// nor what the one before leaves behind (deferred frees, warm slabs) favours anybody.
 pub(crate) fn contest(place: &Place, scenario: &Scenario, rounds: usize) -> Result<Outcome> {
-    let warm_up = 2;
+    let warm_up = if scenario.each > 1 { 1 } else { 2 };
     let mut crews = Vec::new();
     for make in scenario.contestants {
         let crew: Crew = (0..scenario.threads)

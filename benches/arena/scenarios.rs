@@ -167,7 +167,7 @@ pub(crate) const ALL: &[Scenario] = &[
         each: 64,
         contestants: &[IOCTLS, LIBRARY, FLEET],
         rounds: 6,
-        promised_rounds: 6,
+        promised_rounds: 4,
         ..BASE
     },
     Scenario {
