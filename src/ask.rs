@@ -117,6 +117,7 @@ impl<'a, H: Host> Wait<'a, H> {
             timings::pause(|| self.host.sleep(pause));
             return true;
         }
+        let longer = self.retry.watching(pause, elapsed);
         match &self.watch {
             Watching::NotYet => {
                 // The last close may have come before the watch: the next attempt follows at once.
@@ -126,13 +127,12 @@ impl<'a, H: Host> Wait<'a, H> {
                 self.watch = watch.map_or(Watching::Never, Watching::By);
             }
             Watching::By(watch) => {
-                let longest = self.retry.watching(pause, still, elapsed);
-                if timings::pause(|| self.host.wait_for_close(watch, longest)) {
+                if timings::pause(|| self.host.wait_for_close(watch, longer)) {
                     self.attempts = 0;
                     self.still_since = self.host.now();
                 }
             }
-            Watching::Never => timings::pause(|| self.host.sleep(pause)),
+            Watching::Never => timings::pause(|| self.host.sleep(longer)),
         }
         true
     }

@@ -119,13 +119,13 @@ pub(crate) const AT_ONCE: u32 = 16;
 /// How long a busy device is waited for, and how often it is asked meanwhile.
 ///
 /// The first pause is short because the usual holder (a VMM that has just exited, a probing udev) is gone within
-/// a millisecond; each pause is twice the one before, up to 1 ms for the first second and 10 ms from then on. After 10 ms
-/// the device's node is watched as well (inotify, `IN_CLOSE`), so that a close ends the pause, and brings the short ones
-/// back. So a removal follows its holder's last close within 2 ms, and a wait of 15 s takes some 2,500 looks.
+/// a millisecond; each pause is twice the one before, up to 500 us. After a second they become 10 ms, and the device's
+/// node is watched (inotify, `IN_CLOSE`), so that a close ends the pause and brings the short ones back. So a removal
+/// follows its holder's last close within 2 ms, and a wait of 15 s takes some 3,500 looks.
 ///
 /// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a mount,
-/// swap), closes unseen: within the first second, that is noticed within 1 ms, afterwards within 10 ms.
-/// [`Retry::pauses`] keeps to its own ceiling instead, and nothing is watched.
+/// swap), closes unseen: after the first second, that is noticed within 10 ms. [`Retry::pauses`] keeps to its own
+/// ceiling instead, and nothing is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     deadline: Duration,
@@ -135,11 +135,11 @@ pub struct Retry {
     watching: Duration,
 }
 
-/// From when on a wait is worth a watch, from the beginning and from each close that was seen: the event of a close comes
+/// For how long short pauses go on, from the beginning and from each close that was seen: the event of a close comes
 /// before the release, which may have pages to write first.
-const WATCHED_FROM: Duration = Duration::from_millis(10);
-
-/// Until when, from there too, holders that close unseen are noticed at once.
+///
+/// A watch is for long waits only: the kernel ends one with a grace period (`fsnotify_destroy_group`), 10 to 25 ms by which
+/// a removal returns later.
 const RESTLESS: Duration = Duration::from_secs(1);
 
 impl Retry {
@@ -149,13 +149,13 @@ impl Retry {
     /// One attempt, at a deadline that has come: unlike [`Retry::ONCE`] it counts as having waited.
     pub(crate) const LAST: Self = Self::until(Duration::from_nanos(1));
 
-    /// Repeats for at most `deadline`, pausing 100 us at first, and 1 ms or, with the device watched, 10 ms at most.
+    /// Repeats for at most `deadline`, pausing 100 us at first, and 500 us or, from the second second on, 10 ms at most.
     #[must_use]
     pub const fn until(deadline: Duration) -> Self {
         Self {
             deadline,
             first: Duration::from_micros(100),
-            ceiling: Duration::from_millis(1),
+            ceiling: Duration::from_micros(500),
             watching: Duration::from_millis(10),
         }
     }
@@ -184,14 +184,11 @@ impl Retry {
 
     /// Whether to be told of closes, so long after the beginning or the last of them.
     pub(crate) fn watches(&self, still: Duration) -> bool {
-        self.watching > self.ceiling && still >= WATCHED_FROM
+        self.watching > self.ceiling && still >= RESTLESS
     }
 
-    /// What becomes of a pause when a close would end it.
-    pub(crate) fn watching(&self, pause: Duration, still: Duration, elapsed: Duration) -> Duration {
-        if still < RESTLESS {
-            return pause;
-        }
+    /// What becomes of a pause from then on.
+    pub(crate) fn watching(&self, pause: Duration, elapsed: Duration) -> Duration {
         let left = self.deadline.saturating_sub(elapsed);
         self.watching.max(pause).min(left)
     }
@@ -298,8 +295,8 @@ mod tests {
         };
         let ms = Duration::from_millis;
         assert_eq!(
-            pauses_of(Retry::until(ms(4))),
-            (vec![100, 200, 400, 800, 1000, 1000, 500], ms(4))
+            pauses_of(Retry::until(ms(2))),
+            (vec![100, 200, 400, 500, 500, 300], ms(2))
         );
         assert_eq!(
             pauses_of(Retry::until(ms(30)).sparing()),
@@ -313,7 +310,7 @@ mod tests {
         let longest = |devices| retry.pause(u32::MAX, devices, Duration::ZERO);
         assert_eq!(
             [1, 8, 9, 64].map(longest),
-            [1, 1, 2, 8].map(|pause| Some(ms(pause)))
+            [500, 500, 1000, 4000].map(|us| Some(Duration::from_micros(us)))
         );
     }
 
@@ -321,11 +318,9 @@ mod tests {
     fn closes_are_watched_for_unless_the_pauses_are_the_callers() {
         let ms = Duration::from_millis;
         let retry = Retry::default();
-        assert!(!retry.watches(ms(9)) && retry.watches(ms(10)));
-        let pause = |still, elapsed| retry.watching(ms(1), ms(still), ms(elapsed));
-        assert_eq!(pause(999, 999), ms(1));
-        assert_eq!(pause(1000, 2000), ms(10));
-        assert_eq!(pause(1000, 14_997), ms(3));
+        assert!(!retry.watches(ms(999)) && retry.watches(ms(1000)));
+        assert_eq!(retry.watching(ms(1), ms(2000)), ms(10));
+        assert_eq!(retry.watching(ms(1), ms(14_997)), ms(3));
         assert!(!retry.sparing().watches(ms(5000)));
         assert!(!retry.pauses(ms(1), ms(50)).watches(ms(5000)));
     }

@@ -136,7 +136,10 @@ fn text(
     side: HPos,
     ink: RGBColor,
 ) -> Result<()> {
-    let style = ("sans-serif", size).into_font().color(&ink);
+    // The SVG backend writes a font size of 1 as 1 / 1.24.
+    let style = ("sans-serif", f64::from(size) * 1.24)
+        .into_font()
+        .color(&ink);
     let style = style.pos(Pos::new(side, VPos::Center));
     Ok(area.draw_text(text, &style, at)?)
 }

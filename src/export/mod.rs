@@ -123,11 +123,11 @@ impl ExportOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a COW file that a snapshot has, a store that is damaged or invalid, an origin that has
+    /// [`Error::Refused`](crate::Error::Refused) for a COW file that a snapshot has, a store that is damaged or invalid, an origin that has
     /// changed since the store was made, or an output that exists.
-    /// [`Error::Failed`] names the step that failed; the output is then as it was before, unless it was the last step of
+    /// [`Error::Failed`](crate::Error::Failed) names the step that failed; the output is then as it was before, unless it was the last step of
     /// all, the sync of the output's directory.
-    /// [`Error::Debris`] when a temporary file could not be removed.
+    /// [`Error::Debris`](crate::Error::Debris) when a temporary file could not be removed.
     pub fn export(
         &self,
         origin: impl AsRef<Path>,
@@ -181,7 +181,7 @@ impl ExportOptions {
     /// # Errors
     ///
     /// As [`export`](Self::export). [`Refusal::NotExportable`] for a snapshot that is not working, as when somebody else has
-    /// suspended it, or has a transient store. [`Error::Debris`] names a snapshot that could not be resumed.
+    /// suspended it, or has a transient store. [`Error::Debris`](crate::Error::Debris) names a snapshot that could not be resumed.
     pub fn export_live(
         &self,
         snapshot: impl AsRef<str>,

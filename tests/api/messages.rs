@@ -182,6 +182,14 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             },
             r#""vm-42" has not overflowed: it can be grown as it is"#,
         ),
+        (Refusal::PoolEmpty, "no device of the pool is ready"),
+        (
+            Refusal::Name {
+                name: "dmsnap-pool-1".to_owned(),
+                fault: NameFault::Pool,
+            },
+            r#"cannot name a device "dmsnap-pool-1": names that begin with dmsnap-pool- are a pool's"#,
+        ),
         (
             Refusal::CowInUse { path: cow() },
             r#"COW file "/run/vm 42.cow" is in use by another snapshot"#,
@@ -306,6 +314,7 @@ fn every_step_makes_a_sentence() {
     let steps = [
         (Step::OpenFile, "cannot open X"),
         (Step::MakeFile, "cannot make X"),
+        (Step::MoveFile, "cannot move X"),
         (Step::SizeFile, "cannot set aside space for X"),
         (Step::InspectFile, "cannot inspect X"),
         (Step::LockFile, "cannot lock X"),
@@ -339,6 +348,7 @@ fn every_step_makes_a_sentence() {
         (Step::Suspend, "cannot suspend X"),
         (Step::Resume, "cannot resume X"),
         (Step::Merge, "cannot merge by X"),
+        (Step::Rename, "cannot rename X"),
         (Step::SetUuid, "cannot give a uuid to X"),
         (Step::Remove, "cannot remove X"),
         (Step::Query, "cannot query X"),
@@ -346,6 +356,7 @@ fn every_step_makes_a_sentence() {
         (Step::ArmPoll, "cannot watch for events through X"),
         (Step::List, "cannot list the devices of X"),
         (Step::Link, "cannot make X"),
+        (Step::StartThread, "cannot start the thread X"),
         (Step::Unlink, "cannot unlink X"),
         (Step::Random, "cannot draw a uuid for X"),
     ];

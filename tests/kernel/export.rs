@@ -90,7 +90,10 @@ fn exports_diffs_and_cuts_are_what_the_device_was() {
         // No multiple of the chunk size.
         let bytes = (mib << 20) + 5 * 512;
         let scene = Scene::over(|image| patterned(image, bytes));
-        for store in [Store::Persistent, Store::PersistentOverflow] {
+        let stores = [Store::Persistent, Store::PersistentOverflow];
+        // On disk they are the same until they overflow; the short form goes over the longest image once.
+        let twice = short_or_long(sectors != 32, true);
+        for store in stores.into_iter().take(1 + usize::from(twice)) {
             let (seen, took) = timed(|| round_trip(&scene, bytes, sectors, store, count));
             println!("export: {} {sectors}: {seen}, {took:?}", store.letters());
         }

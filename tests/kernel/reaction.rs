@@ -153,7 +153,8 @@ fn a_long_wait_takes_next_to_no_cpu_time() {
         println!(
             "{wait:.1?} of waiting, asking {what}: {spent:.1?} of CPU time; asking once: {once:.1?}"
         );
-        // Emulated, and with the removal itself: a tenth of that on a CPU of its own.
-        assert!(spent < wait / 4, "{spent:.1?}");
+        // Emulated on a busy machine, and with the removal itself; asking every millisecond is there to compare.
+        let bound = if retry == Retry::until(wait) { 4 } else { 1 };
+        assert!(spent < wait / bound, "{spent:.1?}");
     }
 }

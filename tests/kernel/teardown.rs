@@ -66,7 +66,7 @@ fn removal_gives_up_at_the_deadline() {
     let took = start.elapsed();
     assert_eq!(error.verdict(), Some(Verdict::Busy));
     assert!(
-        took >= patience && took < patience + Duration::from_secs(3),
+        took >= patience && took < patience + Duration::from_secs(10),
         "{took:?}"
     );
     println!("message: still busy at the deadline: {}", chain(&error));

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::common::filling::{Direct, status_of, usage_of};
 use crate::common::tools::{Running, start, success};
-use crate::common::{Foreign, Scene, dmsnap, eventually, output};
+use crate::common::{Foreign, Scene, dmsnap, dmsnap_under, eventually, output};
 use crate::proof::short_or_long;
 
 const SMALL: u64 = 256 << 10;
@@ -109,16 +109,22 @@ fn the_descriptor_wakes_for_events_and_an_overflow_is_none() {
 #[test]
 fn an_overflow_is_told_though_the_kernel_is_silent() {
     let scene = Scene::new();
-    let (snapshot, name) = snapshot(&scene, Store::PersistentOverflow, SMALL);
-    let mut watch = watch(&[&name]);
-    watch.threshold(100);
-    assert_eq!(changes(&mut watch), []);
-    overfill(&snapshot);
-    let begin = Instant::now();
-    assert_eq!(next(&mut watch)[0].change, Change::Overflow);
-    println!("overflow told after {:?}", begin.elapsed());
-    assert!(begin.elapsed() < Duration::from_secs(2));
-    snapshot.cleanup().expect("nobody has it open");
+    let told = || {
+        let (snapshot, name) = snapshot(&scene, Store::PersistentOverflow, SMALL);
+        let mut watch = watch(&[&name]);
+        watch.threshold(100);
+        assert_eq!(changes(&mut watch), []);
+        overfill(&snapshot);
+        let begin = Instant::now();
+        assert_eq!(next(&mut watch)[0].change, Change::Overflow);
+        let after = begin.elapsed();
+        println!("overflow told after {after:?}");
+        snapshot.cleanup().expect("nobody has it open");
+        after
+    };
+    // Whatever else the machine does can only make it later.
+    let soon = |after: Duration| after < Duration::from_secs(2);
+    assert!((0..5).any(|_| soon(told())));
 }
 
 #[test]
@@ -199,9 +205,12 @@ fn a_look_at_many_costs_little_and_events_do_not_multiply_it() {
     assert!(watch.is_empty());
 }
 
-/// `dmsnap watch`, looking already.
-fn dmsnap_watch(arguments: &[&str], names: &[&String]) -> Running {
-    let running = start(dmsnap().arg("watch").args(arguments).args(names));
+/// `dmsnap watch`, printing to a file, and looking already.
+fn dmsnap_watch(out: &Path, arguments: &[&str], names: &[&String]) -> Running {
+    // exec: the process stays the same.
+    let to_file = format!("exec \"$0\" \"$@\" >'{}'", out.display());
+    let mut command = dmsnap_under(&["sh", "-c", &to_file]);
+    let running = start(command.arg("watch").args(arguments).args(names));
     let descriptors = format!("/proc/{}/fd", running.id());
     let controls = || {
         let open = fs::read_dir(&descriptors).into_iter().flatten().flatten();
@@ -215,10 +224,20 @@ fn dmsnap_watch(arguments: &[&str], names: &[&String]) -> Running {
     running
 }
 
-fn lines(running: Running) -> Vec<serde_json::Value> {
+/// What it has printed so far.
+fn printed(out: &Path) -> String {
+    fs::read_to_string(out).expect("UTF-8")
+}
+
+fn wait_for(out: &Path, event: &str) {
+    let told = || printed(out).contains(event);
+    assert!(eventually(Duration::from_secs(10), told), "no {event}");
+}
+
+fn lines(running: Running, out: &Path) -> Vec<serde_json::Value> {
     let done = running.join();
     assert!(done.status.success() && done.stderr.is_empty(), "{done:?}");
-    let text = String::from_utf8(done.stdout).expect("UTF-8");
+    let text = printed(out);
     let parse = |line| serde_json::from_str(line).expect("a line of JSON");
     text.lines().map(parse).collect()
 }
@@ -250,16 +269,19 @@ fn write_on(device: &Path, bytes: u64) -> Result<Duration, u64> {
 
 #[test]
 fn a_writer_at_full_speed_sees_no_error_under_the_watch_and_one_without_it() {
-    let image = short_or_long(96, 512) * MIB;
+    let image = short_or_long(80, 512) * MIB;
     let scene = blank(image);
+    let out = scene.path("watch.out");
     // Chunks that the emulated CPU is fast with.
     let mut options = SnapshotOptions::new();
     let chunk = ChunkSize::new(128).expect("a chunk size");
     options.store(Store::PersistentOverflow).chunk_size(chunk);
-    let made = [0; 2].map(|_| snapshot_of(&scene, &options, 32 * MIB));
+    // Room for a moment in which a busy machine does not let the watch run, and less than all of the image.
+    let cow = 64 * MIB;
+    let made = [0; 2].map(|_| snapshot_of(&scene, &options, cow));
     let names = [&made[0].1, &made[1].1];
     let arguments = ["--at", "50%", "--grow-by", "32MiB", "--json"];
-    let running = dmsnap_watch(&arguments, &names);
+    let running = dmsnap_watch(&out, &arguments, &names);
     let wrote = thread::scope(|scope| {
         let spawn = |(snapshot, _): &(Snapshot, String)| {
             let device = snapshot.device().to_owned();
@@ -270,7 +292,7 @@ fn a_writer_at_full_speed_sees_no_error_under_the_watch_and_one_without_it() {
     });
     let id = running.id().to_string();
     success(Command::new("kill").args(["-TERM", &id]));
-    let lines = lines(running);
+    let lines = lines(running, &out);
     for (nth, (_, name)) in made.iter().enumerate() {
         let took = wrote[nth].unwrap_or_else(|at| {
             let status = status_of(name);
@@ -296,7 +318,7 @@ fn a_writer_at_full_speed_sees_no_error_under_the_watch_and_one_without_it() {
                     .all(|event| ["above", "grown"].contains(event))
         );
     }
-    let (unwatched, name) = snapshot_of(&scene, &options, 32 * MIB);
+    let (unwatched, name) = snapshot_of(&scene, &options, cow);
     let failed = write_on(unwatched.device(), image).expect_err("nobody grows it");
     println!("without the watch: failed at {} MiB", failed / MIB);
     assert_eq!(status_of(&name), SnapshotStatus::Overflow);
@@ -311,17 +333,18 @@ fn a_writer_at_full_speed_sees_no_error_under_the_watch_and_one_without_it() {
 fn the_command_stops_growing_at_its_bound_and_ends_with_the_last_snapshot() {
     let scene = blank(8 * MIB);
     let (snapshot, name) = snapshot(&scene, Store::PersistentOverflow, MIB);
+    let out = scene.path("watch.out");
     let arguments = ["--grow-by", "1M", "--max", "2M", "--json"];
-    let running = dmsnap_watch(&arguments, &[&name]);
+    let running = dmsnap_watch(&out, &arguments, &[&name]);
     let device = Direct::open(snapshot.device());
     device.write(0x5a, 0, 900 << 10).expect("it fits");
     let grown = || usage_of(&name).total.to_bytes() == Some(2 * MIB);
     assert!(eventually(Duration::from_secs(10), grown), "it grows");
     device.write(0x5a, 0, 4 * MIB).expect_err("and no further");
     drop(device);
-    thread::sleep(Duration::from_millis(1100));
+    wait_for(&out, "overflow");
     snapshot.cleanup().expect("nobody has it open");
-    let lines = lines(running);
+    let lines = lines(running, &out);
     let mut events = events_of(&lines, &name);
     events.dedup();
     assert_eq!(events[..2], ["above", "grown"], "{lines:?}");
@@ -347,7 +370,8 @@ fn grow_recover_and_watch_speak_as_the_others_do() {
         table.starts_with("NAME") && table.contains("16/1024"),
         "{table}"
     );
-    let running = dmsnap_watch(&[], &[&name]);
+    let out = scene.path("watch.out");
+    let running = dmsnap_watch(&out, &[], &[&name]);
     let device = Direct::open(snapshot.device());
     device.write(0x5a, 0, MIB).expect_err("it does not fit");
     drop(device);
@@ -359,11 +383,11 @@ fn grow_recover_and_watch_speak_as_the_others_do() {
         &name
     ));
     println!("message: grow after an overflow: {refused}");
-    thread::sleep(Duration::from_millis(1100));
+    wait_for(&out, "overflow");
     let id = running.id().to_string();
     success(Command::new("kill").args(["-INT", &id]));
     let done = running.join();
-    let text = String::from_utf8_lossy(&done.stdout).into_owned();
+    let text = printed(&out);
     assert!(done.status.success(), "{done:?}");
     assert!(text.ends_with(&format!("{name}: overflow\n")), "{text}");
 

@@ -19,6 +19,7 @@ guest_cpus=
 guest_timeout=600
 guest_out=
 guest_console=
+guest_times=0
 guest_files=()
 
 guest_dir=
@@ -105,7 +106,7 @@ guest_boot() {
             -device virtio-blk-pci,drive=scratch
     ) </dev/null >"$guest_dir/qemu" 2>&1 &
     qemu=$!
-    tail -s 0.1 --pid="$qemu" -c +1 -f "$guest_dir/output" 2>/dev/null &
+    guest_relay "$qemu" &
     relay=$!
     guest_pids=("$qemu" "$relay")
     # The relay ends after QEMU, or before it when our reader has gone away
@@ -114,6 +115,15 @@ guest_boot() {
     guest_status=0
     wait "$qemu" || guest_status=$?
     guest_pids=()
+}
+
+# Prints what COMMAND prints until QEMU is gone.
+guest_relay() {
+    local tail=(tail -s 0.1 --pid="$1" -c +1 -f "$guest_dir/output") line
+    ((guest_times)) || exec "${tail[@]}" 2>/dev/null
+    "${tail[@]}" 2>/dev/null | while IFS= read -r line || [[ -n $line ]]; do
+        printf '%s %s\n' "${EPOCHREALTIME/[.,]/}" "$line"
+    done
 }
 
 guest_verdict() {

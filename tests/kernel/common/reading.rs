@@ -1,9 +1,11 @@
-//! The kernel's state as others see it: dmsetup and sysfs, not the library.
+//! The kernel's state as others see it: dmsetup, the `devicemapper` crate and sysfs, not the library.
 
 use std::ffi::OsString;
 use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
+
+use devicemapper::DM;
 
 use super::run;
 
@@ -54,6 +56,15 @@ fn bound(block: &Path) -> Option<Bound> {
         read_only: flag("ro")?,
         direct_io: flag("loop/dio")?,
     })
+}
+
+/// The names of all dm devices by the `devicemapper` crate: a dmsetup for each of some hundred looks would cost more
+/// than all that is looked at. Scenes end with dmsetup's word.
+pub(crate) fn dm_listed() -> Vec<String> {
+    let devices = DM::new().and_then(|dm| dm.list_devices());
+    let devices = devices.expect("device-mapper lists its devices");
+    let names = devices.iter().map(|(name, ..)| name.to_string());
+    names.filter(|name| !name.is_empty()).collect()
 }
 
 /// The names of all dm devices.

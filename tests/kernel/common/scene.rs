@@ -2,8 +2,9 @@
 
 use std::ffi::OsStr;
 use std::fmt;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -54,7 +55,7 @@ impl Scene {
         settle();
         let dir = TempDir::with_prefix(PREFIX).expect("a temporary directory");
         // Other users are to be refused what they ask for, not the way there.
-        run!("chmod", "755", dir.path());
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).expect("it is ours");
         let image = dir.path().join("origin.img");
         make(&image);
         // The library keeps its two control nodes open from the first use on; let that be before the count.
@@ -125,7 +126,7 @@ impl Scene {
     pub(crate) fn residue(&self) -> Vec<String> {
         let mut found = Vec::new();
         let mut note = |what: &str, which: String| found.push(format!("{what} {which}"));
-        for name in reading::dm_names() {
+        for name in reading::dm_listed() {
             if name.starts_with(PREFIX) {
                 note("dm device", name);
             }
@@ -164,6 +165,9 @@ impl Scene {
 
     fn assert_as_before(&self) {
         self.assert_clean();
+        let by_dmsetup = reading::dm_names();
+        let ours = by_dmsetup.iter().any(|name| name.starts_with(PREFIX));
+        assert!(!ours, "left behind, says dmsetup: {by_dmsetup:#?}");
         assert!(content(&self.image) == self.before, "the image has changed");
         assert_eq!(
             descriptors(),

@@ -108,7 +108,7 @@ pub(crate) fn dmsnap_under(wrapper: &[&str]) -> Command {
 
 /// Waits for a condition, and says whether it came true.
 pub(crate) fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool) -> bool {
-    let start = Instant::now();
+    let (start, mut pause) = (Instant::now(), Duration::from_millis(1));
     loop {
         if condition() {
             return true;
@@ -116,7 +116,8 @@ pub(crate) fn eventually(deadline: Duration, mut condition: impl FnMut() -> bool
         if start.elapsed() >= deadline {
             return false;
         }
-        thread::sleep(Duration::from_millis(20));
+        thread::sleep(pause);
+        pause = (pause * 2).min(Duration::from_millis(20));
     }
 }
 

@@ -12,7 +12,7 @@ use dmsnap::{
 
 use crate::common::reading::{alias_exists, dm_exists, dm_names, dm_table, loops_over};
 use crate::common::{PREFIX, Scene, chain, eventually};
-use crate::proof::median;
+use crate::proof::Cost;
 
 mod kills;
 
@@ -397,20 +397,11 @@ fn a_claim_and_a_release_cost_a_fraction_of_a_create_and_a_cleanup() {
     assert!(released.0.expect("idle").recycled);
     pool.drain().expect("nothing is open");
     cold_round(&mut cold);
-    let fastest =
-        |times: &[Vec<Duration>; 2]| [0, 1].map(|nth| *times[nth].iter().min().expect("some"));
-    let p50 = |times: &[Vec<Duration>; 2]| [0, 1].map(|nth| median(times[nth].clone()));
-    println!(
-        "create, cleanup p50 {:.2?}, fastest {:.2?}",
-        p50(&cold),
-        fastest(&cold)
-    );
-    println!(
-        "claim, release p50 {:.2?}, fastest {:.2?}",
-        p50(&warm),
-        fastest(&warm)
-    );
-    let [[create, remove], [claim, release]] = [fastest(&cold), fastest(&warm)];
+    let [create, remove] = cold.map(Cost::of);
+    let [claim, release] = warm.map(Cost::of);
+    println!("create {create}; cleanup {remove}; claim {claim}; release {release}");
+    let [create, remove, claim, release] =
+        [create, remove, claim, release].map(|cost| cost.fastest);
     assert!(
         claim * 10 < create,
         "a claim takes {claim:?}, a create {create:?}"

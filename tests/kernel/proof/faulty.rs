@@ -13,7 +13,7 @@ use super::world::World;
 use crate::common::tools::complaint;
 
 /// How long the end of a process may take to let go of what it held.
-const MOMENT: Duration = Duration::from_secs(1);
+const MOMENT: Duration = Duration::from_secs(10);
 
 /// One command with one thing wrong.
 pub(super) struct Fault<'a> {

@@ -11,14 +11,17 @@ use crate::common::scene::ext4;
 use crate::common::tools::{complaint, finish, success};
 use crate::common::{Losetup, Mounted, Scene, chain, dmsnap, eventually, reading, run};
 
+/// What is written between two syncs, which are what takes the time.
+static WRITE: [u8; 64 << 10] = [0xa5; 64 << 10];
+
 /// Writes until the disk gives up, as a guest would notice it: at the next sync.
 fn fill(device: &Path) -> std::io::Error {
     let disk = File::options()
         .write(true)
         .open(device)
         .expect("the device opens");
-    for at in 0..1024u64 {
-        let wrote = disk.write_all_at(&[0xa5; 4096], at * 4096);
+    for at in (0..4u64 << 20).step_by(WRITE.len()) {
+        let wrote = disk.write_all_at(&WRITE, at);
         if let Err(error) = wrote.and_then(|()| disk.sync_data()) {
             return error;
         }
@@ -60,7 +63,7 @@ fn the_disk_fails_and_the_host_sees_it(scene: &Scene, what: &str, at: &Path, sto
     assert!(!reading::dm_exists(&name));
     let detached = || reading::loops_below(at).is_empty();
     assert!(
-        eventually(Duration::from_secs(5), detached),
+        eventually(Duration::from_secs(10), detached),
         "{:?}",
         reading::loops_below(at)
     );

@@ -14,7 +14,7 @@ use super::world::World;
 use super::{has_its_turn, long};
 
 /// The calls to die at. In the short form not at one that changes nothing, as death at the next leaves the same, and at
-/// half of the others.
+/// a third of the others.
 fn fatal(calls: Vec<Call>) -> Vec<(usize, Call)> {
     let last = calls.len();
     let numbered = calls
@@ -22,10 +22,10 @@ fn fatal(calls: Vec<Call>) -> Vec<(usize, Call)> {
         .enumerate()
         .map(|(nth, call)| (nth + 1, call));
     let changing = numbered.filter(|(nth, call)| long() || *nth == last || !call.only_looks());
-    let half = changing
+    let some = changing
         .enumerate()
         .filter(|(place, _)| has_its_turn(*place));
-    half.map(|(_, call)| call).collect()
+    some.map(|(_, call)| call).collect()
 }
 
 /// For every call of `dmsnap ARGUMENTS`: `prepare`, die there, `reap` once, look around.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{median, timed};
+use super::{Cost, timed};
 use crate::common::{Scene, eventually, output, settle, udev};
 
 /// The pids of udevd and its workers; none where none runs.
@@ -41,8 +41,8 @@ impl Drop for Stopped {
 }
 
 /// What a create and a cleanup take, and the names they had.
-fn cost(scene: &Scene, names: &mut Vec<String>) -> [Duration; 2] {
-    let measured = (0..8).map(|_| {
+fn cost(scene: &Scene, names: &mut Vec<String>) -> [Cost; 2] {
+    let measured = (0..12).map(|_| {
         let (made, create) = timed(|| scene.snapshot());
         let name = made.handles().name.clone().expect("a name").to_string();
         fs::File::open(made.device()).expect("the device opens at once");
@@ -54,7 +54,7 @@ fn cost(scene: &Scene, names: &mut Vec<String>) -> [Duration; 2] {
         (create, cleanup)
     });
     let (creates, cleanups) = measured.skip(1).unzip();
-    [median(creates), median(cleanups)]
+    [Cost::of(creates), Cost::of(cleanups)]
 }
 
 /// Without udevd it is the same measurement twice, which shows what the factor is worth.
@@ -70,18 +70,18 @@ fn a_stuck_udevd_is_not_waited_for() {
         "udevd runs if it was said to"
     );
     let mut stuck = cost(&scene, &mut names);
-    let fair = |stuck: &[Duration; 2]| (0..2).all(|which| stuck[which] <= before[which] * 2);
-    for _ in 0..2 {
-        // Whatever else the machine does can only make it slower.
+    let fair =
+        |stuck: &[Cost; 2]| (0..2).all(|which| stuck[which].fastest <= before[which].fastest * 2);
+    for _ in 0..4 {
         if !fair(&stuck) {
-            stuck = cost(&scene, &mut names);
+            let again = cost(&scene, &mut names);
+            stuck = [0, 1].map(|which| stuck[which].or_less(again[which]));
         }
     }
-    println!("create and cleanup, p50: {before:.1?}; with udevd stopped: {stuck:.1?}");
-    assert!(
-        fair(&stuck),
-        "{before:?} before, {stuck:?} with udevd stopped"
-    );
+    let text = |cost: &[Cost; 2]| format!("create {}; cleanup {}", cost[0], cost[1]);
+    let (before, with) = (text(&before), text(&stuck));
+    println!("{before}; with udevd stopped: {with}");
+    assert!(fair(&stuck), "{before}; with udevd stopped: {with}");
     scene.assert_clean();
 
     drop(stopped);
@@ -89,7 +89,7 @@ fn a_stuck_udevd_is_not_waited_for() {
     scene.assert_clean();
     let stale = |name: &String| Path::new("/dev/mapper").join(name).is_symlink();
     assert!(
-        eventually(Duration::from_secs(1), || !names.iter().any(stale)),
+        eventually(Duration::from_secs(10), || !names.iter().any(stale)),
         "udevd made an alias for a device that is gone"
     );
 }

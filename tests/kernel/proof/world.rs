@@ -10,7 +10,6 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use devicemapper::DM;
 use dmsnap::{Handles, SnapshotInfo, SnapshotOptions};
 
 use crate::common::reading::{self, Bound, number};
@@ -18,7 +17,7 @@ use crate::common::tools::{finish, success};
 use crate::common::{Foreign, Losetup, Mounted, Scene, dmsnap, eventually};
 
 /// How long the kernel, or a udevd that looks at a loop device, may take to let go.
-const SOON: Duration = Duration::from_secs(5);
+const SOON: Duration = Duration::from_secs(20);
 
 /// What another tool's snapshot holds at its start.
 const THEIRS: &[u8] = b"written by another tool";
@@ -194,26 +193,20 @@ impl std::fmt::Display for State {
     }
 }
 
-/// Read through the `devicemapper` crate and sysfs, not the library: a dmsetup for each of some hundred looks would
-/// cost more than all that is looked at. Scenes end with dmsetup's word.
+/// Read without the library.
 pub(super) fn state(scene: &Scene) -> State {
-    let names = |listed: Vec<String>| {
-        let mut names = listed;
-        names.retain(|name| !name.is_empty());
+    let sorted = |mut names: Vec<String>| {
         names.sort();
         names
     };
-    let devices = DM::new().and_then(|dm| dm.list_devices());
-    let devices = devices.expect("device-mapper lists its devices");
-    let devices = devices.iter().map(|(name, ..)| name.to_string()).collect();
     let aliases = fs::read_dir("/dev/mapper").expect("/dev/mapper is there");
     let aliases = aliases
         .flatten()
         .map(|entry| entry.file_name().to_string_lossy().into_owned());
     State {
-        devices: names(devices),
+        devices: sorted(reading::dm_listed()),
         loops: reading::loops_below(scene.dir()),
-        aliases: names(aliases.collect()),
+        aliases: sorted(aliases.collect()),
     }
 }
 
@@ -254,7 +247,7 @@ impl Writer {
                         "what was written"
                     );
                     rounds.store(round + 1, Ordering::Relaxed);
-                    std::thread::sleep(Duration::from_millis(20));
+                    std::thread::park_timeout(Duration::from_millis(20));
                 }
             }
         };
@@ -271,6 +264,10 @@ impl Writer {
         let before = self.rounds.load(Ordering::Relaxed);
         let gets_on = || self.rounds.load(Ordering::Relaxed) > before;
         let dead = self.thread.as_ref().is_none_or(JoinHandle::is_finished);
+        if let Some(thread) = &self.thread {
+            // From the pause between two rounds.
+            thread.thread().unpark();
+        }
         assert!(
             !dead && eventually(SOON, gets_on),
             "{when}: the writer is stuck or dead"
