@@ -88,8 +88,8 @@ guest_boot() {
     if ((guest_counted)); then
         clock=(-accel tcg,thread=single -icount shift=0,sleep=off)
         cpu+=,erms=off,fsrm=off
-        # 5.10 then never gets past bringing up a second core.
-        [[ $guest_kernel != 5.10 ]] || cpus=1
+        # 5.10 and 6.1 then never get past bringing up a second core.
+        [[ $guest_kernel != 5.10 && $guest_kernel != 6.1 ]] || cpus=1
     fi
     (
         cd "$guest_dir"
