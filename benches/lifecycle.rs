@@ -2,8 +2,9 @@
 //!
 //! Needs root and device-mapper, and makes real devices: `./tests/vm/run bench` runs it in a guest. The table of
 //! record comes from an interleaved sampler, because the figures of a guest drift within a minute by more than the
-//! contestants differ; a full run adds criterion's confidence intervals. Words after `--` choose scenarios by name. With
-//! `$DMSNAP_OUT` set, lifecycle.md, .json and .svg and criterion's files go there.
+//! contestants differ; a full run adds criterion's confidence intervals. Words after `--` choose scenarios by name;
+//! `promises` those that a promise is made of, in as many rounds as it takes. With `$DMSNAP_OUT` set, lifecycle.md, .json
+//! and .svg, written anew after each scenario, and criterion's files go there.
 
 #![allow(missing_docs, reason = "a bench has no API")]
 #![allow(
@@ -56,8 +57,7 @@ fn main() -> ExitCode {
 
 fn run(args: &[String]) -> Result<()> {
     let out = env::var_os("DMSNAP_OUT").map(PathBuf::from);
-    let quick = args.iter().any(|arg| arg == "--quick");
-    let chosen: Vec<_> = args.iter().filter(|arg| !arg.starts_with("--")).collect();
+    let choice = Choice::of(args)?;
     let mut place = Place::new()?;
     let has_disk = place.take_disk()?;
     let mut report = Report {
@@ -66,34 +66,74 @@ fn run(args: &[String]) -> Result<()> {
         outcomes: Vec::new(),
         left_out: Vec::new(),
     };
-    if chosen.is_empty() {
+    if !matches!(choice, Choice::Named(_)) {
         report.calls = calls::count()?;
     }
     for scenario in ALL {
-        if !chosen.is_empty() && !chosen.iter().any(|name| *name == scenario.name) {
+        let Some(rounds) = choice.rounds(scenario) else {
             continue;
-        }
-        if let Some(reason) = obstacle(scenario, &report.origin, has_disk, quick) {
+        };
+        if let Some(reason) = obstacle(scenario, &report.origin, has_disk, &choice) {
             report.left_out.push((scenario.name, reason));
             continue;
         }
         let begin = Instant::now();
-        report.outcomes.push(contest(&place, scenario, quick)?);
+        report.outcomes.push(contest(&place, scenario, rounds)?);
         eprintln!("{}: {:.0} s", scenario.name, begin.elapsed().as_secs_f64());
+        if let Some(out) = &out {
+            write(&report, out)?;
+        }
     }
-
-    let markdown = figures::markdown::markdown(&report);
-    print!("{markdown}");
-    if let Some(out) = &out {
-        fs::write(out.join("lifecycle.md"), &markdown)?;
-        let json = serde_json::to_string_pretty(&figures::json::json(&report))?;
-        fs::write(out.join("lifecycle.json"), json + "\n")?;
-        fs::write(out.join("lifecycle.svg"), figures::plot::svg(&report)?)?;
-    }
-    if !quick && chosen.is_empty() {
+    print!("{}", figures::markdown::markdown(&report));
+    if matches!(choice, Choice::All) {
         confidence(&place, out.as_deref())?;
     }
     place.check_empty()
+}
+
+/// Which scenarios are to be run, and how long.
+enum Choice<'a> {
+    All,
+    Quick,
+    Promises,
+    Named(Vec<&'a str>),
+}
+
+impl<'a> Choice<'a> {
+    fn of(args: &'a [String]) -> Result<Self> {
+        let names = args.iter().map(String::as_str);
+        let names: Vec<_> = names.filter(|arg| !arg.starts_with("--")).collect();
+        let unknown = |name: &&&str| ALL.iter().all(|scenario| scenario.name != **name);
+        match names[..] {
+            [] if args.iter().any(|arg| arg == "--quick") => Ok(Self::Quick),
+            [] => Ok(Self::All),
+            ["promises"] => Ok(Self::Promises),
+            _ => match names.iter().find(unknown) {
+                Some(name) => Err(format!("there is no scenario {name}").into()),
+                None => Ok(Self::Named(names)),
+            },
+        }
+    }
+
+    fn rounds(&self, scenario: &Scenario) -> Option<usize> {
+        match self {
+            Self::All => Some(scenario.rounds),
+            Self::Quick => Some(scenario.rounds.div_ceil(10).max(2)),
+            Self::Promises => Some(scenario.promised_rounds).filter(|rounds| *rounds > 0),
+            Self::Named(names) => names.contains(&scenario.name).then_some(scenario.rounds),
+        }
+    }
+}
+
+fn write(report: &Report, out: &Path) -> Result<()> {
+    fs::write(
+        out.join("lifecycle.md"),
+        figures::markdown::markdown(report),
+    )?;
+    let json = serde_json::to_string_pretty(&figures::json::json(report))?;
+    fs::write(out.join("lifecycle.json"), json + "\n")?;
+    fs::write(out.join("lifecycle.svg"), figures::plot::svg(report)?)?;
+    Ok(())
 }
 
 /// Why a scenario is not run here.
@@ -101,9 +141,9 @@ fn obstacle(
     scenario: &Scenario,
     origin: &Origin,
     has_disk: bool,
-    quick: bool,
+    choice: &Choice<'_>,
 ) -> Option<&'static str> {
-    if quick && scenario.each > 1 {
+    if matches!(choice, Choice::Quick) && scenario.each > 1 {
         return Some("it takes too long for --quick");
     }
     match (scenario.udev, origin.udev) {

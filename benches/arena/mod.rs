@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use dmsnap::SnapshotOptions;
 
 use crate::contestants::{Contestant, Job, Result};
-use crate::figures::{Outcome, Series};
+use crate::figures::{Outcome, Sample, Series};
 use place::{Fresh, Place, dm_devices, dm_nodes};
 use scenarios::Scenario;
 
@@ -23,11 +23,8 @@ type Crew = Vec<Box<dyn Contestant>>;
 
 /// Every contestant in every round, in an order in which each follows each other equally often, so that neither drift
 /// nor what the one before leaves behind (deferred frees, warm slabs) favours anybody.
-pub(crate) fn contest(place: &Place, scenario: &Scenario, quick: bool) -> Result<Outcome> {
-    let (warm_up, rounds) = match quick {
-        true => (1, scenario.rounds.div_ceil(10).max(2)),
-        false => (2, scenario.rounds),
-    };
+pub(crate) fn contest(place: &Place, scenario: &Scenario, rounds: usize) -> Result<Outcome> {
+    let warm_up = if scenario.each > 1 { 1 } else { 2 };
     let mut crews = Vec::new();
     for make in scenario.contestants {
         let crew: Crew = (0..scenario.threads)
@@ -51,7 +48,7 @@ pub(crate) fn contest(place: &Place, scenario: &Scenario, quick: bool) -> Result
                 format!("{}: {}: {error}", scenario.name, series[nth].contestant)
             })?;
             if round >= warm_up {
-                series[nth].push(sample.create, sample.remove, sample.was_late);
+                series[nth].push(sample);
             }
         }
     }
@@ -91,14 +88,6 @@ fn order(round: usize, count: usize) -> impl Iterator<Item = usize> {
     })
 }
 
-/// What one turn took, for each snapshot of it.
-struct Sample {
-    create: Duration,
-    remove: Duration,
-    /// Whether something of it was still there when the removal returned.
-    was_late: bool,
-}
-
 /// All creates of a turn, then all removes. Whether they did what they said is looked at off the clock.
 fn turn(
     place: &Place,
@@ -132,13 +121,18 @@ fn turn(
         }
     }
 
+    for member in crew.iter_mut() {
+        member.between()?;
+    }
     let holder = match hold {
         Some(pause) => Some(Holder::of(&dm_nodes(jobs[0][0].name)?, pause)?),
         None => None,
     };
     let (begin, end) = all_at_once(crew, &jobs, |member, jobs| member.remove_all(jobs))?;
     let was_late = fresh.iter().flatten().any(|fresh| fresh.is_there());
-    let begin = holder.map_or(Ok(begin), Holder::closed)?;
+    let closed = holder.map(Holder::closed).transpose()?;
+    let reaction = closed.and_then(|closed| crew[0].last_try()?.checked_duration_since(closed));
+    let begin = closed.unwrap_or(begin);
     let remove = end.saturating_duration_since(begin) / count;
 
     for member in crew.iter_mut() {
@@ -151,6 +145,7 @@ fn turn(
     Ok(Sample {
         create,
         remove,
+        reaction,
         was_late,
     })
 }

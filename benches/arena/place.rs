@@ -14,7 +14,7 @@ use super::scenarios::{Disk, Scenario};
 use crate::contestants::{Job, Result};
 
 pub(crate) const IMAGE_BYTES: u64 = 64 << 20;
-const COW_BYTES: u64 = 256 << 20;
+pub(crate) const COW_BYTES: u64 = 256 << 20;
 const PREFIX: &str = "dmsnap-bench";
 
 /// A directory on tmpfs with the image in it, and one on ext4 where there is a disk for it.
@@ -105,14 +105,10 @@ impl Place {
 
     /// A probing udev may hold a loop device for a moment after it was detached.
     pub(crate) fn settle(&self, fresh: &Fresh<'_>) -> Result<()> {
-        let deadline = Instant::now() + Duration::from_secs(5);
-        while fresh.is_there() {
-            if Instant::now() > deadline {
-                return Err(format!("left {} behind", fresh.name).into());
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        if comes_true(|| Ok(!fresh.is_there()))? {
+            return Ok(());
         }
-        Ok(())
+        Err(format!("left {} behind", fresh.name).into())
     }
 
     /// Has udevd, if one runs, done with what one contestant gave it to do before the next one's turn.
@@ -124,12 +120,25 @@ impl Place {
     }
 
     pub(crate) fn check_empty(&self) -> Result<()> {
-        let left = (dm_devices(PREFIX)?.len(), loops_over(self.dir.path())?);
-        match left {
-            (0, 0) => Ok(()),
-            (devices, loops) => Err(format!("left {devices} dm and {loops} loop devices").into()),
+        let left = || Result::Ok((dm_devices(PREFIX)?.len(), loops_over(self.dir.path())?));
+        if comes_true(|| Ok(left()? == (0, 0)))? {
+            return Ok(());
         }
+        let (devices, loops) = left()?;
+        Err(format!("left {devices} dm and {loops} loop devices").into())
     }
+}
+
+/// Within five seconds.
+fn comes_true(is_true: impl Fn() -> Result<bool>) -> Result<bool> {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !is_true()? {
+        if Instant::now() > deadline {
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(true)
 }
 
 /// An ext4 file system, mounted until this is dropped.

@@ -3,7 +3,8 @@
 use dmsnap::{ChunkSize, Store};
 
 use crate::contestants::{
-    CRATES, IOCTLS, LIBRARY, LIBRARY_ALONE, Make, POLLING_1, POLLING_100, PROCESSES, Result,
+    CRATES, FLEET, IOCTLS, LIBRARY, LIBRARY_ALONE, LIBRARY_TIMED, Make, ON_ORIGIN, POLLING_1,
+    POLLING_100, PROCESSES, Result, WARM_POOL,
 };
 
 /// Where the COW files are; the image is on tmpfs.
@@ -39,6 +40,8 @@ pub(crate) struct Scenario {
     /// The first is the floor that the others are held against.
     pub(crate) contestants: &'static [Make],
     pub(crate) rounds: usize,
+    /// How many do for the promises; none, if none is made of it.
+    pub(crate) promised_rounds: usize,
 }
 
 impl Scenario {
@@ -47,10 +50,13 @@ impl Scenario {
     }
 }
 
-/// The name of the scenario that the promises are made for.
+// The names of those that promises are made of.
 pub(crate) const ALONE: &str = "alone";
+pub(crate) const KEPT: &str = "origin and pool";
 pub(crate) const PIPELINE: &str = "process pipeline";
 pub(crate) const STOPPED: &str = "udevd stopped";
+pub(crate) const AT_ONCE: &str = "64 at once";
+pub(crate) const BUSY: &str = "busy";
 
 const BASE: Scenario = Scenario {
     name: ALONE,
@@ -64,6 +70,7 @@ const BASE: Scenario = Scenario {
     busy: false,
     contestants: &[IOCTLS, LIBRARY, CRATES],
     rounds: 40,
+    promised_rounds: 0,
 };
 
 const THREADS: Scenario = Scenario {
@@ -76,14 +83,25 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         udev: Udev::Any,
         rounds: 100,
+        promised_rounds: 60,
+        ..BASE
+    },
+    // Apart, since a pool's beginning and end take longer than a turn.
+    Scenario {
+        name: KEPT,
+        udev: Udev::Any,
+        contestants: &[IOCTLS, LIBRARY, ON_ORIGIN, WARM_POOL],
+        rounds: 60,
+        promised_rounds: 40,
         ..BASE
     },
     // Apart, since it takes longer than all the others together.
     Scenario {
         name: PIPELINE,
         udev: Udev::Any,
-        contestants: &[IOCTLS, LIBRARY, PROCESSES],
+        contestants: &[IOCTLS, LIBRARY, PROCESSES, WARM_POOL],
         rounds: 40,
+        promised_rounds: 15,
         ..BASE
     },
     Scenario {
@@ -91,6 +109,7 @@ pub(crate) const ALL: &[Scenario] = &[
         udev: Udev::Running,
         contestants: &[LIBRARY, LIBRARY_ALONE],
         rounds: 60,
+        promised_rounds: 40,
         ..BASE
     },
     Scenario {
@@ -144,17 +163,19 @@ pub(crate) const ALL: &[Scenario] = &[
         ..THREADS
     },
     Scenario {
-        name: "64 at once",
+        name: AT_ONCE,
         each: 64,
-        contestants: &[IOCTLS, LIBRARY],
+        contestants: &[IOCTLS, LIBRARY, FLEET],
         rounds: 6,
+        promised_rounds: 4,
         ..BASE
     },
     Scenario {
-        name: "busy",
+        name: BUSY,
         udev: Udev::Any,
         busy: true,
-        contestants: &[POLLING_1, LIBRARY, POLLING_100, CRATES],
+        contestants: &[POLLING_1, LIBRARY_TIMED, POLLING_100, CRATES],
+        promised_rounds: 40,
         ..BASE
     },
 ];

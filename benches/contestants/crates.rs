@@ -6,7 +6,7 @@ use std::io::{Seek, SeekFrom};
 use devicemapper::{DM, DevId, DmName, DmOptions};
 use loopdev::{LoopControl, LoopDevice};
 
-use super::{Contestant, Job, Made, Result};
+use super::{Contestant, Job, Made, Result, names};
 
 pub(super) struct Crates {
     loops: LoopControl,
@@ -26,7 +26,7 @@ impl Crates {
 
 impl Contestant for Crates {
     fn name(&self) -> &'static str {
-        "loopdev + devicemapper"
+        names::CRATES
     }
 
     fn create(&mut self, job: Job<'_>) -> Result<()> {

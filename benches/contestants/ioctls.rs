@@ -11,7 +11,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use super::{Contestant, Job, Result};
+use super::{Contestant, Job, Result, names};
 
 const LOOP_CONFIGURE: u32 = 0x4C0A;
 const LOOP_CTL_GET_FREE: u32 = 0x4C82;
@@ -89,7 +89,7 @@ impl Ioctls {
 
 impl Contestant for Ioctls {
     fn name(&self) -> &'static str {
-        "bare ioctls"
+        names::IOCTLS
     }
 
     fn create(&mut self, job: Job<'_>) -> Result<()> {

@@ -3,18 +3,36 @@
 //! Another one is a file here, a [`Make`] below, and its place in the scenarios where it matters (`arena/scenarios.rs`).
 
 mod crates;
+mod fleet;
 mod ioctls;
 mod library;
+mod origin;
 mod polling;
 mod processes;
 mod stopped;
+mod warm_pool;
 
 use std::error::Error;
 use std::path::Path;
+use std::time::Instant;
 
 use dmsnap::{ChunkSize, Store};
 
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn Error + Send + Sync>>;
+
+/// What reports call them.
+pub(crate) mod names {
+    pub(crate) const IOCTLS: &str = "bare ioctls";
+    pub(crate) const LIBRARY: &str = "dmsnap";
+    pub(crate) const LIBRARY_ALONE: &str = "dmsnap, udevd stopped";
+    pub(crate) const ON_ORIGIN: &str = "dmsnap, shared origin";
+    pub(crate) const WARM_POOL: &str = "dmsnap, warm pool";
+    pub(crate) const FLEET: &str = "dmsnap, cleanup_all";
+    pub(crate) const CRATES: &str = "loopdev + devicemapper";
+    pub(crate) const PROCESSES: &str = "losetup + blockdev + dmsetup";
+    pub(crate) const POLLING_1: &str = "bare ioctls, tried each 1 ms";
+    pub(crate) const POLLING_100: &str = "bare ioctls, tried each 100 ms";
+}
 
 /// What is to be made: paths of the image and of a fresh COW file, the dm device's name, and the end of its table.
 #[derive(Clone, Copy, Debug)]
@@ -50,12 +68,22 @@ pub(crate) trait Contestant: Send {
 
     fn create(&mut self, job: Job<'_>) -> Result<()>;
 
+    /// Between the creates of a turn and the removes.
+    fn between(&mut self) -> Result<()> {
+        Ok(())
+    }
+
     /// Removes what `create` made, loop devices included.
     fn remove(&mut self, job: Job<'_>) -> Result<()>;
 
     /// Removes all of a turn's, for whom there is a better way than one after the other.
     fn remove_all(&mut self, jobs: &[Job<'_>]) -> Result<()> {
         jobs.iter().try_for_each(|job| self.remove(*job))
+    }
+
+    /// When the attempt began by which the last removal of a busy device succeeded.
+    fn last_try(&self) -> Option<Instant> {
+        None
     }
 
     fn after_turn(&mut self) -> Result<()> {
@@ -73,18 +101,17 @@ pub(crate) type Make = fn() -> Result<Box<dyn Contestant>>;
 
 pub(crate) const IOCTLS: Make = || Ok(Box::new(ioctls::Ioctls::new()?));
 pub(crate) const LIBRARY: Make = || Ok(Box::new(library::Library::default()));
+pub(crate) const LIBRARY_TIMED: Make = || Ok(Box::new(library::Library::timed()));
+pub(crate) const ON_ORIGIN: Make = || Ok(Box::new(origin::OnOrigin::default()));
+pub(crate) const WARM_POOL: Make = || Ok(Box::new(warm_pool::WarmPool::default()));
+pub(crate) const FLEET: Make = || Ok(Box::new(fleet::Fleet::default()));
 pub(crate) const CRATES: Make = || Ok(Box::new(crates::Crates::new()?));
 pub(crate) const PROCESSES: Make = || Ok(Box::new(processes::Processes::default()));
-pub(crate) const POLLING_1: Make = || {
-    Ok(Box::new(polling::Polling::each_ms(
-        1,
-        "bare ioctls, tried each 1 ms",
-    )?))
-};
+pub(crate) const POLLING_1: Make = || Ok(Box::new(polling::Polling::each_ms(1, names::POLLING_1)?));
 pub(crate) const POLLING_100: Make = || {
     Ok(Box::new(polling::Polling::each_ms(
         100,
-        "bare ioctls, tried each 100 ms",
+        names::POLLING_100,
     )?))
 };
 pub(crate) const LIBRARY_ALONE: Make = || Ok(Box::new(stopped::Stopped::of(LIBRARY()?)));

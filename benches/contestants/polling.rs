@@ -1,7 +1,7 @@
 //! The bare ioctls, in a loop that tries again while the device is busy, as scripts do.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::ioctls::Ioctls;
 use super::{Contestant, Job, Result};
@@ -11,6 +11,7 @@ pub(super) struct Polling {
     ioctls: Ioctls,
     pause: Duration,
     name: &'static str,
+    last_try: Option<Instant>,
 }
 
 impl Polling {
@@ -19,6 +20,7 @@ impl Polling {
             ioctls: Ioctls::new()?,
             pause: Duration::from_millis(pause),
             name,
+            last_try: None,
         })
     }
 }
@@ -33,13 +35,20 @@ impl Contestant for Polling {
     }
 
     fn remove(&mut self, job: Job<'_>) -> Result<()> {
-        while let Err(error) = self.ioctls.remove(job) {
+        loop {
+            self.last_try = Some(Instant::now());
+            let Err(error) = self.ioctls.remove(job) else {
+                return Ok(());
+            };
             let errno = error.downcast_ref().and_then(io::Error::raw_os_error);
             if errno != Some(libc::EBUSY) {
                 return Err(error);
             }
             std::thread::sleep(self.pause);
         }
-        Ok(())
+    }
+
+    fn last_try(&self) -> Option<Instant> {
+        self.last_try
     }
 }

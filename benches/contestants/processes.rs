@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::process::{Command, Stdio};
 
-use super::{Contestant, Job, Made, Result};
+use super::{Contestant, Job, Made, Result, names};
 
 #[derive(Debug, Default)]
 pub(super) struct Processes {
@@ -12,7 +12,7 @@ pub(super) struct Processes {
 
 impl Contestant for Processes {
     fn name(&self) -> &'static str {
-        "losetup + blockdev + dmsetup"
+        names::PROCESSES
     }
 
     fn create(&mut self, job: Job<'_>) -> Result<()> {

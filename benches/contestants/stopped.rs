@@ -3,7 +3,7 @@
 use std::fs;
 use std::process::Command;
 
-use super::{Contestant, Job, Result};
+use super::{Contestant, Job, Result, names};
 
 pub(super) struct Stopped(Box<dyn Contestant>);
 
@@ -15,7 +15,7 @@ impl Stopped {
 
 impl Contestant for Stopped {
     fn name(&self) -> &'static str {
-        "dmsnap, udevd stopped"
+        names::LIBRARY_ALONE
     }
 
     fn before_turn(&mut self, jobs: usize) -> Result<()> {

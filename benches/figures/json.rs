@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::{Outcome, Report, Series, VERBS, ms, ratio};
+use super::{Outcome, Report, Series, VERBS, ms, promises, ratio};
 
 /// Times are in microseconds. The keys are stable; new ones may be added.
 pub(crate) fn json(report: &Report) -> Value {
@@ -24,6 +24,7 @@ pub(crate) fn json(report: &Report) -> Value {
         "udev": origin.udev,
         "counted": origin.counted,
         "calls": calls.collect::<Vec<_>>(),
+        "promises": promises::json(report),
         "scenarios": report.outcomes.iter().map(scenario).collect::<Vec<_>>(),
     })
 }
@@ -41,9 +42,13 @@ fn contestant(series: &Series, floor: &Series) -> Value {
     let mut entry = serde_json::Map::new();
     entry.insert("name".to_owned(), series.contestant.into());
     entry.insert("late".to_owned(), series.late.into());
+    let micros = |duration: &Duration| ms(*duration) * 1000.0;
+    if !series.reaction.is_empty() {
+        let samples: Vec<_> = series.reaction.iter().map(micros).collect();
+        entry.insert("reaction_us".to_owned(), samples.into());
+    }
     let figures = series.figures().into_iter().zip(floor.figures());
     for ((verb, samples), (figures, floor)) in VERBS.iter().zip(series.verbs()).zip(figures) {
-        let micros = |duration: &Duration| ms(*duration) * 1000.0;
         let value = json!({
             "p50_us": micros(&figures.p50),
             "p99_us": micros(&figures.p99),

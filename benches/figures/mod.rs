@@ -1,5 +1,6 @@
 //! Samples and what is said of them: p50, p99 and the ratio to the floor.
 
+pub(crate) mod interval;
 pub(crate) mod json;
 pub(crate) mod markdown;
 pub(crate) mod origin;
@@ -8,12 +9,25 @@ pub(crate) mod promises;
 
 use std::time::Duration;
 
+/// What one turn took, for each snapshot of it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sample {
+    pub(crate) create: Duration,
+    pub(crate) remove: Duration,
+    /// Of a removal of a busy device: from the close to the attempt that succeeded.
+    pub(crate) reaction: Option<Duration>,
+    /// Whether something of it was still there when the removal returned.
+    pub(crate) was_late: bool,
+}
+
 /// One contestant's samples of one scenario, in the order in which they were taken.
 #[derive(Clone, Debug)]
 pub(crate) struct Series {
     pub(crate) contestant: &'static str,
     pub(crate) create: Vec<Duration>,
     pub(crate) remove: Vec<Duration>,
+    /// Of those that say when they tried.
+    pub(crate) reaction: Vec<Duration>,
     /// After how many removes something of the snapshot was still there.
     pub(crate) late: usize,
 }
@@ -27,14 +41,16 @@ impl Series {
             contestant,
             create: Vec::new(),
             remove: Vec::new(),
+            reaction: Vec::new(),
             late: 0,
         }
     }
 
-    pub(crate) fn push(&mut self, create: Duration, remove: Duration, was_late: bool) {
-        self.create.push(create);
-        self.remove.push(remove);
-        self.late += usize::from(was_late);
+    pub(crate) fn push(&mut self, sample: Sample) {
+        self.create.push(sample.create);
+        self.remove.push(sample.remove);
+        self.reaction.extend(sample.reaction);
+        self.late += usize::from(sample.was_late);
     }
 
     /// Of each of [`VERBS`]; a round trip is a create and the remove that followed it.
@@ -75,12 +91,9 @@ impl Outcome {
         self.floor().map_or(0, |series| series.create.len())
     }
 
-    pub(crate) fn of(&self, contestant: &str) -> Option<[Figures; 3]> {
-        let found = self
-            .series
-            .iter()
-            .find(|series| series.contestant == contestant);
-        found.map(Series::figures)
+    pub(crate) fn of(&self, contestant: &str) -> Option<&Series> {
+        let mut all = self.series.iter();
+        all.find(|series| series.contestant == contestant)
     }
 }
 

@@ -233,8 +233,10 @@ command_bench() {
     guest_out=${guest_out:-$target_dir/vm-bench}
     ((guest_timeout_given)) || guest_timeout=3600
     ((guest_counted == 0)) || variables+=(DMSNAP_BENCH_COUNTED=1)
+    # Ended from within, it still hands out what it has.
     # shellcheck disable=SC2016
-    guest_exec env "${variables[@]}" sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' \
+    guest_exec env "${variables[@]}" timeout "$((guest_timeout > 60 ? guest_timeout - 45 : guest_timeout))" \
+        sh -ec 'for bench in $0; do "./$bench" --bench "$@"; done' \
         "$benches" "${quick[@]}" "${guest_command[@]}"
 }
 
