@@ -4,7 +4,7 @@
 //! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds. So does
 //! `LOOP_SET_CAPACITY`, which the crate asks for through a node that is open for writing: its close wakes udev's watch.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
@@ -32,9 +32,10 @@ pub(crate) fn node(number: u32) -> PathBuf {
 
 /// The node of the loop device of that number; ENOTBLK for a device that is no loop device.
 pub(crate) fn node_of(number: DeviceNumber) -> Result<PathBuf, Errno> {
-    let sysfs = fs::canonicalize(format!("/sys/dev/block/{number}"));
-    let sysfs = sysfs.map_err(|error| errno_of(&error))?;
-    let name = sysfs.file_name().filter(|_| sysfs.join("loop").exists());
+    let sysfs = PathBuf::from(format!("/sys/dev/block/{number}"));
+    let leads_to = fs::read_link(&sysfs).map_err(|error| errno_of(&error))?;
+    let bound = |_: &&OsStr| sysfs.join("loop").exists();
+    let name = leads_to.file_name().filter(bound);
     Ok(Path::new("/dev").join(name.ok_or(Errno::ENOTBLK)?))
 }
 

@@ -275,6 +275,18 @@ pub(crate) fn move_file(from: &Path, to: &Path) -> Result<(), Errno> {
     Errno::result(answer).map(drop)
 }
 
+// --- the calling thread ---
+
+/// `sched_setscheduler` with `SCHED_BATCH` (2.6.16): waking, it takes no core from an ordinary thread.
+pub(crate) fn make_batch_thread() -> Result<(), Errno> {
+    // SAFETY: no descriptor is involved; every field of the parameters is an integer, or padding.
+    let parameters: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel reads the parameters, which live until the call returns, and writes nothing; thread 0 is the
+    // calling one.
+    let answer = unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) };
+    check(answer).map(drop)
+}
+
 // --- no file ---
 
 /// 128 random bits.

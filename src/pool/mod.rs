@@ -21,6 +21,7 @@ use crate::overlap::overlapped;
 use crate::policy::{Retry, Verdict};
 use crate::refusal::Refusal;
 use crate::snapshot::{self, Made, Snapshot};
+use crate::sys;
 use keeper::Keeper;
 use ready::{Ready, Site};
 use recycle::Recycled;
@@ -341,7 +342,9 @@ impl Pool {
                 (Recycled::Gone, cow) => (false, cow),
             }
         };
-        let (cow, file) = recycle::dispose(host, cow, fate)?;
+        let cow = cow.filter(|_| fate != CowFate::Delete);
+        let (cow, file) = cow.map(|cow| (cow.path, cow.file)).unzip();
+        let file = file.filter(|_| fate == CowFate::HandBack);
         Ok(Released {
             recycled,
             cow,
@@ -506,6 +509,8 @@ impl Shared {
 
     /// The life of the thread that keeps the pool full: one snapshot at a time.
     fn refill(&self) {
+        // A claim that wakes it does not lose its core to it. Without that it only costs the claim some time.
+        let _ = sys::make_batch_thread();
         let mut state = self.lock();
         while !state.closing {
             let now = Instant::now();

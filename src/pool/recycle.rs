@@ -31,11 +31,11 @@ pub(crate) enum Recycled {
 
 /// The COW file of a released snapshot, open, where the kernel's path leads to it.
 pub(crate) struct CowFile<F> {
-    path: PathBuf,
-    file: F,
+    pub(crate) path: PathBuf,
+    pub(crate) file: F,
 }
 
-/// Makes the handles' dm device a spare one named `to`, or removes it. The COW file is found, and left alone.
+/// Makes the handles' dm device a spare one named `to`, or removes it, and its COW file if that is to go.
 pub(crate) fn release<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -55,7 +55,10 @@ pub(crate) fn release<H: Host>(
         None => None,
     };
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
+    let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
+    let doomed = doomed.map(|cow| cow.path.as_path());
     let (Some(to), Some(made)) = (to, fitting) else {
+        delete(host, doomed)?;
         teardown::clean(host, handles, retry)?;
         return Ok((Recycled::Gone, cow));
     };
@@ -64,8 +67,6 @@ pub(crate) fn release<H: Host>(
         CowFate::Keep | CowFate::HandBack => DeviceName::new(format!("{to}{KEPT}"))?,
     };
     let names = [&way, to];
-    let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
-    let doomed = doomed.map(|cow| cow.path.as_path());
     let recycled = swap_out(host, site, made, handles, names, doomed, retry)?;
     Ok((recycled, cow))
 }
@@ -129,11 +130,7 @@ fn swap_out<H: Host>(
     };
     let mut renamed = made.handles();
     renamed.cow_loop.clone_from(&handles.cow_loop);
-    // Before the swap: a sweep after a kill finds the file by the table alone.
-    let unlinked = doomed.map_or(Ok(None), |path| {
-        absent(ask(Step::Unlink, path, || host.unlink(path)))
-    });
-    let swapped = unlinked.and_then(|_| swap(host, site, &made));
+    let swapped = delete(host, doomed).and_then(|()| swap(host, site, &made));
     let swapped = swapped.and_then(|open_count| {
         if open_count == 0 {
             wait_unbound(host, handles, retry)?;
@@ -156,6 +153,12 @@ fn swap_out<H: Host>(
             _ => error,
         }),
     }
+}
+
+/// While the device is there: a sweep after a kill finds the file by the table alone.
+fn delete<H: Host>(host: &H, cow: Option<&Path>) -> Result<()> {
+    let unlink = |path: &Path| absent(ask(Step::Unlink, path, || host.unlink(path))).map(drop);
+    cow.map_or(Ok(()), unlink)
 }
 
 /// Says how many have it open with the new table.
@@ -213,25 +216,6 @@ fn find_cow<H: Host>(
         })),
         Err(Error::Refused(_)) => Ok(None),
         Err(error) => Err(error),
-    }
-}
-
-/// Deals with a COW file as asked.
-pub(crate) fn dispose<H: Host>(
-    host: &H,
-    cow: Option<CowFile<H::File>>,
-    fate: CowFate,
-) -> Result<(Option<PathBuf>, Option<H::File>)> {
-    let Some(CowFile { path, file }) = cow else {
-        return Ok((None, None));
-    };
-    match fate {
-        CowFate::Delete => {
-            absent(ask(Step::Unlink, &path, || host.unlink(&path)))?;
-            Ok((None, None))
-        }
-        CowFate::Keep => Ok((Some(path), None)),
-        CowFate::HandBack => Ok((Some(path), Some(file))),
     }
 }
 

@@ -81,10 +81,9 @@ impl Stage {
     fn release_with(&self, handles: &Handles, fate: CowFate) -> Result<Recycled, Error> {
         let to = name("dmsnap-pool-1-99");
         let (script, retry) = (&self.script, Retry::default());
-        let (recycled, cow) =
-            recycle::release(script, &self.site(), handles, Some(&to), fate, &retry)?;
-        recycle::dispose(script, cow, fate)?;
-        Ok(recycled)
+        let site = self.site();
+        let released = recycle::release(script, &site, handles, Some(&to), fate, &retry)?;
+        Ok(released.0)
     }
 
     fn spare(&self, nth: u32) -> Made {
