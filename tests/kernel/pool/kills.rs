@@ -111,27 +111,6 @@ fn check_and_clean(scene: &Scene) -> usize {
     there.len()
 }
 
-fn orphans(scene: &Scene, kills: u64) {
-    std::thread::sleep(Duration::from_millis(100));
-    let bound: Vec<_> = crate::common::reading::loops_below(scene.dir())
-        .into_iter()
-        .map(|b| b.backing)
-        .collect();
-    let files = fs::read_dir(scene.dir())
-        .expect("a directory")
-        .flatten()
-        .map(|entry| entry.path());
-    for file in files.filter(|f| f.to_string_lossy().ends_with(".cow") && !bound.contains(f)) {
-        let j = journal(scene.dir());
-        println!(
-            "ORPHAN after kill {kills}: {} {:?} {:?}",
-            file.display(),
-            &j[j.len().saturating_sub(5)..],
-            dm_names()
-        );
-    }
-}
-
 #[test]
 fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
     if let Ok(job) = env::var(JOB) {
@@ -173,7 +152,6 @@ fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
         std::thread::sleep(Duration::from_micros(kills * 1237 % 20_000));
         worker.kill();
         kills += 1;
-        orphans(&scene, kills);
         let last = dm_names()
             .iter()
             .filter_map(|name| {

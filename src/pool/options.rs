@@ -1,0 +1,130 @@
+//! How a pool is to be kept, and its beginning.
+
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use crate::ask::ask;
+use crate::error::{Error, Result, Step, errno_of};
+use crate::host::{Host, MACHINE};
+use crate::mapper::MAPPER_CONTROL;
+use crate::options::{CowSize, SnapshotOptions};
+use crate::origin::Origin;
+use crate::snapshot;
+
+use super::{Pool, Shared, keeper, pool_name, sweep};
+
+/// How a [`Pool`] is to be kept.
+///
+/// ```no_run
+/// use dmsnap::{CowFate, Origin, PoolOptions};
+///
+/// let origin = Origin::open("/images/base.ext4")?;
+/// let pool = PoolOptions::new().size(16).open(&origin, "/var/lib/vms")?;
+/// let claimed = pool.claim("vm-42")?;
+/// println!("boot from {}", claimed.snapshot.device().display());
+/// // ... when the VM has exited:
+/// pool.release(claimed.snapshot.handles(), CowFate::Delete)?;
+/// # pool.drain()?;
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct PoolOptions {
+    snapshot: SnapshotOptions,
+    size: usize,
+    when_empty: WhenEmpty,
+}
+
+/// What a claim does when no snapshot is ready.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum WhenEmpty {
+    /// It makes one, which takes as long as a create.
+    #[default]
+    Create,
+    /// It waits so long for the refill.
+    Wait(Duration),
+}
+
+impl Default for PoolOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl PoolOptions {
+    /// Eight snapshots as [`SnapshotOptions::new`] makes them, with COW files of the worst case's size; an empty pool makes
+    /// one at once.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            snapshot: SnapshotOptions::new(),
+            size: 8,
+            when_empty: WhenEmpty::default(),
+        }
+    }
+
+    /// How the snapshots are made: store, chunk size, COW file.
+    pub fn snapshot(&mut self, options: &SnapshotOptions) -> &mut Self {
+        self.snapshot = options.clone();
+        self
+    }
+
+    /// How many are to be ready. As many spare dm devices are kept besides, at most.
+    pub fn size(&mut self, size: usize) -> &mut Self {
+        self.size = size;
+        self
+    }
+
+    /// What a claim does when none is ready.
+    pub fn when_empty(&mut self, when_empty: WhenEmpty) -> &mut Self {
+        self.when_empty = when_empty;
+        self
+    }
+
+    /// Opens a pool over `origin` that makes its COW files in `directory`, and begins to fill it.
+    ///
+    /// What pools left whose process was killed is taken down first, as far as it can be: their devices on this host, and
+    /// their COW files in `directory`.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] when device-mapper or loop devices cannot be had, or no thread. A failure to make snapshots ready
+    /// is told by [`Pool::status`].
+    pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
+        let host = &MACHINE;
+        snapshot::open_controls(host)?;
+        sweep::sweep(host, directory.as_ref())?;
+        let control = Path::new(MAPPER_CONTROL);
+        let random = ask(Step::Random, control, || host.random())?;
+        let id = u64::try_from(random >> 64).unwrap_or_default();
+        let mut options = self.snapshot.clone();
+        options.make_cow = Some(options.make_cow.unwrap_or(CowSize::WorstCase));
+        options.replace_cow = false;
+        let keeper = keeper::make(host, &origin.0, &pool_name(id, "keeper")?)?;
+        let shared = Arc::new(Shared {
+            options,
+            when_empty: self.when_empty,
+            size: self.size,
+            origin: origin.clone(),
+            dir: directory.as_ref().to_owned(),
+            id,
+            state: Mutex::default(),
+            changed: Condvar::new(),
+        });
+        let mut pool = Pool {
+            shared: Arc::clone(&shared),
+            refill: None,
+            keeper: Some(keeper),
+        };
+        let thread = std::thread::Builder::new().name("dmsnap-refill".to_owned());
+        let spawned = thread.spawn(move || shared.refill());
+        pool.refill = Some(spawned.map_err(|error| no_thread(&error))?);
+        Ok(pool)
+    }
+}
+
+fn no_thread(error: &io::Error) -> Error {
+    Error::failed(Step::StartThread, "dmsnap-refill", errno_of(error))
+}
