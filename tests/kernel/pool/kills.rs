@@ -170,7 +170,9 @@ fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
     // The next pool finds what the last one left, and leaves nothing itself.
     let origin = Origin::open(scene.image()).expect("an image");
     let pool = options(1).open(&origin, scene.dir()).expect("a pool");
-    drop(claim(&scene, &pool).snapshot.cleanup());
+    let claimed = claim(&scene, &pool);
+    let released = pool.release(claimed.snapshot.handles(), CowFate::Delete);
+    released.unwrap_or_else(|error| panic!("{}", chain(&error)));
     pool.drain().expect("nothing is open");
     assert_eq!(unclaimed(), 0);
     let files = fs::read_dir(scene.dir()).expect("a directory").flatten();
