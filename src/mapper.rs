@@ -4,8 +4,8 @@
 //!
 //! | verb | through | why |
 //! | --- | --- | --- |
-//! | opening the node, status, table | `devicemapper` | it parses target specs well |
-//! | create, load | `sys.rs` | the crate clears and copies 16 KiB for each, on the boot path |
+//! | opening the node, long tables | `devicemapper` | it makes room for them, and parses them |
+//! | create, load, status, table | `sys.rs` | the crate clears and copies 16 KiB for each |
 //! | suspend, resume, rename, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
 //! | a glance at the status | `sys.rs` | the crate allocates for it, and a watch glances often |
@@ -257,6 +257,28 @@ impl Mapper {
     }
 
     fn first_line(&self, id: DevId<'_>, flags: DmFlags) -> Result<Option<(String, String)>, Errno> {
+        const ROOM: usize = 512;
+        let mut buffer = [0; DM_HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_flags(flags.bits());
+        let mut message = message.with_address(match id {
+            DevId::Name(name) => Address::Name(name.as_str()),
+            DevId::Uuid(uuid) => Address::Uuid(uuid.as_str()),
+        });
+        self.send(TABLE_STATUS, &mut message)?;
+        if message.flags() & dm_message::BUFFER_FULL != 0 {
+            return self.long_first_line(id, flags);
+        }
+        let line = dm_message::first_target(message.payload());
+        let line = line.filter(|(kind, _)| !kind.is_empty());
+        Ok(line.map(|(kind, text)| (kind.to_owned(), text.to_owned())))
+    }
+
+    /// Of a table with many lines, or one with a long one: none of ours.
+    fn long_first_line(
+        &self,
+        id: DevId<'_>,
+        flags: DmFlags,
+    ) -> Result<Option<(String, String)>, Errno> {
         let options = DmOptions::default().set_flags(flags);
         let id = match id {
             DevId::Name(name) => {

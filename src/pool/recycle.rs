@@ -177,6 +177,9 @@ fn wait_unbound<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<(
     let Some(handle) = handles.cow_loop.as_ref().filter(|it| it.has_identity()) else {
         return Ok(());
     };
+    if !host.shows_backing(&handle.path) {
+        return Ok(());
+    }
     patiently(host, retry, Verdict::Busy, || {
         match binding(host, handle)? {
             Binding::Gone => Ok(()),

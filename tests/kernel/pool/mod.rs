@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use dmsnap::{
     Claimed, CowFate, CowSize, Fate, Origin, Pool, PoolOptions, ReapOptions, Refusal,
-    SnapshotOptions, Timings, Verdict, WhenEmpty, cleanup,
+    SnapshotOptions, Verdict, WhenEmpty, cleanup,
 };
 
 use crate::common::reading::{alias_exists, dm_exists, dm_names, dm_table, loops_over};
@@ -390,12 +390,6 @@ fn a_claim_and_a_release_cost_a_fraction_of_a_create_and_a_cleanup() {
         timed(&mut warm, [claim, begin.elapsed()]);
         assert!(released.expect("idle").recycled);
     }
-    let claimed = Timings::of(|| pool.claim(&scene.name()).expect("one is ready"));
-    let handles = claimed.0.snapshot.handles();
-    assert!(pool.wait_ready(4, PATIENCE));
-    let released = Timings::of(|| pool.release(handles, CowFate::Delete));
-    println!("claim:\n{}\nrelease:\n{}", claimed.1, released.1);
-    assert!(released.0.expect("idle").recycled);
     pool.drain().expect("nothing is open");
     cold_round(&mut cold);
     let [create, remove] = cold.map(Cost::of);
