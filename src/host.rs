@@ -91,6 +91,8 @@ pub(crate) trait Host {
         path: &Path,
     ) -> Result<(), Errno>;
     fn lock_loop(&self, device: &Self::Loop, exclusive: bool) -> Result<(), Errno>;
+    fn mark_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
+    fn loop_is_marked(&self, device: &Self::Loop) -> Result<bool, Errno>;
     fn loop_number(&self, device: &Self::Loop) -> Result<DeviceNumber, Errno>;
     fn loop_diskseq(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
@@ -323,6 +325,14 @@ impl Host for Machine {
 
     fn lock_loop(&self, device: &LoopDevice, exclusive: bool) -> Result<(), Errno> {
         device.lock(exclusive)
+    }
+
+    fn mark_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
+        device.mark()
+    }
+
+    fn loop_is_marked(&self, device: &LoopDevice) -> Result<bool, Errno> {
+        device.is_marked()
     }
 
     fn loop_number(&self, device: &LoopDevice) -> Result<DeviceNumber, Errno> {

@@ -11,7 +11,7 @@ use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{OFlag, open};
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, fstat};
 
 use crate::ask::ask;
@@ -102,6 +102,19 @@ pub(crate) struct LoopStatus {
 /// kernel and losetup find the backing file elsewhere.
 pub(crate) const SHARED_ORIGIN: &str = "dmsnap-origin:";
 
+/// Of the whole node, which has no other locks of this kind.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the C library's own constants for these fields"
+)]
+const MARK: libc::flock = libc::flock {
+    l_type: libc::F_WRLCK as libc::c_short,
+    l_whence: libc::SEEK_SET as libc::c_short,
+    l_start: 0,
+    l_len: 0,
+    l_pid: 0,
+};
+
 impl LoopDevice {
     pub(crate) fn open(path: &Path, writable: bool) -> Result<Self, Errno> {
         if writable {
@@ -138,6 +151,19 @@ impl LoopDevice {
     /// Takes a `flock` on the node, as udev does before it probes one. Closing the node frees it.
     pub(crate) fn lock(&self, exclusive: bool) -> Result<(), Errno> {
         sys::lock(self.fd(), exclusive)
+    }
+
+    /// Takes a lock of another kind on the node (`F_OFD_SETLK`), which no probe takes and no `flock` is in the way of. Closing
+    /// the node frees it.
+    pub(crate) fn mark(&self) -> Result<(), Errno> {
+        fcntl(self.fd(), FcntlArg::F_OFD_SETLK(&MARK)).map(drop)
+    }
+
+    /// Whether somebody else has marked it.
+    pub(crate) fn is_marked(&self) -> Result<bool, Errno> {
+        let mut mark = MARK;
+        fcntl(self.fd(), FcntlArg::F_OFD_GETLK(&mut mark))?;
+        Ok(mark.l_type == MARK.l_type)
     }
 
     pub(crate) fn detach(&self) -> Result<(), Errno> {

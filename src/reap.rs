@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::ask::{absent, ask, patiently};
+use crate::ask::{absent, ask};
 use crate::error::{Result, Step};
 use crate::host::{Host, MACHINE};
 use crate::inventory::{self, SnapshotInfo};
@@ -82,9 +82,6 @@ pub enum Fate {
     AliasRemoved,
 }
 
-/// A probe (udev's, say) is over by then; a maker at work is not waited for longer.
-const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
-
 /// For the loop devices behind a removed device, which a probe may have open for a moment.
 const LOOP_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
@@ -115,26 +112,29 @@ impl ReapOptions {
     /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails for one snapshot is in
     /// its [`Reaped::fate`].
     pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
-        let found: Vec<_> = inventory::ours()?
+        let mut reaped: Vec<_> = inventory::ours()?
             .into_iter()
-            .map(|(name, info)| {
-                let kept = info.as_ref().is_ok_and(&mut keep);
-                (name, info, kept)
+            .map(|(name, info)| match info {
+                Ok(info) => Reaped {
+                    fate: Ok(if keep(&info) { Fate::Kept } else { Fate::Due }),
+                    snapshot: Some(info),
+                    name,
+                },
+                Err(error) => Reaped {
+                    fate: Err(error),
+                    snapshot: None,
+                    name,
+                },
             })
             .collect();
-        let fates = overlapped(&found, |(_, info, kept)| match info {
-            Ok(_) if *kept => Ok(Fate::Kept),
-            Ok(info) => self.reap_one(info),
-            Err(error) => Err(error.clone()),
-        });
-        let items = found.into_iter().zip(fates);
-        let mut reaped: Vec<_> = items
-            .map(|((name, info, _), fate)| Reaped {
-                name,
-                snapshot: info.ok(),
-                fate,
-            })
-            .collect();
+        let due = reaped.iter_mut().filter(|item| item.fate == Ok(Fate::Due));
+        let (due, fates): (Vec<_>, Vec<_>) = due
+            .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
+            .unzip();
+        let became = overlapped(&due, |info| self.reap_one(info));
+        for (fate, became) in fates.into_iter().zip(became) {
+            *fate = became;
+        }
         reaped.extend(self.sweep_aliases());
         Ok(reaped)
     }
@@ -197,7 +197,8 @@ impl ReapOptions {
     }
 }
 
-/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device.
+/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device, an exclusive one, or
+/// one beside a probe's (udev's, say) and a mark.
 ///
 /// That device may serve somebody else by now, whose lock is taken for the maker's: then the snapshot stays until the
 /// next sweep.
@@ -210,11 +211,10 @@ fn in_progress(uuid: &DeviceUuid) -> Result<bool> {
     let Some(device) = absent(opened)? else {
         return Ok(false);
     };
-    let locked = patiently(&MACHINE, &MAKER_RETRY, Verdict::InUse, || {
-        ask(Step::TestLock, &path, || MACHINE.lock_loop(&device, true))
-    });
-    match locked {
+    let beside = ask(Step::TestLock, &path, || MACHINE.lock_loop(&device, false));
+    match beside {
         Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),
-        locked => locked.map(|()| false),
+        Err(error) => Err(error),
+        Ok(()) => ask(Step::TestLock, &path, || MACHINE.loop_is_marked(&device)),
     }
 }

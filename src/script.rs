@@ -404,6 +404,14 @@ impl Host for Script {
         self.call(Step::LockLoop)
     }
 
+    fn mark_loop(&self, _device: &ScriptLoop) -> Result<(), Errno> {
+        self.call(Step::LockLoop)
+    }
+
+    fn loop_is_marked(&self, _device: &ScriptLoop) -> Result<bool, Errno> {
+        self.call(Step::TestLock).map(|()| false)
+    }
+
     fn loop_number(&self, device: &ScriptLoop) -> Result<DeviceNumber, Errno> {
         self.call(Step::InspectLoop)?;
         Ok(DeviceNumber {

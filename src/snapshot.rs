@@ -153,8 +153,8 @@ pub(crate) fn create<H: Host>(
         };
         let kind = Kind::Own;
         let onto = Onto::New { name, kind };
-        let (made, warnings) = build(host, options, &over, &cow, &onto, &mut handles)?;
-        Ok((link(host, &made)?, warnings))
+        let built = build(host, options, &over, &cow, &onto, &mut handles)?;
+        Ok((link(host, &built.made)?, built.warnings))
     };
     let built = attached();
     finish(host, options, &cow, built, handles)
@@ -174,8 +174,8 @@ pub(crate) fn create_on<H: Host>(
     let mut live = || -> Result<_> {
         let kind = Kind::Shared;
         let onto = Onto::New { name, kind };
-        let (made, warnings) = build(host, options, &base.over(), &cow, &onto, &mut handles)?;
-        Ok((link(host, &made)?, warnings))
+        let built = build(host, options, &base.over(), &cow, &onto, &mut handles)?;
+        Ok((link(host, &built.made)?, built.warnings))
     };
     let built = live();
     if built.is_ok() {
@@ -255,9 +255,16 @@ pub(crate) fn unbuilt<H: Host>(
     }
 }
 
-/// From an attached image and an inspected COW file to a live device, without its alias. `handles` names at any moment
-/// what there is to undo; the COW file's loop device is open until this returns, and from then on held by the dm table
-/// alone, if there is one.
+/// A live device, still without its alias.
+pub(crate) struct Built<L> {
+    pub(crate) made: Made,
+    pub(crate) warnings: Vec<Warning>,
+    /// The COW file's, locked while this is there: a sweep by another process takes the device for abandoned without it.
+    _at_work: Attached<L>,
+}
+
+/// From an attached image and an inspected COW file to a live device. `handles` names at any moment what there is to
+/// undo.
 pub(crate) fn build<H: Host>(
     host: &H,
     options: &SnapshotOptions,
@@ -265,7 +272,7 @@ pub(crate) fn build<H: Host>(
     cow: &Cow<'_, H::File>,
     onto: &Onto<'_>,
     handles: &mut Handles,
-) -> Result<(Made, Vec<Warning>)> {
+) -> Result<Built<H::Loop>> {
     let Cow {
         backing: cow,
         mark,
@@ -322,7 +329,11 @@ pub(crate) fn build<H: Host>(
         })?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
-    Ok((made, warnings))
+    Ok(Built {
+        made,
+        warnings,
+        _at_work: cow_loop,
+    })
 }
 
 /// A dm device of ours.
@@ -493,12 +504,15 @@ fn try_attach<H: Host>(
 }
 
 /// Locks the COW file's loop device for as long as we have it open: the sign, to whoever reaps, that the snapshot's
-/// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile; where udev is
-/// there first, a shared one stands beside its. Where that cannot be had either, another maker is on the device.
+/// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile. Where udev is there
+/// first, a shared one stands beside its, and a mark says that one of them is a maker's. Where that cannot be had either,
+/// another maker is on the device.
 fn hold<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<()> {
-    match ask(Step::LockLoop, path, || host.lock_loop(device, true)) {
+    let lock = |exclusive| ask(Step::LockLoop, path, || host.lock_loop(device, exclusive));
+    match lock(true) {
         Err(error) if error.verdict() == Some(Verdict::TakeAnother) => {
-            ask(Step::LockLoop, path, || host.lock_loop(device, false))
+            lock(false)?;
+            ask(Step::LockLoop, path, || host.mark_loop(device))
         }
         other => other,
     }

@@ -12,7 +12,7 @@ use crate::name::{DeviceName, POOLED};
 use crate::options::SnapshotOptions;
 use crate::origin::Base;
 use crate::policy::Retry;
-use crate::snapshot::{Made, Onto, Snapshot, build, prepare, unbuilt};
+use crate::snapshot::{Built, Made, Onto, Snapshot, build, prepare, unbuilt};
 use crate::teardown;
 use crate::uuid::Kind;
 
@@ -71,7 +71,7 @@ pub(crate) fn make<H: Host>(
         ask(Step::MoveFile, &lasting, || host.move_file(&path, &lasting)).map(|()| built)
     });
     match moved {
-        Ok((made, warnings)) => Ok(Ready {
+        Ok(Built { made, warnings, .. }) => Ok(Ready {
             made,
             cow: lasting,
             cow_loop: handles.cow_loop,

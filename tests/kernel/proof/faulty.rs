@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use dmsnap::{Handles, State, cleanup};
 
-use super::trace::{self, Call};
+use super::trace::{self, Call, Injected};
 use super::world::World;
 use crate::common::tools::complaint;
 
@@ -65,7 +65,13 @@ impl Fault<'_> {
     fn run(&self, arguments: &[&str]) -> Output {
         let log = self.world.scene.path("strace.log");
         let error = format!("error={}", self.errno.0);
-        trace::with_from(&log, self.call, &error, self.more, arguments)
+        let Injected { done, hit } = trace::with(&log, self.call, &error, self.more, arguments);
+        assert!(
+            hit || self.call.only_looks(),
+            "not reached: {:?}",
+            self.call
+        );
+        done
     }
 
     pub(super) fn create(&self) -> Result<Cell, String> {

@@ -9,7 +9,7 @@ use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 
-use super::trace::{self, Call};
+use super::trace::{self, Call, Injected};
 use super::world::World;
 use super::{has_its_turn, long};
 
@@ -28,19 +28,15 @@ fn fatal(calls: Vec<Call>) -> Vec<(usize, Call)> {
     some.map(|(_, call)| call).collect()
 }
 
+/// How often one and the same call is aimed at: what waits makes some calls more or fewer from run to run.
+const AIMS: usize = 5;
+
 /// For every call of `dmsnap ARGUMENTS`: `prepare`, die there, `reap` once, look around.
 fn kill_at_each(world: &World, what: &str, prepare: impl Fn() -> Vec<String>) {
     let log = world.scene.path("strace.log");
-    let run = |arguments: &[String], kill: Option<&Call>| {
-        let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-        let Some(call) = kill else {
-            return trace::calls(&log, &arguments);
-        };
-        let done = trace::with(&log, call, "signal=KILL", &arguments);
-        assert_eq!(done.status.signal(), Some(9), "{what}, {call:?}: {done:?}");
-        Vec::new()
-    };
-    let calls = run(&prepare(), None);
+    let arguments = prepare();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let calls = trace::calls(&log, &arguments);
     world.reap_once();
     world.assert_as_before("after the run without a kill");
 
@@ -50,7 +46,19 @@ fn kill_at_each(world: &World, what: &str, prepare: impl Fn() -> Vec<String>) {
         fatal.len()
     );
     for (nth, call) in fatal {
-        run(&prepare(), Some(&call));
+        let dies = |_: &usize| {
+            let arguments = prepare();
+            let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+            let Injected { done, hit } = trace::with(&log, &call, "signal=KILL", "", &arguments);
+            if hit {
+                assert_eq!(done.status.signal(), Some(9), "{what}, {call:?}: {done:?}");
+            } else {
+                world.reap_once();
+            }
+            hit
+        };
+        let died = (0..AIMS).find(dies);
+        assert!(died.is_some() || call.only_looks(), "not reached: {call:?}");
         let left = world.left();
         let reaped = world.reap_once();
         println!("{nth:4}  {:40}  {left:24}  {reaped}", call.brief());
@@ -106,7 +114,8 @@ fn sigkill_at_every_call_of_create_over_a_stale_alias() {
             continue;
         }
         create();
-        trace::with(&log, call, "signal=KILL", &arguments);
+        let injected = trace::with(&log, call, "signal=KILL", "", &arguments);
+        assert!(injected.hit, "not reached: {call:?}");
         let left = world.left();
         let reaped = world.reap_once();
         println!("      {:40}  {left:24}  {reaped}", call.brief());

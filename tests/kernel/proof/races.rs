@@ -1,10 +1,12 @@
 //! Two processes at once, each stopped where it matters to the other.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Output;
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::fcntl::{Flock, FlockArg};
 
 use dmsnap::{Fate, Handles, ReapOptions, SnapshotOptions, Verdict, cleanup};
 
@@ -42,7 +44,7 @@ impl<'a> Creator<'a> {
         ["create", image, cow, self.world.victim()]
     }
 
-    /// Stopped right after the last call but `before` of those about `what`.
+    /// Stopped right after the last of its calls about `what`.
     fn stopped_after(&self, what: &str) -> Stopped {
         let found = self.calls.iter().rev().find(|call| call.is_about(what));
         let call = found.unwrap_or_else(|| panic!("create makes no call about {what}"));
@@ -68,6 +70,16 @@ fn assert_works(world: &World, handles: &Handles) {
     world.assert_as_before("after the winner's cleanup");
 }
 
+/// Locks every loop device there is as udev does while it probes one, until the locks are dropped.
+fn probed() -> Vec<Flock<File>> {
+    let node = |number| format!("/dev/loop{number}");
+    let nodes = (0..).map(node).take_while(|node| Path::new(node).exists());
+    let probe = |node| Flock::lock(File::open(node).expect("root"), FlockArg::LockShared);
+    nodes
+        .map(|node| probe(node).map_err(|(_, why)| why).expect("nobody else's"))
+        .collect()
+}
+
 #[test]
 fn what_is_being_made_is_not_reaped() {
     let world = World::new();
@@ -87,17 +99,21 @@ fn what_is_being_made_is_not_reaped() {
         "DM_DEV_SUSPEND",
         "symlink(",
     ] {
-        let stopped = creator.stopped_after(point);
-        let left = world.left();
-        assert_eq!(
-            sweep(),
-            [Ok(Fate::InProgress)],
-            "its maker is at work, after {point}"
-        );
-        assert_eq!(world.left(), left, "the sweep touched it, after {point}");
-        let made = handles(&stopped.go_on());
-        assert_works(&world, &made);
-        world.fresh_cow();
+        for probe in [false, true] {
+            let probes = if probe { probed() } else { Vec::new() };
+            let stopped = creator.stopped_after(point);
+            drop(probes);
+            let left = world.left();
+            assert_eq!(
+                sweep(),
+                [Ok(Fate::InProgress)],
+                "its maker is at work, after {point}, with a probe: {probe}"
+            );
+            assert_eq!(world.left(), left, "the sweep touched it, after {point}");
+            let made = handles(&stopped.go_on());
+            assert_works(&world, &made);
+            world.fresh_cow();
+        }
 
         let stopped = creator.stopped_after(point);
         stopped.kill();
@@ -109,6 +125,21 @@ fn what_is_being_made_is_not_reaped() {
         world.assert_as_before(&format!("killed and swept after {point}"));
         world.fresh_cow();
     }
+}
+
+/// A probe keeps a loop device from being let go, but not the sweep from what nobody works at.
+#[test]
+fn what_nobody_makes_is_reaped_while_it_is_probed() {
+    let world = World::new();
+    world.make_victim();
+    let probes = probed();
+    let over = thread::spawn(|| {
+        thread::sleep(Duration::from_secs(1));
+        drop(probes);
+    });
+    assert_eq!(world.reap_once(), "removed");
+    over.join().expect("no panic");
+    world.assert_as_before("swept beside a probe");
 }
 
 #[test]
