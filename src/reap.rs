@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::ask::{absent, ask};
+use crate::ask::{absent, ask, patiently};
 use crate::error::{Result, Step};
 use crate::host::{Host, MACHINE};
 use crate::inventory::{self, SnapshotInfo};
@@ -81,6 +81,10 @@ pub enum Fate {
     /// It was an alias of ours below /dev/mapper whose device was gone; it is gone too.
     AliasRemoved,
 }
+
+/// udevd takes an exclusive lock for as long as it has the partition table read again (`synthesize_change`); a maker at
+/// work is not waited for longer.
+const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
 
 /// For the loop devices behind a removed device, which a probe may have open for a moment.
 const LOOP_RETRY: Retry = Retry::until(Duration::from_secs(2));
@@ -211,7 +215,9 @@ fn in_progress(uuid: &DeviceUuid) -> Result<bool> {
     let Some(device) = absent(opened)? else {
         return Ok(false);
     };
-    let beside = ask(Step::TestLock, &path, || MACHINE.lock_loop(&device, false));
+    let beside = patiently(&MACHINE, &MAKER_RETRY, Verdict::InUse, || {
+        ask(Step::TestLock, &path, || MACHINE.lock_loop(&device, false))
+    });
     match beside {
         Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),
         Err(error) => Err(error),

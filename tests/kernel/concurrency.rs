@@ -19,7 +19,7 @@ fn four_threads_make_and_remove_snapshots_one_after_the_other() {
     let scene = Scene::new();
     // A cycle is a dozen events to udevd, which takes longer over them than we do, and whatever test comes next would
     // wait for it.
-    let cycles = if udev() { 10 } else { short_or_long(50, 200) };
+    let cycles = if udev() { 10 } else { short_or_long(30, 200) };
     let begin = Instant::now();
     thread::scope(|scope| {
         for nth in 0..THREADS {

@@ -97,8 +97,8 @@ fn a_removal_follows_its_holders_close() {
         (0..count).map(one).collect()
     };
     let ms = Duration::from_millis;
-    let most = short_or_long(40, 300);
-    let few = short_or_long(8, 60);
+    let most = short_or_long(16, 300);
+    let few = short_or_long(3, 60);
     let retry = Retry::default();
     // The bounds leave room for a guest on a busy machine, whose pauses of 1 ms take 5.
     let soon = reactions(most, ms(0), ms(300), false, &retry);
@@ -124,7 +124,7 @@ fn cpu_time() -> Duration {
 #[test]
 fn a_long_wait_takes_next_to_no_cpu_time() {
     let scene = Scene::new();
-    let wait = short_or_long(Duration::from_secs(5), Duration::from_secs(15));
+    let wait = short_or_long(Duration::from_secs(3), Duration::from_secs(15));
     for (what, retry) in [
         ("as by default", Retry::until(wait)),
         (

@@ -13,7 +13,7 @@ use dmsnap::{CowFate, Origin, cleanup};
 
 use super::{PATIENCE, claim, live, options, unclaimed};
 use crate::common::reading::dm_names;
-use crate::common::{PREFIX, Scene, chain};
+use crate::common::{PREFIX, Scene, chain, udev};
 use crate::proof::short_or_long;
 use crate::proof::worker::Process;
 
@@ -124,7 +124,7 @@ fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
         std::process::exit(1);
     }
     let scene = Scene::new();
-    let cycles = short_or_long(60, 1000_u64);
+    let cycles = short_or_long(if udev() { 12 } else { 30 }, 1000_u64);
     File::create(scene.path("journal")).expect("a new journal");
     let (mut done, mut kills, mut survivors) = (0u64, 0u64, 0);
     while done < cycles {

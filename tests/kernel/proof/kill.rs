@@ -14,7 +14,7 @@ use super::world::World;
 use super::{has_its_turn, long};
 
 /// The calls to die at. In the short form not at one that changes nothing, as death at the next leaves the same, and at
-/// a third of the others.
+/// a fifth of the others.
 fn fatal(calls: Vec<Call>) -> Vec<(usize, Call)> {
     let last = calls.len();
     let numbered = calls

@@ -99,7 +99,11 @@ fn what_is_being_made_is_not_reaped() {
         "DM_DEV_SUSPEND",
         "symlink(",
     ] {
+        // One point is enough to see that the lock beside a probe's says the same.
         for probe in [false, true] {
+            if probe && point != "DM_TABLE_LOAD" {
+                continue;
+            }
             let probes = if probe { probed() } else { Vec::new() };
             let stopped = creator.stopped_after(point);
             drop(probes);
@@ -178,7 +182,7 @@ fn one_name_for_two_processes_goes_to_one() {
     assert_works(&world, &winner);
 
     // And as it comes.
-    for round in 0..short_or_long(5, 100) {
+    for round in 0..short_or_long(3, 100) {
         world.fresh_cow();
         let _ = fs::remove_file(other_cow);
         world.scene.cow("other.cow");
@@ -233,7 +237,7 @@ fn a_name_that_changes_hands_leads_to_the_new_device() {
     let cows = [scene.cow("1.cow"), scene.cow("2.cow")];
     let create = |nth: usize| SnapshotOptions::new().create(scene.image(), &cows[nth % 2], &name);
     let mut current = create(0).expect("a snapshot");
-    for round in 1..=short_or_long(10, 200) {
+    for round in 1..=short_or_long(6, 200) {
         let start = Instant::now();
         // The kernel gives the name away at the beginning of a removal that takes some milliseconds.
         let next = thread::scope(|scope| {

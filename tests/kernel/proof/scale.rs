@@ -60,7 +60,7 @@ impl Fleet<'_> {
     /// What a create and a cleanup cost now. The first ones are not counted: they may have the kernel make new loop
     /// devices, which then stay.
     fn cost(&self) -> [Cost; 2] {
-        let measured = (0..2 + short_or_long(25, 51)).map(|_| {
+        let measured = (0..2 + short_or_long(12, 51)).map(|_| {
             let (snapshot, create) = self.create();
             let (cleaned, cleanup) = timed(|| snapshot.cleanup());
             cleaned.expect("nobody has it open");
@@ -89,7 +89,7 @@ fn clean_all(fleet: Vec<Handles>) {
 #[test]
 fn a_fleet_over_one_image() {
     let scene = Scene::new();
-    let count = short_or_long(60, 1000);
+    let count = short_or_long(40, 1000);
     let ships = Fleet {
         scene: &scene,
         options: SnapshotOptions::new(),
