@@ -9,17 +9,15 @@ use dmsnap::{SnapshotOptions, cleanup};
 use crate::common::reading::alias_exists;
 use crate::common::scene::{COW_BYTES, content};
 use crate::common::tools::{complaint, start, success};
-use crate::common::{Scene, chain, dmsnap, output, settle, udev};
-use crate::proof::short_or_long;
+use crate::common::{Scene, chain, dmsnap, output, settle};
+use crate::proof::repeated;
 
 const THREADS: usize = 4;
 
 #[test]
 fn four_threads_make_and_remove_snapshots_one_after_the_other() {
     let scene = Scene::new();
-    // A cycle is a dozen events to udevd, which takes longer over them than we do, and whatever test comes next would
-    // wait for it.
-    let cycles = if udev() { 10 } else { short_or_long(30, 200) };
+    let cycles = repeated(30, 200);
     let begin = Instant::now();
     thread::scope(|scope| {
         for nth in 0..THREADS {

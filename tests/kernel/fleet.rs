@@ -9,8 +9,8 @@ use dmsnap::{Fate, Handles, ReapOptions, Retry, Verdict, cleanup, cleanup_all, c
 
 use crate::common::reading::{alias_exists, dm_exists};
 use crate::common::tools::success;
-use crate::common::{Scene, chain, dmsnap, stated_kernel, udev};
-use crate::proof::short_or_long;
+use crate::common::{Scene, chain, dmsnap, stated_kernel};
+use crate::proof::{repeated, short_or_long};
 
 fn fleet(scene: &Scene, count: usize) -> Vec<Handles> {
     let ships = (0..count).map(|_| scene.snapshot().into_handles());
@@ -72,8 +72,7 @@ fn race(scene: &Scene, count: usize) -> (Duration, Duration, usize) {
 
 #[test]
 fn a_fleet_is_torn_down_much_faster_together_than_one_after_the_other() {
-    let short = if udev() { 8 } else { 24 };
-    let (count, rounds) = (short_or_long(short, 64), short_or_long(4, 10));
+    let (count, rounds) = (repeated(24, 64), repeated(4, 10));
     let scene = Scene::new();
     // The first snapshots have the kernel make loop devices, which then stay.
     all_well(&cleanup_all(&fleet(&scene, count)));

@@ -9,7 +9,7 @@ use dmsnap::{Outcome, Retry, Snapshot, Step, Timings, remove_with};
 
 use crate::common::reading::number;
 use crate::common::{Scene, run};
-use crate::proof::short_or_long;
+use crate::proof::{repeated, short_or_long};
 
 fn name_of(snapshot: &Snapshot) -> String {
     snapshot.handles().name.clone().expect("a name").to_string()
@@ -97,8 +97,8 @@ fn a_removal_follows_its_holders_close() {
         (0..count).map(one).collect()
     };
     let ms = Duration::from_millis;
-    let most = short_or_long(16, 300);
-    let few = short_or_long(3, 60);
+    let most = repeated(16, 300);
+    let few = repeated(3, 60);
     let retry = Retry::default();
     // The bounds leave room for a guest on a busy machine, whose pauses of 1 ms take 5.
     let soon = reactions(most, ms(0), ms(300), false, &retry);

@@ -13,8 +13,8 @@ use dmsnap::{CowFate, Origin, cleanup};
 
 use super::{PATIENCE, claim, live, options, unclaimed};
 use crate::common::reading::dm_names;
-use crate::common::{PREFIX, Scene, chain, udev};
-use crate::proof::short_or_long;
+use crate::common::{PREFIX, Scene, chain};
+use crate::proof::repeated;
 use crate::proof::worker::Process;
 
 /// What makes this binary a worker: its directory and image, and how many cycles the ones before it have done.
@@ -124,7 +124,7 @@ fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
         std::process::exit(1);
     }
     let scene = Scene::new();
-    let cycles = short_or_long(if udev() { 12 } else { 30 }, 1000_u64);
+    let cycles = repeated(30, 1000) as u64;
     File::create(scene.path("journal")).expect("a new journal");
     let (mut done, mut kills, mut survivors) = (0u64, 0u64, 0);
     while done < cycles {

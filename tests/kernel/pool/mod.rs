@@ -11,8 +11,8 @@ use dmsnap::{
 };
 
 use crate::common::reading::{alias_exists, dm_exists, dm_names, dm_table, loops_over};
-use crate::common::{PREFIX, Scene, chain, eventually, udev};
-use crate::proof::Cost;
+use crate::common::{PREFIX, Scene, chain, eventually};
+use crate::proof::{Cost, repeated};
 
 mod kills;
 mod races;
@@ -361,7 +361,7 @@ fn a_claim_and_a_release_cost_a_fraction_of_a_create_and_a_cleanup() {
             .zip(two)
             .for_each(|(all, one)| all.push(one));
     };
-    let rounds = if udev() { 3 } else { 8 };
+    let rounds = repeated(8, 8);
     let mut cold = [vec![], vec![]];
     let cold_round = |cold: &mut [Vec<Duration>; 2]| {
         for _ in 0..rounds {

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::worker::{Job, assert_done};
-use super::{short_or_long, timed};
+use super::{repeated, timed};
 use crate::common::{Scene, output, reading, run};
 
 const PROCESSES: usize = 8;
@@ -11,7 +11,7 @@ const PROCESSES: usize = 8;
 #[test]
 fn eight_processes_over_one_origin_beside_a_foreign_losetup() {
     let scene = Scene::new();
-    let cycles = short_or_long(12, 100);
+    let cycles = repeated(12, 100);
     let theirs = scene.cow("theirs");
     let jobs = (0..PROCESSES).map(|nth| Job {
         cycles,

@@ -34,6 +34,26 @@ pub(crate) fn short_or_long<T>(short: T, in_full: T) -> T {
     if long() { in_full } else { short }
 }
 
+/// How often; in the short form less where udevd runs, which takes longer over a snapshot than we do, and whatever test
+/// comes next waits for it.
+pub(crate) fn repeated(short: usize, in_full: usize) -> usize {
+    match (long(), udev()) {
+        (true, _) => in_full,
+        (false, false) => short,
+        (false, true) => short.div_ceil(3),
+    }
+}
+
+/// All of the points to stop a process at, or in the short form every other one, the same in every other run.
+fn stops<'a>(points: &[&'a str]) -> impl Iterator<Item = &'a str> {
+    let turn = turn(&stated_kernel(), udev());
+    let has_its_turn = move |nth: usize| long() || nth % 2 == turn % 2;
+    let numbered = points.iter().enumerate();
+    numbered
+        .filter(move |(nth, _)| has_its_turn(*nth))
+        .map(|(_, point)| *point)
+}
+
 /// How many runs share what the short form deals out.
 const TURNS: usize = 5;
 

@@ -10,12 +10,20 @@ use nix::fcntl::{Flock, FlockArg};
 
 use dmsnap::{Fate, Handles, ReapOptions, SnapshotOptions, Verdict, cleanup};
 
-use super::short_or_long;
 use super::trace::{self, Call, Stopped};
 use super::worker::{Process, use_disk};
 use super::world::{World, state};
+use super::{repeated, stops};
 use crate::common::tools::complaint;
 use crate::common::{Scene, chain, dmsnap};
+
+/// Calls of a create from the moment that it has the name.
+const HAS_THE_NAME: [&str; 4] = [
+    "DM_DEV_CREATE",
+    "DM_TABLE_LOAD",
+    "DM_DEV_SUSPEND",
+    "symlink(",
+];
 
 /// `dmsnap create` of the victim, on one of two COW files.
 struct Creator<'a> {
@@ -93,12 +101,7 @@ fn what_is_being_made_is_not_reaped() {
             .filter(|item| item.name == world.victim());
         fates.map(|item| item.fate).collect::<Vec<_>>()
     };
-    for point in [
-        "DM_DEV_CREATE",
-        "DM_TABLE_LOAD",
-        "DM_DEV_SUSPEND",
-        "symlink(",
-    ] {
+    for point in stops(&HAS_THE_NAME) {
         // One point is enough to see that the lock beside a probe's says the same.
         for probe in [false, true] {
             if probe && point != "DM_TABLE_LOAD" {
@@ -156,12 +159,7 @@ fn one_name_for_two_processes_goes_to_one() {
     let taken = format!("cannot create /dev/mapper/{}: ", world.victim());
 
     // The first is half-way, from the moment it has the name; the second loses.
-    for point in [
-        "DM_DEV_CREATE",
-        "DM_TABLE_LOAD",
-        "DM_DEV_SUSPEND",
-        "symlink(",
-    ] {
+    for point in stops(&HAS_THE_NAME) {
         let first = creator.stopped_after(point);
         let left = world.left();
         let line = complaint(&world.dmsnap(&other));
@@ -182,7 +180,7 @@ fn one_name_for_two_processes_goes_to_one() {
     assert_works(&world, &winner);
 
     // And as it comes.
-    for round in 0..short_or_long(3, 100) {
+    for round in 0..repeated(3, 100) {
         world.fresh_cow();
         let _ = fs::remove_file(other_cow);
         world.scene.cow("other.cow");
@@ -207,7 +205,7 @@ fn one_cow_file_for_two_processes_goes_to_one() {
     fs::hard_link(&creator.cow, &link).expect("a hard link");
     let link = link.to_str().expect("ASCII");
     let other = ["create", image, link, &name];
-    for point in ["pread64(6", "BLKGETSIZE64", "DM_TABLE_LOAD"] {
+    for point in stops(&["pread64(6", "BLKGETSIZE64", "DM_TABLE_LOAD"]) {
         let first = creator.stopped_after(point);
         let line = complaint(&world.dmsnap(&other));
         assert!(line.ends_with("is in use by another snapshot"), "{line}");
@@ -237,7 +235,7 @@ fn a_name_that_changes_hands_leads_to_the_new_device() {
     let cows = [scene.cow("1.cow"), scene.cow("2.cow")];
     let create = |nth: usize| SnapshotOptions::new().create(scene.image(), &cows[nth % 2], &name);
     let mut current = create(0).expect("a snapshot");
-    for round in 1..=short_or_long(6, 200) {
+    for round in 1..=repeated(6, 200) {
         let start = Instant::now();
         // The kernel gives the name away at the beginning of a removal that takes some milliseconds.
         let next = thread::scope(|scope| {

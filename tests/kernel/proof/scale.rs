@@ -7,7 +7,7 @@ use std::time::Duration;
 use dmsnap::{ChunkSize, Handles, Snapshot, SnapshotOptions, Store, cleanup};
 
 use super::worker::use_disk;
-use super::{Cost, short_or_long, timed};
+use super::{Cost, repeated, short_or_long, timed};
 use crate::common::{PREFIX, Scene, chain, settle};
 
 /// Of /proc/meminfo, in KiB.
@@ -60,7 +60,7 @@ impl Fleet<'_> {
     /// What a create and a cleanup cost now. The first ones are not counted: they may have the kernel make new loop
     /// devices, which then stay.
     fn cost(&self) -> [Cost; 2] {
-        let measured = (0..2 + short_or_long(12, 51)).map(|_| {
+        let measured = (0..2 + repeated(12, 51)).map(|_| {
             let (snapshot, create) = self.create();
             let (cleaned, cleanup) = timed(|| snapshot.cleanup());
             cleaned.expect("nobody has it open");
@@ -89,7 +89,7 @@ fn clean_all(fleet: Vec<Handles>) {
 #[test]
 fn a_fleet_over_one_image() {
     let scene = Scene::new();
-    let count = short_or_long(40, 1000);
+    let count = repeated(40, 1000);
     let ships = Fleet {
         scene: &scene,
         options: SnapshotOptions::new(),
@@ -156,7 +156,7 @@ fn a_fleet_over_one_image() {
 #[test]
 fn memory_by_store_chunk_size_and_cow_size() {
     let scene = Scene::new();
-    let count = short_or_long(4, 40);
+    let count = repeated(4, 40);
     let mut warm = false;
     println!("KiB of kernel memory for each of {count} snapshots:");
     for (store, sectors, mebibytes) in [

@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use dmsnap::{Fate, Outcome, ReapOptions, Retry, cleanup, remove_deferred, wait_gone};
 
+use super::repeated;
 use super::scale::Memory;
-use super::short_or_long;
 use super::worker::{Job, cycle, use_disk};
 use crate::common::{Scene, chain, eventually, settle, udev};
 
@@ -149,7 +149,7 @@ impl Soak<'_> {
 #[test]
 fn nothing_grows() {
     let scene = Scene::new();
-    let cycles = short_or_long(40, 5000);
+    let cycles = repeated(40, 5000);
     let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH);
     let clock = since_1970.map_or(1, |since| since.as_secs() | 1);
     let seed = env::var("DMSNAP_TEST_SEED")
