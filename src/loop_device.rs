@@ -7,7 +7,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStringExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -94,8 +94,24 @@ pub(crate) struct LoopStatus {
     pub(crate) backing: FileId,
     pub(crate) autoclear: bool,
     pub(crate) direct_io: bool,
+    pub(crate) label: Label,
+}
+
+/// The name that a loop device was given by its maker (`lo_file_name`), in its first 63 bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Label(pub(crate) [u8; 64]);
+
+impl Label {
     /// Whether it is an origin's that anybody may share.
-    pub(crate) is_shared: bool,
+    pub(crate) fn is_shared(&self) -> bool {
+        self.0.starts_with(SHARED_ORIGIN.as_bytes())
+    }
+
+    /// Of any other of ours: the path that its backing file had then, if that is no longer.
+    pub(crate) fn path(&self) -> &Path {
+        let text = self.0.split(|byte| *byte == 0).next().unwrap_or_default();
+        Path::new(OsStr::from_bytes(text))
+    }
 }
 
 /// What the name that a loop device was given by its maker begins with (`lo_file_name`) if it is a shared origin's. The
@@ -191,7 +207,7 @@ impl LoopDevice {
             },
             autoclear: info.flags & sys::LO_AUTOCLEAR != 0,
             direct_io: info.flags & sys::LO_DIRECT_IO != 0,
-            is_shared: info.file_name.starts_with(SHARED_ORIGIN.as_bytes()),
+            label: Label(info.file_name),
         })
     }
 

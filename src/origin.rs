@@ -156,7 +156,7 @@ fn join<H: Host>(
     let bytes = ask(Step::SizeLoop, &path, || host.loop_size_bytes(&device)).ok()?;
     let whole = origin.facts.size_bytes - origin.facts.size_bytes % SECTOR_BYTES;
     let same = status.backing == origin.facts.id && status.autoclear && bytes == whole;
-    if !status.is_shared || !same {
+    if !status.label.is_shared() || !same {
         return None;
     }
     let diskseq = loop_device::diskseq(host, &device, &path).ok()?;

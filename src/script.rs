@@ -15,7 +15,7 @@ use crate::dm_message::Address;
 use crate::error::Step;
 use crate::handles::FileId;
 use crate::host::{FileFacts, FileKind, Host};
-use crate::loop_device::{LoopStatus, SHARED_ORIGIN};
+use crate::loop_device::{Label, LoopStatus};
 use crate::mapper::{Device, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::sys::LO_AUTOCLEAR;
@@ -70,11 +70,20 @@ const FILE_BYTES: u64 = 1 << 20;
 struct Binding {
     backing: FileId,
     path: PathBuf,
+    label: Label,
     /// The size that the loop device has noticed.
     bytes: u64,
     autoclear: bool,
     diskseq: u64,
     opens: usize,
+}
+
+fn label(name: &Path) -> Label {
+    let mut label = [0; 64];
+    let bytes = name.as_os_str().as_encoded_bytes();
+    let kept = bytes.len().min(label.len() - 1);
+    label[..kept].copy_from_slice(&bytes[..kept]);
+    Label(label)
 }
 
 struct ScriptDevice {
@@ -83,12 +92,6 @@ struct ScriptDevice {
     table: Option<TargetLine>,
     live: bool,
     suspended: bool,
-}
-
-impl Binding {
-    fn is_shared(&self) -> bool {
-        self.path.to_string_lossy().starts_with(SHARED_ORIGIN)
-    }
 }
 
 impl ScriptDevice {
@@ -129,6 +132,7 @@ impl World {
     pub(crate) fn bind_foreign(&mut self, number: u32, inode: u64) {
         let binding = Binding {
             backing: file_id(inode),
+            label: label(Path::new("/foreign")),
             path: PathBuf::from("/foreign"),
             bytes: FILE_BYTES,
             autoclear: false,
@@ -389,6 +393,7 @@ impl Host for Script {
         let binding = Binding {
             backing: file_id(*backing),
             path: path.to_owned(),
+            label: label(path),
             bytes: world.file_bytes(path),
             autoclear: flags & LO_AUTOCLEAR != 0,
             diskseq: world.next_diskseq,
@@ -438,7 +443,7 @@ impl Host for Script {
             backing: binding.backing,
             autoclear: binding.autoclear,
             direct_io: false,
-            is_shared: binding.is_shared(),
+            label: binding.label,
         })
     }
 
@@ -478,7 +483,7 @@ impl Host for Script {
         let shared = world
             .loops
             .iter()
-            .filter(|(_, binding)| binding.is_shared());
+            .filter(|(_, binding)| binding.label.is_shared());
         shared.map(|(number, _)| *number).collect()
     }
 

@@ -204,7 +204,7 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     };
     if status.autoclear {
         // A shared origin's may be open for as long as it likes; handles without a uuid do not say that it is one.
-        return Ok(!status.is_shared);
+        return Ok(!status.label.is_shared());
     }
     if claim.is_ours {
         // Attached to the same file, but not by us: ours clear themselves.
@@ -264,7 +264,7 @@ fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
     for handle in own_loops(handles).filter(|handle| handle.has_identity()) {
         let gone = match binding(host, handle)? {
             Binding::Gone => true,
-            Binding::Bound(_, status) => status.is_shared,
+            Binding::Bound(_, status) => status.label.is_shared(),
             Binding::LettingGo => false,
         };
         if !gone && !is_shared(host, handles, &handle.path)? {

@@ -1,5 +1,6 @@
 //! A snapshot that is ready: made, claimed, or taken down again.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask};
@@ -43,6 +44,16 @@ impl Ready {
 /// The COW file of a snapshot that is ready or claimed; `number` is unlike any other's.
 pub(crate) fn lasting_cow(dir: &Path, number: &str) -> PathBuf {
     dir.join(format!("dmsnap-{number}.cow"))
+}
+
+/// Where the COW file is that was made at `path`.
+pub(crate) fn moved_to(path: &Path) -> PathBuf {
+    let name = path.file_name().and_then(OsStr::to_str);
+    let number = name.and_then(|name| name.strip_prefix(POOLED)?.strip_suffix(".cow"));
+    match (path.parent(), number) {
+        (Some(dir), Some(number)) => lasting_cow(dir, number),
+        _ => path.to_owned(),
+    }
 }
 
 /// Makes one ready: on a dm device of the name `name`, or on a spare one, which is asked for when the COW file is there.

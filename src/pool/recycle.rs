@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use crate::ask::{absent, ask, patiently};
 use crate::binding::{Binding, binding};
 use crate::error::{Error, Result, Step};
-use crate::handles::Handles;
+use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
-use crate::lookup;
+use crate::lookup::{self, Bound};
 use crate::mapper::Device;
-use crate::name::{DeviceName, KEPT};
+use crate::name::{DeviceName, DeviceNumber, KEPT};
 use crate::policy::{self, Retry, Verdict};
 use crate::removal::{self, Subject, When};
 use crate::snapshot::{Made, load};
@@ -19,7 +19,7 @@ use crate::units::Sectors;
 use crate::uuid::{DeviceUuid, Kind};
 
 use super::CowFate;
-use super::ready::Site;
+use super::ready::{self, Site};
 
 /// What became of a released snapshot's dm device.
 pub(crate) enum Recycled {
@@ -50,7 +50,7 @@ pub(crate) fn release<H: Host>(
     };
     let idle = patiently(host, retry, Verdict::Busy, || idle(host, &subject))?;
     let cow = match &idle {
-        Some(device) => find_cow(host, &subject, device)?,
+        Some(device) => find_cow(host, &subject, device, handles.cow_loop.as_ref())?,
         // Its loop device may be another snapshot's by now.
         None => None,
     };
@@ -194,6 +194,7 @@ fn find_cow<H: Host>(
     host: &H,
     subject: &Subject,
     device: &Device,
+    handle: Option<&LoopHandle>,
 ) -> Result<Option<CowFile<H::File>>> {
     let Ok(uuid) = DeviceUuid::new(device.uuid.as_str()) else {
         return Ok(None);
@@ -205,21 +206,45 @@ fn find_cow<H: Host>(
     let Some(Target::Snapshot(params)) = target else {
         return Ok(None);
     };
-    let Some(bound) = absent(lookup::bound(host, params.cow))? else {
-        return Ok(None);
+    let open = |bound: Bound<H::Loop>| {
+        // It is there now, so the loop device was held by it when it was opened, and is the one meant.
+        if subject.query(host)?.is_none() {
+            return Ok(None);
+        }
+        match lookup::reach(host, &bound, &device.name, true) {
+            Ok((file, _)) => Ok(Some(CowFile {
+                path: bound.path,
+                file,
+            })),
+            Err(Error::Refused(_)) => Ok(None),
+            Err(error) => Err(error),
+        }
     };
-    // It is there now, so the loop device was held by it when it was opened, and is the one meant.
-    if subject.query(host)?.is_none() {
-        return Ok(None);
+    let expected = handle.and_then(|handle| expected(host, handle, params.cow));
+    if let Some(cow) = expected.and_then(|bound| open(bound).ok().flatten()) {
+        return Ok(Some(cow));
     }
-    match lookup::reach(host, &bound, &device.name, true) {
-        Ok((file, _)) => Ok(Some(CowFile {
-            path: bound.path,
-            file,
-        })),
-        Err(Error::Refused(_)) => Ok(None),
-        Err(error) => Err(error),
-    }
+    absent(lookup::bound(host, params.cow))?.map_or(Ok(None), open)
+}
+
+/// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's entries in sysfs anew at
+/// each binding, so that asking there for its path takes longer than all else that a release asks.
+fn expected<H: Host>(
+    host: &H,
+    handle: &LoopHandle,
+    number: DeviceNumber,
+) -> Option<Bound<H::Loop>> {
+    let node = handle.path.clone();
+    let device = host.open_loop(&node, false).ok()?;
+    let is_meant = host.loop_number(&device).is_ok_and(|found| found == number);
+    let status = host.loop_status(&device).ok().filter(|_| is_meant)?;
+    let path = ready::moved_to(status.label.path());
+    Some(Bound {
+        node,
+        path,
+        device,
+        status,
+    })
 }
 
 pub(crate) fn remove_spare<H: Host>(host: &H, spare: &Made) -> Result<()> {

@@ -267,6 +267,26 @@ fn what_somebody_else_removed_is_not_handed_out() {
     pool.drain().expect("nothing is open");
 }
 
+/// A release looks where the pool has put the file, and believes its inode alone.
+#[test]
+fn a_cow_file_that_moved_is_found_and_one_in_its_place_is_left_alone() {
+    let scene = Scene::new();
+    let pool = pool(&scene, 1);
+    let claimed = claim(&scene, &pool);
+    let moved = scene.path("moved.cow");
+    fs::rename(&claimed.cow, &moved).expect("the same directory");
+    fs::write(&claimed.cow, "somebody else's").expect("room for a file");
+    let released = pool
+        .release(claimed.snapshot.handles(), CowFate::Delete)
+        .expect("idle");
+    assert!(released.recycled && !moved.exists());
+    assert_eq!(
+        fs::read(&claimed.cow).expect("it is there"),
+        b"somebody else's"
+    );
+    pool.drain().expect("nothing is open");
+}
+
 /// Handles of a snapshot that was released name a dm device that serves somebody else by now.
 #[test]
 fn old_handles_leave_the_next_snapshot_of_the_device_alone() {
