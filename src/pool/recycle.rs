@@ -172,7 +172,8 @@ fn swap<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<u32>
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))
 }
 
-/// The COW file's loop device clears itself as the table goes, or a moment later.
+/// The COW file's loop device clears itself as the table goes, or when udevd has closed it. Before that the old handles
+/// would take the device for theirs under its next name, if that is the same.
 fn wait_unbound<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
     let Some(handle) = handles.cow_loop.as_ref().filter(|it| it.has_identity()) else {
         return Ok(());
