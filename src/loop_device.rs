@@ -107,7 +107,7 @@ impl Label {
         self.0.starts_with(SHARED_ORIGIN.as_bytes())
     }
 
-    /// Of any other of ours: the path that its backing file had then, if that is no longer.
+    /// Of any other of ours: the path that its backing file had then, as far as it goes.
     pub(crate) fn path(&self) -> &Path {
         let text = self.0.split(|byte| *byte == 0).next().unwrap_or_default();
         Path::new(OsStr::from_bytes(text))

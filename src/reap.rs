@@ -82,8 +82,8 @@ pub enum Fate {
     AliasRemoved,
 }
 
-/// udevd takes an exclusive lock for as long as it has the partition table read again (`synthesize_change`); a maker at
-/// work is not waited for longer.
+/// Beside a busy udevd, exclusive locks for a moment were seen that were no maker's: systemd takes one around a new look at a
+/// partition table (`REREADPT_BSD_LOCK`). A maker at work is not waited for longer.
 const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
 
 /// For the loop devices behind a removed device, which a probe may have open for a moment.

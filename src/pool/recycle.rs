@@ -228,8 +228,8 @@ fn find_cow<H: Host>(
     absent(lookup::bound(host, params.cow))?.map_or(Ok(None), open)
 }
 
-/// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's entries in sysfs anew at
-/// each binding, so that asking there for its path takes longer than all else that a release asks.
+/// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's entries
+/// in sysfs anew at each binding: asking there for the path took 1 of a release's 5.5 ms (ftrace in the guest, 6.12).
 fn expected<H: Host>(
     host: &H,
     handle: &LoopHandle,

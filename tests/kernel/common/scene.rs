@@ -210,18 +210,16 @@ impl Drop for Scene {
 
 /// Content in which every 4 KiB say where they are.
 pub(crate) fn patterned(path: &Path, bytes: u64) {
-    const CHUNK: u64 = 4 << 10;
-    // A call costs more than its bytes.
-    const MIB: u64 = 1 << 20;
     let mut file = File::create(path).expect("a new file");
-    let mut written = 0;
-    while written < bytes {
-        let chunks = (written / CHUNK..).take((MIB / CHUNK) as usize);
-        let mut mib = Vec::new();
-        chunks.for_each(|nth| mib.extend(nth.to_le_bytes().repeat(512)));
-        mib.truncate(usize::try_from(bytes - written).unwrap_or(mib.len()));
-        file.write_all(&mib).expect("room for an image");
-        written += mib.len() as u64;
+    let mut left = bytes;
+    for nth in 0u64.. {
+        if left == 0 {
+            break;
+        }
+        let chunk = nth.to_le_bytes().repeat(512);
+        let length = usize::try_from(left).map_or(chunk.len(), |left| left.min(chunk.len()));
+        file.write_all(&chunk[..length]).expect("room for an image");
+        left -= length as u64;
     }
 }
 

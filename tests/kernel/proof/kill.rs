@@ -61,7 +61,12 @@ fn kill_at_each(world: &World, what: &str, prepare: impl Fn() -> Vec<String>) {
         assert!(died.is_some() || call.only_looks(), "not reached: {call:?}");
         let left = world.left();
         let reaped = world.reap_once();
-        println!("{nth:4}  {:40}  {left:24}  {reaped}", call.brief());
+        let missed = if died.is_some() {
+            ""
+        } else {
+            "  (never come by again)"
+        };
+        println!("{nth:4}  {:40}  {left:24}  {reaped}{missed}", call.brief());
         world.assert_as_before(&format!("{what}, killed at {nth}, {call:?}"));
     }
 }
