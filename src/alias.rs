@@ -4,7 +4,7 @@
 //! it is a block device node instead.
 
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, symlink};
+use std::os::unix::fs::{FileTypeExt, symlink};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -17,18 +17,21 @@ use crate::policy::{self, Verdict};
 /// What an alias of ours begins with. Nobody else spells the way to a dm device so.
 const SPELLING: &str = "/dev/mapper/../dm-";
 
-/// Makes the alias; replaces a stale one. Returns the path that leads to the device without it, if there is one.
+/// The device's node, where /dev has it. It has it for as long as the device is there.
+pub(crate) fn find_node(number: DeviceNumber) -> Option<PathBuf> {
+    Some(number.dm_node()).filter(|node| leads_to(node, number))
+}
+
+/// Makes the alias, of the device whose node is `node`; replaces a stale one.
 ///
 /// Whatever stands at `path` is stale: the kernel has just given the name to our device alone. Only links and
 /// block device nodes are replaced all the same.
-pub(crate) fn make(path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno> {
-    let node = number.dm_node();
-    let has_node = leads_to(&node, number);
-    let place = || match has_node {
-        true => {
+pub(crate) fn make(path: &Path, number: DeviceNumber, node: Option<&Path>) -> Result<(), Errno> {
+    let place = || match node {
+        Some(_) => {
             symlink(format!("{SPELLING}{}", number.minor), path).map_err(|error| errno_of(&error))
         }
-        false => {
+        None => {
             let mode = Mode::S_IRUSR | Mode::S_IWUSR;
             mknod(path, SFlag::S_IFBLK, mode, number.to_dev_t())
         }
@@ -36,11 +39,10 @@ pub(crate) fn make(path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno> 
     match place() {
         Err(errno) if policy::verdict(Step::Link, errno) == Verdict::NameTaken => {
             remove_stale(path, errno)?;
-            place()?;
+            place()
         }
-        other => other?,
+        other => other,
     }
-    Ok(if has_node { node } else { path.to_owned() })
 }
 
 fn remove_stale(path: &Path, taken: Errno) -> Result<(), Errno> {
@@ -79,7 +81,7 @@ pub(crate) fn is_ours(path: &Path) -> bool {
 }
 
 fn leads_to(path: &Path, number: DeviceNumber) -> bool {
-    let found = fs::symlink_metadata(path);
-    found
-        .is_ok_and(|found| found.file_type().is_block_device() && found.rdev() == number.to_dev_t())
+    let found = nix::sys::stat::lstat(path);
+    let is_block = |mode| SFlag::from_bits_truncate(mode) & SFlag::S_IFMT == SFlag::S_IFBLK;
+    found.is_ok_and(|found| is_block(found.st_mode) && found.st_rdev == number.to_dev_t())
 }

@@ -219,7 +219,7 @@ steps! {
     LockFile = "lock",
     /// `pread` of the COW file or the origin image.
     ReadFile = "read",
-    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image.
+    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image or COW file.
     FindData = "find the data of",
     /// `pwrite` or `ftruncate` of an export.
     WriteFile = "write",

@@ -16,12 +16,14 @@ use nix::sys::time::TimeSpec;
 use crate::alias;
 use crate::closes::Closes;
 use crate::dm_message::{Address, Listed};
+use crate::error::Step;
 use crate::handles::FileId;
 use crate::holders;
 use crate::loop_device::{self, LoopControl, LoopDevice, LoopStatus};
 use crate::mapper::{DevId, Device, Mapper, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::origin_identity::OriginIdentity;
+use crate::policy::{self, Verdict};
 use crate::status::SnapshotStatus;
 use crate::sys;
 use crate::table::TargetLine;
@@ -75,6 +77,7 @@ pub(crate) trait Host {
     fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
+    fn has_data(&self, file: &Self::File) -> Result<bool, Errno>;
 
     fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;
     fn sync_file(&self, file: &Self::File) -> Result<(), Errno>;
@@ -116,7 +119,13 @@ pub(crate) trait Host {
     fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno>;
 
-    fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno>;
+    fn find_node(&self, number: DeviceNumber) -> Option<PathBuf>;
+    fn make_alias(
+        &self,
+        path: &Path,
+        number: DeviceNumber,
+        node: Option<&Path>,
+    ) -> Result<(), Errno>;
     fn remove_alias(&self, path: &Path, number: DeviceNumber) -> Result<bool, Errno>;
     fn is_our_alias(&self, path: &Path) -> bool;
     fn unlink(&self, path: &Path) -> Result<(), Errno>;
@@ -280,6 +289,14 @@ impl Host for Machine {
         nix::sys::uio::pread(file, buffer, offset(at)?)
     }
 
+    /// Whether it is more than one hole.
+    fn has_data(&self, file: &OwnedFd) -> Result<bool, Errno> {
+        match nix::unistd::lseek(file, 0, nix::unistd::Whence::SeekData) {
+            Err(errno) if policy::verdict(Step::FindData, errno) == Verdict::Gone => Ok(false),
+            found => found.map(|_| true),
+        }
+    }
+
     fn write_at(&self, file: &OwnedFd, bytes: &[u8], at: usize) -> Result<(), Errno> {
         let written = nix::sys::uio::pwrite(file, bytes, offset(at)?)?;
         if written == bytes.len() {
@@ -426,8 +443,17 @@ impl Host for Machine {
         self.mapper()?.remove(address, deferred)
     }
 
-    fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno> {
-        alias::make(path, number)
+    fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {
+        alias::find_node(number)
+    }
+
+    fn make_alias(
+        &self,
+        path: &Path,
+        number: DeviceNumber,
+        node: Option<&Path>,
+    ) -> Result<(), Errno> {
+        alias::make(path, number, node)
     }
 
     fn remove_alias(&self, path: &Path, number: DeviceNumber) -> Result<bool, Errno> {

@@ -29,7 +29,7 @@ use crate::error::Step;
 /// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
 /// | OpenFile | EISDIR | NotAFile |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
-/// | AttachLoop, ReadDiskseq, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | AttachLoop, ReadDiskseq, TargetVersion, FindData | EINVAL, ENOTTY, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
 /// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
 /// | * | * | Fatal |
@@ -95,9 +95,10 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
             Verdict::Unsupported
         }
-        (S::AttachLoop | S::ReadDiskseq | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
-            Verdict::Unsupported
-        }
+        (
+            S::AttachLoop | S::ReadDiskseq | S::TargetVersion | S::FindData,
+            E::EINVAL | E::ENOTTY | E::ENOSYS,
+        ) => Verdict::Unsupported,
         (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
         (_, E::ENOMEM | E::ENOSPC | E::ENFILE | E::EMFILE | E::EDQUOT) => Verdict::Exhausted,
         _ => Verdict::Fatal,

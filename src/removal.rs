@@ -312,7 +312,8 @@ fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome>
         Err(error) => {
             if unlinked {
                 // The device stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads there.
-                let _ = host.make_alias(&alias, device.number);
+                let node = host.find_node(device.number);
+                let _ = host.make_alias(&alias, device.number, node.as_deref());
             }
             Err(error)
         }

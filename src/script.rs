@@ -172,6 +172,11 @@ impl Host for Script {
         Ok(buffer.len())
     }
 
+    fn has_data(&self, _file: &u64) -> Result<bool, Errno> {
+        self.call(Step::FindData)?;
+        Ok(!self.world.borrow().store.is_empty())
+    }
+
     fn write_at(&self, _file: &u64, bytes: &[u8], at: usize) -> Result<(), Errno> {
         self.call(Step::MarkFile)?;
         let mut world = self.world.borrow_mut();
@@ -473,10 +478,14 @@ impl Host for Script {
         Ok(false)
     }
 
-    fn make_alias(&self, path: &Path, number: DeviceNumber) -> Result<PathBuf, Errno> {
+    fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {
+        Some(number.dm_node())
+    }
+
+    fn make_alias(&self, path: &Path, _: DeviceNumber, _: Option<&Path>) -> Result<(), Errno> {
         self.call(Step::Link)?;
         self.world.borrow_mut().aliases.insert(path.to_owned());
-        Ok(number.dm_node())
+        Ok(())
     }
 
     fn remove_alias(&self, path: &Path, _number: DeviceNumber) -> Result<bool, Errno> {

@@ -216,10 +216,13 @@ pub(crate) fn loop_length<H: Host>(host: &H, device: &Attached<H::Loop>) -> Resu
     ask(Step::SizeLoop, &device.path, size).map(Sectors::from_bytes_floor)
 }
 
-fn link<H: Host>(host: &H, made: &Made) -> Result<PathBuf> {
+/// Makes the device's alias. The path that leads to it without that, where /dev has one.
+pub(crate) fn link<H: Host>(host: &H, made: &Made) -> Result<PathBuf> {
+    let node = host.find_node(made.dev);
     ask(Step::Link, &made.mapper, || {
-        host.make_alias(&made.mapper, made.dev)
-    })
+        host.make_alias(&made.mapper, made.dev, node.as_deref())
+    })?;
+    Ok(node.unwrap_or_else(|| made.mapper.clone()))
 }
 
 /// A snapshot, or what undoing it left.
@@ -347,6 +350,15 @@ pub(crate) struct Made {
 }
 
 impl Made {
+    /// The same device after a rename.
+    pub(crate) fn named(self, name: &DeviceName) -> Self {
+        Self {
+            mapper: name.mapper_path(),
+            name: name.clone(),
+            ..self
+        }
+    }
+
     pub(crate) fn handles(&self) -> Handles {
         let mut handles = Handles::default();
         self.note(&mut handles);

@@ -4,7 +4,7 @@ use dmsnap::{ChunkSize, Store};
 
 use crate::contestants::{
     CRATES, FLEET, IOCTLS, LIBRARY, LIBRARY_ALONE, LIBRARY_TIMED, Make, ON_ORIGIN, POLLING_1,
-    POLLING_100, PROCESSES, Result, WARM_POOL,
+    POLLING_100, PROCESSES, RECYCLED, Result, WARM_POOL,
 };
 
 /// Where the COW files are; the image is on tmpfs.
@@ -83,16 +83,16 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         udev: Udev::Any,
         rounds: 100,
-        promised_rounds: 60,
+        promised_rounds: 150,
         ..BASE
     },
     // Apart, since a pool's beginning and end take longer than a turn.
     Scenario {
         name: KEPT,
         udev: Udev::Any,
-        contestants: &[IOCTLS, LIBRARY, ON_ORIGIN, WARM_POOL],
+        contestants: &[IOCTLS, LIBRARY, ON_ORIGIN, WARM_POOL, RECYCLED],
         rounds: 60,
-        promised_rounds: 40,
+        promised_rounds: 60,
         ..BASE
     },
     // Apart, since it takes longer than all the others together.

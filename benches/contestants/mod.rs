@@ -27,6 +27,7 @@ pub(crate) mod names {
     pub(crate) const LIBRARY_ALONE: &str = "dmsnap, udevd stopped";
     pub(crate) const ON_ORIGIN: &str = "dmsnap, shared origin";
     pub(crate) const WARM_POOL: &str = "dmsnap, warm pool";
+    pub(crate) const RECYCLED: &str = "dmsnap, warm pool, until recycled";
     pub(crate) const FLEET: &str = "dmsnap, cleanup_all";
     pub(crate) const CRATES: &str = "loopdev + devicemapper";
     pub(crate) const PROCESSES: &str = "losetup + blockdev + dmsetup";
@@ -104,6 +105,7 @@ pub(crate) const LIBRARY: Make = || Ok(Box::new(library::Library::default()));
 pub(crate) const LIBRARY_TIMED: Make = || Ok(Box::new(library::Library::timed()));
 pub(crate) const ON_ORIGIN: Make = || Ok(Box::new(origin::OnOrigin::default()));
 pub(crate) const WARM_POOL: Make = || Ok(Box::new(warm_pool::WarmPool::default()));
+pub(crate) const RECYCLED: Make = || Ok(Box::new(warm_pool::WarmPool::waiting()));
 pub(crate) const FLEET: Make = || Ok(Box::new(fleet::Fleet::default()));
 pub(crate) const CRATES: Make = || Ok(Box::new(crates::Crates::new()?));
 pub(crate) const PROCESSES: Make = || Ok(Box::new(processes::Processes::default()));

@@ -20,9 +20,18 @@ pub(super) struct WarmPool {
     dir: PathBuf,
     pool: Option<Pool>,
     made: Made<Handles>,
+    /// Whether a remove lasts until the device can serve again.
+    waits: bool,
 }
 
 impl WarmPool {
+    pub(super) fn waiting() -> Self {
+        Self {
+            waits: true,
+            ..Self::default()
+        }
+    }
+
     fn pool(&self) -> Result<&Pool> {
         Ok(self.pool.as_ref().ok_or("there is no pool")?)
     }
@@ -39,7 +48,11 @@ impl WarmPool {
 
 impl Contestant for WarmPool {
     fn name(&self) -> &'static str {
-        names::WARM_POOL
+        if self.waits {
+            names::RECYCLED
+        } else {
+            names::WARM_POOL
+        }
     }
 
     fn begin(&mut self, image: &Path) -> Result<()> {
@@ -73,7 +86,13 @@ impl Contestant for WarmPool {
 
     fn remove(&mut self, job: Job<'_>) -> Result<()> {
         let handles = self.made.take(&job)?;
-        self.pool()?.release(&handles, CowFate::Delete)?;
+        let released = self.pool()?.release(&handles, CowFate::Delete)?;
+        if !released.recycled {
+            return Err("it was removed".into());
+        }
+        if self.waits && !self.pool()?.wait_recycled(PATIENCE) {
+            return Err(format!("not recycled: {:?}", self.pool()?.status()).into());
+        }
         Ok(())
     }
 

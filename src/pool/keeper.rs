@@ -11,7 +11,7 @@ use crate::host::Host;
 use crate::name::DeviceName;
 use crate::origin::Base;
 use crate::policy::Retry;
-use crate::snapshot::{Made, attach, load, make_device, undone};
+use crate::snapshot::{Made, attach, link, load, make_device, undone};
 use crate::sys::LO_AUTOCLEAR;
 use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
 use crate::teardown;
@@ -80,9 +80,7 @@ fn build<H: Host>(
         discard: Discard::Unsupported,
     };
     load(host, &made, &line(Target::Snapshot(params)))?;
-    let node = ask(Step::Link, &made.mapper, || {
-        host.make_alias(&made.mapper, made.dev)
-    })?;
+    let node = link(host, &made)?;
     let open = ask(Step::OpenFile, &node, || host.open_backing(&node, false))?;
     Ok(Keeper {
         made,

@@ -21,7 +21,7 @@ use crate::snapshot::{self, Made, Snapshot};
 use crate::sys;
 use keeper::Keeper;
 use ready::{Ready, Site};
-use recycle::Recycled;
+use recycle::TakenBack;
 
 pub(crate) mod keeper;
 mod options;
@@ -60,9 +60,9 @@ pub struct Claimed {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Released {
-    /// Whether the dm device waits for the next snapshot. Otherwise it was removed, or was gone already.
+    /// Whether the pool has the dm device back, for another snapshot. Otherwise it was removed, or was gone already.
     pub recycled: bool,
-    /// The COW file, unless it was deleted or is nowhere to be found any more.
+    /// The COW file, unless it is deleted or is nowhere to be found any more.
     pub cow: Option<PathBuf>,
     /// The COW file, if it was to be handed back.
     pub file: Option<File>,
@@ -76,11 +76,13 @@ pub struct PoolStatus {
     pub ready: usize,
     /// dm devices that wait for their next COW file.
     pub spare: usize,
+    /// dm devices that were taken back, and still have the table and COW file of their last snapshot.
+    pub recycling: usize,
     /// How many snapshots are to be ready.
     pub size: usize,
-    /// How many attempts to make one have failed since the last that did not.
+    /// How many attempts to make one, or to recycle a device, have failed since the last one was made.
     pub failures: u32,
-    /// Why the last attempt failed; `None` after one that did not.
+    /// Why the last attempt failed; `None` once one is made again.
     pub last_error: Option<Error>,
     /// How long the next attempt is put off after a failure.
     pub retry_in: Option<Duration>,
@@ -90,8 +92,8 @@ pub struct PoolStatus {
 ///
 /// A thread keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) renames one: that rename, which is one
 /// ioctl, is the moment at which it becomes the caller's, so that by its name alone a device is known as claimed or not,
-/// also after a kill. [`release`](Self::release) swaps the dm device's table instead of removing it, and the device
-/// serves another snapshot later.
+/// also after a kill. [`release`](Self::release) renames it back; another thread then deletes its COW file and swaps its
+/// table instead of removing it, and the device serves another snapshot later.
 ///
 /// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool is open for as
 /// long as the pool's process lives, so what a killed pool leaves is known for it: the next pool that is opened on the
@@ -101,7 +103,7 @@ pub struct PoolStatus {
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
-    refill: Option<JoinHandle<()>>,
+    threads: Vec<JoinHandle<()>>,
     keeper: Option<Keeper<Machine>>,
 }
 
@@ -114,12 +116,18 @@ struct Shared {
     dir: PathBuf,
     id: u64,
     state: Mutex<State>,
+    /// Something was claimed.
+    claimed: Condvar,
+    /// Something was released.
+    released: Condvar,
+    /// Something became ready, spare, or worse.
     changed: Condvar,
 }
 
 #[derive(Debug, Default)]
 struct State {
     ready: VecDeque<Ready>,
+    taken_back: Vec<TakenBack>,
     spares: Vec<Made>,
     /// Popped from `ready`, and neither claimed nor back yet.
     leaving: usize,
@@ -153,22 +161,15 @@ impl Pool {
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;
         loop {
-            let Some(ready) = self.shared.take()? else {
+            let Some(mut ready) = self.shared.take()? else {
                 return self.shared.create(&name);
             };
-            let claimed = ready::claim(&MACHINE, &self.shared.site(), &ready, &name);
-            let settle = |put_back: Option<Ready>| {
-                let mut state = self.shared.lock();
-                state.leaving -= 1;
-                put_back
-                    .into_iter()
-                    .for_each(|ready| state.ready.push_front(ready));
-                // Now, and not before: the refill asks the same kernel.
-                self.shared.changed.notify_all();
-            };
+            let claimed = ready::claim(&MACHINE, &self.shared.site(), &mut ready, &name);
             match claimed {
                 Ok(snapshot) => {
-                    settle(None);
+                    self.shared.lock().leaving -= 1;
+                    // Now, and not before: the refill asks the same kernel.
+                    self.shared.claimed.notify_one();
                     return Ok(Claimed {
                         snapshot,
                         cow: ready.cow,
@@ -179,15 +180,12 @@ impl Pool {
                 Err(error) if error.verdict() == Some(Verdict::Gone) => {
                     let failed = ready::discard(&MACHINE, &ready).err();
                     self.shared.lock().fail(failed.unwrap_or(error));
-                    settle(None);
-                }
-                // It has the caller's name, and the error says so.
-                Err(error) if !error.left().is_empty() => {
-                    settle(None);
-                    return Err(error);
+                    self.shared.came_to_nothing(None);
                 }
                 Err(error) => {
-                    settle(Some(ready));
+                    // One that could not be renamed back has the caller's name, and the error says so.
+                    let put_back = error.left().is_empty().then_some(ready);
+                    self.shared.came_to_nothing(put_back);
                     return Err(error);
                 }
             }
@@ -196,14 +194,20 @@ impl Pool {
 
     /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that.
     ///
-    /// Its dm device is kept for another snapshot where that is safe: when nobody had it open at any time since its table
-    /// was taken away, so that no page of it is cached. Otherwise, and for a snapshot that no pool made, over another
-    /// image, or beyond the pool's size, this is a [`cleanup`](crate::cleanup).
+    /// Its dm device is kept for another snapshot if the pool made it, over this image, and lacks one: renaming it is all
+    /// that the caller waits for. From then on nobody finds it under its name, and a COW file that is to be deleted is as
+    /// good as gone: the pool's other thread deletes it and takes its table away, and the next pool or any
+    /// [`reap`](crate::ReapOptions::reap) does after a kill. [`wait_recycled`](Self::wait_recycled) waits for that. The
+    /// device is removed after all if somebody has opened it meanwhile, as a page of it may be cached.
+    ///
+    /// A COW file that is kept is the caller's alone when this returns; a device that is not kept is removed, as by
+    /// [`cleanup`](crate::cleanup).
     ///
     /// # Errors
     ///
     /// [`Error::Failed`] when it is still busy at the deadline: it stays as it is, and claimed.
-    /// [`Error::Debris`] names what remains otherwise.
+    /// [`Error::Debris`] names what remains otherwise. What fails in the thread is told by [`status`](Self::status), and
+    /// tried again by [`drain`](Self::drain), which names it.
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let host = &MACHINE;
         let site = self.shared.site();
@@ -216,16 +220,22 @@ impl Pool {
             to
         };
         let released = recycle::release(host, &site, handles, to.as_ref(), fate, &Retry::default());
-        let (recycled, cow) = {
-            let mut state = self.shared.lock();
+        let mut state = self.shared.lock();
+        if !matches!(released, Ok(recycle::Released::TakenBack(_))) {
             state.coming -= usize::from(to.is_some());
-            match released? {
-                (Recycled::Spare(made), cow) => {
-                    state.spares.push(made);
-                    (true, cow)
-                }
-                (Recycled::Gone, cow) => (false, cow),
+        }
+        let (recycled, cow) = match released? {
+            recycle::Released::TakenBack(taken) => {
+                state.taken_back.push(taken);
+                drop(state);
+                self.shared.released.notify_one();
+                (true, None)
             }
+            recycle::Released::Spare(made, cow) => {
+                state.spares.push(made);
+                (true, cow)
+            }
+            recycle::Released::Gone(cow) => (false, cow),
         };
         let cow = cow.filter(|_| fate != CowFate::Delete);
         let (cow, file) = cow.map(|cow| (cow.path, cow.file)).unzip();
@@ -245,6 +255,7 @@ impl Pool {
         PoolStatus {
             ready: state.ready.len(),
             spare: state.spares.len(),
+            recycling: state.coming,
             size: self.shared.size,
             failures: state.failures,
             last_error: state.last_error.clone(),
@@ -255,15 +266,14 @@ impl Pool {
     /// Waits until so many are ready, or all that there are to be; says whether they are.
     pub fn wait_ready(&self, count: usize, deadline: Duration) -> bool {
         let count = count.min(self.shared.size);
-        let begin = Instant::now();
-        let mut state = self.shared.lock();
-        while state.ready.len() < count {
-            let Some(left) = deadline.checked_sub(begin.elapsed()) else {
-                return false;
-            };
-            state = self.shared.wait(state, Some(left));
-        }
-        true
+        self.shared
+            .wait_until(deadline, |state| state.ready.len() >= count)
+    }
+
+    /// Waits until nothing of what was released is left but spare dm devices: COW files are deleted, and their loop devices
+    /// gone, so that their file system can be unmounted. Says whether it is so.
+    pub fn wait_recycled(&self, deadline: Duration) -> bool {
+        self.shared.wait_until(deadline, |state| state.coming == 0)
     }
 
     /// Takes everything down that was not claimed, what earlier failures left included.
@@ -277,10 +287,11 @@ impl Pool {
 
     fn close(&mut self) -> Result<()> {
         self.shared.lock().closing = true;
-        self.shared.changed.notify_all();
-        if let Some(refill) = self.refill.take() {
+        self.shared.claimed.notify_one();
+        self.shared.released.notify_one();
+        for thread in self.threads.drain(..) {
             // It does not panic; if it did, what it left is in the state all the same.
-            let _ = refill.join();
+            let _ = thread.join();
         }
         let State {
             ready,
@@ -330,21 +341,32 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Until `what` is told of, or some time later.
     fn wait<'a>(
         &self,
+        what: &Condvar,
         state: MutexGuard<'a, State>,
         at_most: Option<Duration>,
     ) -> MutexGuard<'a, State> {
         match at_most {
             Some(time) => {
-                let waited = self.changed.wait_timeout(state, time);
+                let waited = what.wait_timeout(state, time);
                 waited.unwrap_or_else(PoisonError::into_inner).0
             }
-            None => self
-                .changed
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner),
+            None => what.wait(state).unwrap_or_else(PoisonError::into_inner),
         }
+    }
+
+    fn wait_until(&self, deadline: Duration, is_so: impl Fn(&State) -> bool) -> bool {
+        let begin = Instant::now();
+        let mut state = self.lock();
+        while !is_so(&state) {
+            let Some(left) = deadline.checked_sub(begin.elapsed()) else {
+                return false;
+            };
+            state = self.wait(&self.changed, state, Some(left));
+        }
+        true
     }
 
     fn site(&self) -> Site<'_, LoopDevice> {
@@ -362,8 +384,8 @@ impl Shared {
 
     /// The one that has been ready for longest; `None` when one is to be made instead.
     fn take(&self) -> Result<Option<Ready>> {
-        let begin = Instant::now();
         let mut state = self.lock();
+        let mut begin = None;
         loop {
             if let Some(ready) = state.ready.pop_front() {
                 state.leaving += 1;
@@ -372,12 +394,25 @@ impl Shared {
             let WhenEmpty::Wait(patience) = self.when_empty else {
                 return Ok(None);
             };
+            let begin = begin.get_or_insert_with(Instant::now);
             let Some(left) = patience.checked_sub(begin.elapsed()) else {
                 let why = state.last_error.clone();
                 return Err(why.unwrap_or_else(|| Refusal::PoolEmpty.into()));
             };
-            state = self.wait(state, Some(left));
+            state = self.wait(&self.changed, state, Some(left));
         }
+    }
+
+    /// A claim has failed: the one that it had is ready again, or lost.
+    fn came_to_nothing(&self, put_back: Option<Ready>) {
+        let mut state = self.lock();
+        state.leaving -= 1;
+        if let Some(ready) = put_back {
+            state.ready.push_front(ready);
+        }
+        drop(state);
+        self.claimed.notify_one();
+        self.changed.notify_all();
     }
 
     fn create(&self, name: &DeviceName) -> Result<Claimed> {
@@ -402,7 +437,7 @@ impl Shared {
             let put_off = state.retry_at.filter(|at| *at > now);
             if state.ready.len() + state.leaving >= self.size || put_off.is_some() {
                 let left = put_off.map(|at| at - now);
-                state = self.wait(state, left);
+                state = self.wait(&self.claimed, state, left);
                 continue;
             }
             let name = self.next_name(&mut state);
@@ -416,6 +451,36 @@ impl Shared {
                     (state.failures, state.last_error, state.retry_at) = (0, None, None);
                 }
                 Err(error) => state.fail(error),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// The life of the thread that recycles devices: all that were released meanwhile, side by side, as each mostly waits
+    /// for the kernel, or for a udevd that looks at its loop device. It ends when there is nothing more to come.
+    fn recycle(&self) {
+        let _ = sys::make_batch_thread();
+        let mut state = self.lock();
+        loop {
+            let taken_back = std::mem::take(&mut state.taken_back);
+            if taken_back.is_empty() {
+                if state.closing {
+                    return;
+                }
+                state = self.wait(&self.released, state, None);
+                continue;
+            }
+            drop(state);
+            let (site, retry) = (self.site(), Retry::default());
+            let one = |taken: &TakenBack| recycle::recycle(&MACHINE, &site, taken, &retry);
+            let recycled = overlapped(&taken_back, one);
+            state = self.lock();
+            state.coming -= taken_back.len();
+            for made in recycled {
+                match made {
+                    Ok(made) => state.spares.extend(made),
+                    Err(error) => state.fail(error),
+                }
             }
             self.changed.notify_all();
         }

@@ -1,8 +1,8 @@
 //! How a pool is to be kept, and its beginning.
 
-use std::io;
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::ask::ask;
@@ -111,20 +111,26 @@ impl PoolOptions {
             dir: directory.as_ref().to_owned(),
             id,
             state: Mutex::default(),
+            claimed: Condvar::new(),
+            released: Condvar::new(),
             changed: Condvar::new(),
         });
         let mut pool = Pool {
             shared: Arc::clone(&shared),
-            refill: None,
+            threads: Vec::new(),
             keeper: Some(keeper),
         };
-        let thread = std::thread::Builder::new().name("dmsnap-refill".to_owned());
-        let spawned = thread.spawn(move || shared.refill());
-        pool.refill = Some(spawned.map_err(|error| no_thread(&error))?);
+        let other = Arc::clone(&shared);
+        let refill = start("dmsnap-refill", move || shared.refill())?;
+        pool.threads.push(refill);
+        let recycle = start("dmsnap-recycle", move || other.recycle())?;
+        pool.threads.push(recycle);
         Ok(pool)
     }
 }
 
-fn no_thread(error: &io::Error) -> Error {
-    Error::failed(Step::StartThread, "dmsnap-refill", errno_of(error))
+fn start(name: &str, life: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+    let thread = std::thread::Builder::new().name(name.to_owned());
+    let started = thread.spawn(life);
+    started.map_err(|error| Error::failed(Step::StartThread, name, errno_of(&error)))
 }

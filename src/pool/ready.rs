@@ -1,13 +1,14 @@
 //! A snapshot that is ready: made, claimed, or taken down again.
 
 use std::ffi::OsStr;
+use std::mem::take;
 use std::path::{Path, PathBuf};
 
 use crate::ask::{absent, ask};
 use crate::backing::Warning;
 use crate::dm_message::Address;
 use crate::error::{Leftover, Result, Step};
-use crate::handles::{Handles, LoopHandle};
+use crate::handles::Handles;
 use crate::host::Host;
 use crate::name::{DeviceName, POOLED};
 use crate::options::SnapshotOptions;
@@ -29,16 +30,11 @@ pub(crate) struct Site<'a, L> {
 pub(crate) struct Ready {
     pub(crate) made: Made,
     pub(crate) cow: PathBuf,
-    pub(crate) cow_loop: Option<LoopHandle>,
+    /// The pool's. The claimant's differ in the names.
+    pub(crate) handles: Handles,
+    /// Where /dev has it: a claim need not look.
+    node: Option<PathBuf>,
     warnings: Vec<Warning>,
-}
-
-impl Ready {
-    pub(crate) fn handles(&self) -> Handles {
-        let mut handles = self.made.handles();
-        handles.cow_loop.clone_from(&self.cow_loop);
-        handles
-    }
 }
 
 /// The COW file of a snapshot that is ready or claimed; `number` is unlike any other's.
@@ -83,52 +79,50 @@ pub(crate) fn make<H: Host>(
     });
     match moved {
         Ok(Built { made, warnings, .. }) => Ok(Ready {
-            made,
             cow: lasting,
-            cow_loop: handles.cow_loop,
+            handles,
+            node: host.find_node(made.dev),
+            made,
             warnings,
         }),
         Err(error) => Err(unbuilt(host, options, &cow, error, &handles)),
     }
 }
 
-/// Hands it over. The rename is the moment: before it the device is the pool's, whoever asks, and from then on the
+/// Hands it over, with all that `ready` says of it. The rename is the moment: before it the device is the pool's, whoever asks, and from then on the
 /// caller's.
 pub(crate) fn claim<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
-    ready: &Ready,
+    ready: &mut Ready,
     name: &DeviceName,
 ) -> Result<Snapshot> {
     let made = &ready.made;
     let mapper = name.mapper_path();
     ask(Step::Rename, &mapper, || host.rename(&made.name, name))?;
-    let linked = ask(Step::Link, &mapper, || host.make_alias(&mapper, made.dev));
-    let device = match linked {
-        Ok(device) => device,
-        Err(error) => {
-            let undo = || host.rename(name, &made.name);
-            return Err(match ask(Step::Rename, &mapper, undo) {
-                Ok(()) => error,
-                Err(why) => error.leaving(vec![Leftover::new(&mapper, why)]),
-            });
-        }
-    };
+    let node = ready.node.as_deref();
+    let link = || host.make_alias(&mapper, made.dev, node);
+    if let Err(error) = ask(Step::Link, &mapper, link) {
+        let undo = || host.rename(name, &made.name);
+        return Err(match ask(Step::Rename, &mapper, undo) {
+            Ok(()) => error,
+            Err(why) => error.leaving(vec![Leftover::new(&mapper, why)]),
+        });
+    }
+    let device = node.unwrap_or(&mapper).to_owned();
     let handles = Handles {
         name: Some(name.clone()),
         mapper: Some(mapper),
         device: Some(device),
-        cow_loop: ready.cow_loop.clone(),
         origin_loop: Some(site.base.handle.clone()),
-        origin: Some(site.base.image().identity()),
-        ..made.handles()
+        ..take(&mut ready.handles)
     };
-    Ok(Snapshot::of(handles, ready.warnings.clone()))
+    Ok(Snapshot::of(handles, take(&mut ready.warnings)))
 }
 
 /// Takes it down, and its COW file, in which nobody has written. Whoever has renamed the device has both.
 pub(crate) fn discard<H: Host>(host: &H, ready: &Ready) -> Result<()> {
-    teardown::clean(host, &ready.handles(), &Retry::default())?;
+    teardown::clean(host, &ready.handles, &Retry::default())?;
     let address = Address::Uuid(ready.made.uuid.as_str());
     let found = ask(Step::Query, &ready.made.mapper, || host.query(address));
     if absent(found)?.is_some() {

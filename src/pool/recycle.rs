@@ -1,10 +1,10 @@
 //! A dm device between two snapshots.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::ask::{absent, ask, patiently};
 use crate::binding::{Binding, binding};
-use crate::error::{Error, Result, Step};
+use crate::error::{Error, Leftover, Result, Step};
 use crate::handles::{Handles, LoopHandle};
 use crate::host::Host;
 use crate::lookup::{self, Bound};
@@ -21,12 +21,29 @@ use crate::uuid::{DeviceUuid, Kind};
 use super::CowFate;
 use super::ready::{self, Site};
 
-/// What became of a released snapshot's dm device.
-pub(crate) enum Recycled {
-    /// It has an `error` table, a name of the pool's, and nobody has it open.
-    Spare(Made),
+/// What became of a released snapshot.
+pub(crate) enum Released<F> {
+    /// Its device is the pool's again; [`recycle`] has the rest.
+    TakenBack(TakenBack),
+    /// Its device is a spare one already, and its COW file the caller's.
+    Spare(Made, Option<CowFile<F>>),
     /// It was removed, or was gone already, or goes at its last close.
-    Gone,
+    Gone(Option<CowFile<F>>),
+}
+
+/// A dm device that has a name of the pool's, and still the table and COW file of a snapshot that was released.
+#[derive(Debug)]
+pub(crate) struct TakenBack {
+    made: Made,
+    cow_loop: Option<LoopHandle>,
+}
+
+impl TakenBack {
+    fn handles(&self) -> Handles {
+        let mut handles = self.made.handles();
+        handles.cow_loop.clone_from(&self.cow_loop);
+        handles
+    }
 }
 
 /// The COW file of a released snapshot, open, where the kernel's path leads to it.
@@ -35,7 +52,8 @@ pub(crate) struct CowFile<F> {
     pub(crate) file: F,
 }
 
-/// Makes the handles' dm device a spare one named `to`, or removes it, and its COW file if that is to go.
+/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it, and its COW file if that is to go.
+/// One whose COW file is to stay is rid of it before this returns.
 pub(crate) fn release<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -43,32 +61,73 @@ pub(crate) fn release<H: Host>(
     to: Option<&DeviceName>,
     fate: CowFate,
     retry: &Retry,
-) -> Result<(Recycled, Option<CowFile<H::File>>)> {
+) -> Result<Released<H::File>> {
     let Some(subject) = Subject::of(host, handles)? else {
         teardown::clean(host, handles, retry)?;
-        return Ok((Recycled::Gone, None));
+        return Ok(Released::Gone(None));
     };
     let idle = patiently(host, retry, Verdict::Busy, || idle(host, &subject))?;
-    let cow = match &idle {
-        Some(device) => find_cow(host, &subject, device, handles.cow_loop.as_ref())?,
-        // Its loop device may be another snapshot's by now.
-        None => None,
-    };
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
-    let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
-    let doomed = doomed.map(|cow| cow.path.as_path());
-    let (Some(to), Some(made)) = (to, fitting) else {
-        delete(host, doomed)?;
-        teardown::clean(host, handles, retry)?;
-        return Ok((Recycled::Gone, cow));
+    let cow_loop = handles.cow_loop.clone();
+    let cow = match (fitting, to, fate) {
+        (Some(made), Some(to), CowFate::Delete) => {
+            if let Some(made) = take_back(host, made, to)? {
+                return Ok(Released::TakenBack(TakenBack { made, cow_loop }));
+            }
+            None
+        }
+        (Some(made), Some(to), CowFate::Keep | CowFate::HandBack) => {
+            let cow = find_cow(host, &subject, &made, cow_loop.as_ref())?;
+            let way = DeviceName::new(format!("{to}{KEPT}"))?;
+            if let Some(made) = take_back(host, made, &way)? {
+                let taken = TakenBack { made, cow_loop };
+                let spare = spare(host, &taken, retry, || {
+                    let idle = swap_out(host, site, &taken, retry)?;
+                    ask(Step::Rename, &taken.made.mapper, || host.rename(&way, to))?;
+                    Ok(idle)
+                })?;
+                return Ok(match spare {
+                    Some(made) => Released::Spare(made.named(to), cow),
+                    None => Released::Gone(cow),
+                });
+            }
+            cow
+        }
+        _ => {
+            // A device that is gone may have left its loop device to another snapshot.
+            let made = idle.as_ref().and_then(known);
+            let found = made.map(|made| find_cow(host, &subject, &made, cow_loop.as_ref()));
+            let cow = found.transpose()?.flatten();
+            match fate {
+                CowFate::Delete => delete(host, cow.as_ref())?,
+                CowFate::Keep | CowFate::HandBack => {}
+            }
+            cow
+        }
     };
-    let way = match fate {
-        CowFate::Delete => to.clone(),
-        CowFate::Keep | CowFate::HandBack => DeviceName::new(format!("{to}{KEPT}"))?,
-    };
-    let names = [&way, to];
-    let recycled = swap_out(host, site, made, handles, names, doomed, retry)?;
-    Ok((recycled, cow))
+    teardown::clean(host, handles, retry)?;
+    Ok(Released::Gone(cow))
+}
+
+/// Makes a device that was taken back a spare one, without its COW file; `None` when somebody has opened it meanwhile: it
+/// goes at its last close.
+pub(crate) fn recycle<H: Host>(
+    host: &H,
+    site: &Site<'_, H::Loop>,
+    taken: &TakenBack,
+    retry: &Retry,
+) -> Result<Option<Made>> {
+    let made = &taken.made;
+    let subject = Subject::ours(made.uuid.clone(), &made.name);
+    let found = find_cow(host, &subject, made, taken.cow_loop.as_ref());
+    // With its table the device stays a leftover that has the file on it: by that alone a sweep finds it.
+    found
+        .and_then(|cow| delete(host, cow.as_ref()))
+        .map_err(|why| {
+            let left = Leftover::new(&made.mapper, why.clone());
+            why.leaving(vec![left])
+        })?;
+    spare(host, taken, retry, || swap_out(host, site, taken, retry))
 }
 
 fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
@@ -84,71 +143,52 @@ fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
 
 /// The device, if it is one that may serve again over the pool's image.
 fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<Made> {
-    let uuid = DeviceUuid::new(device.uuid.as_str()).ok()?;
-    let name = DeviceName::new(device.name.as_str()).ok()?;
-    let same_image = uuid.origin() == Some(site.base.image().identity());
+    let made = known(device)?;
+    let same_image = made.uuid.origin() == Some(site.base.image().identity());
     let usable = device.live_table && !device.inactive_table && !device.deferred_remove;
-    (uuid.kind() == Kind::Pooled && same_image && usable).then(|| Made {
+    (made.uuid.kind() == Kind::Pooled && same_image && usable).then_some(made)
+}
+
+fn known(device: &Device) -> Option<Made> {
+    let name = DeviceName::new(device.name.as_str()).ok()?;
+    Some(Made {
         mapper: name.mapper_path(),
+        uuid: DeviceUuid::new(device.uuid.as_str()).ok()?,
         dev: device.number,
         name,
-        uuid,
     })
 }
 
-/// From the rename on it is the pool's again, and a leftover of it if the process dies. With a COW file that is to be kept
-/// it has a name in between that says so, until it has nothing to do with the file any more.
-///
-/// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
-/// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into the
-/// cache: that nobody has it open is asked for in the answer to the swap itself.
-fn swap_out<H: Host>(
-    host: &H,
-    site: &Site<'_, H::Loop>,
-    old: Made,
-    handles: &Handles,
-    [way, to]: [&DeviceName; 2],
-    doomed: Option<&Path>,
-    retry: &Retry,
-) -> Result<Recycled> {
-    ask(Step::Unlink, &old.mapper, || {
-        host.remove_alias(&old.mapper, old.dev)
+/// From the rename on it is the pool's again, and a leftover of it if the process dies. `None` when it is gone meanwhile.
+fn take_back<H: Host>(host: &H, made: Made, to: &DeviceName) -> Result<Option<Made>> {
+    ask(Step::Unlink, &made.mapper, || {
+        host.remove_alias(&made.mapper, made.dev)
     })?;
-    let renamed = ask(Step::Rename, &old.mapper, || host.rename(&old.name, way));
+    let renamed = ask(Step::Rename, &made.mapper, || host.rename(&made.name, to));
     let renamed = absent(renamed).inspect_err(|_| {
         // It stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads there.
-        let _ = host.make_alias(&old.mapper, old.dev);
+        let node = host.find_node(made.dev);
+        let _ = host.make_alias(&made.mapper, made.dev, node.as_deref());
     });
-    if renamed?.is_none() {
-        teardown::clean(host, handles, retry)?;
-        return Ok(Recycled::Gone);
-    }
-    let mut made = Made {
-        mapper: way.mapper_path(),
-        name: way.clone(),
-        ..old
-    };
-    let mut renamed = made.handles();
-    renamed.cow_loop.clone_from(&handles.cow_loop);
-    let swapped = delete(host, doomed).and_then(|()| swap(host, site, &made));
-    let swapped = swapped.and_then(|open_count| {
-        if open_count == 0 {
-            wait_unbound(host, handles, retry)?;
-        }
-        if open_count == 0 && way != to {
-            ask(Step::Rename, &made.mapper, || host.rename(way, to))?;
-            (made.mapper, made.name) = (to.mapper_path(), to.clone());
-        }
-        Ok(open_count)
-    });
-    match swapped {
-        Ok(0) => Ok(Recycled::Spare(made)),
-        Ok(_) => {
-            let subject = Subject::ours(made.uuid, &made.name);
+    Ok(renamed?.map(|()| made.named(to)))
+}
+
+/// The device, if `empty` says that nobody had it open while it lost its table. If that fails it is removed.
+fn spare<H: Host>(
+    host: &H,
+    taken: &TakenBack,
+    retry: &Retry,
+    empty: impl FnOnce() -> Result<bool>,
+) -> Result<Option<Made>> {
+    match empty() {
+        Ok(true) => Ok(Some(taken.made.clone())),
+        Ok(false) => {
+            let made = &taken.made;
+            let subject = Subject::ours(made.uuid.clone(), &made.name);
             removal::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)?;
-            Ok(Recycled::Gone)
+            Ok(None)
         }
-        Err(error) => Err(match teardown::clean(host, &renamed, retry) {
+        Err(error) => Err(match teardown::clean(host, &taken.handles(), retry) {
             Err(Error::Debris { left, .. }) => error.leaving(left),
             _ => error,
         }),
@@ -156,26 +196,43 @@ fn swap_out<H: Host>(
 }
 
 /// While the device is there: a sweep after a kill finds the file by the table alone.
-fn delete<H: Host>(host: &H, cow: Option<&Path>) -> Result<()> {
-    let unlink = |path: &Path| absent(ask(Step::Unlink, path, || host.unlink(path))).map(drop);
+fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
+    let unlink = |cow: &CowFile<_>| {
+        absent(ask(Step::Unlink, &cow.path, || host.unlink(&cow.path))).map(drop)
+    };
     cow.map_or(Ok(()), unlink)
 }
 
-/// Says how many have it open with the new table.
-fn swap<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<u32> {
+/// Puts an `error` table in the snapshot's place, and waits until the COW file's loop device has let go of it. Says whether
+/// nobody had the device open.
+///
+/// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
+/// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into the
+/// cache: that nobody has it open is asked for in the answer to the swap itself.
+fn swap_out<H: Host>(
+    host: &H,
+    site: &Site<'_, H::Loop>,
+    taken: &TakenBack,
+    retry: &Retry,
+) -> Result<bool> {
     let line = TargetLine {
         start: Sectors::default(),
         length: site.base.over().length,
         target: Target::Error,
     };
+    let made = &taken.made;
     load(host, made, &line)?;
-    ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))
+    let open_count = ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+    if open_count == 0 {
+        wait_unbound(host, taken.cow_loop.as_ref(), retry)?;
+    }
+    Ok(open_count == 0)
 }
 
 /// The COW file's loop device clears itself as the table goes, or when udevd has closed it. Before that the old handles
 /// would take the device for theirs under its next name, if that is the same.
-fn wait_unbound<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
-    let Some(handle) = handles.cow_loop.as_ref().filter(|it| it.has_identity()) else {
+fn wait_unbound<H: Host>(host: &H, handle: Option<&LoopHandle>, retry: &Retry) -> Result<()> {
+    let Some(handle) = handle.filter(|it| it.has_identity()) else {
         return Ok(());
     };
     if !host.shows_backing(&handle.path) {
@@ -194,13 +251,10 @@ fn wait_unbound<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<(
 fn find_cow<H: Host>(
     host: &H,
     subject: &Subject,
-    device: &Device,
+    made: &Made,
     handle: Option<&LoopHandle>,
 ) -> Result<Option<CowFile<H::File>>> {
-    let Ok(uuid) = DeviceUuid::new(device.uuid.as_str()) else {
-        return Ok(None);
-    };
-    let table = ask(Step::Status, &subject.path, || host.live_table(&uuid));
+    let table = ask(Step::Status, &subject.path, || host.live_table(&made.uuid));
     let target = absent(table)?
         .flatten()
         .and_then(|(kind, text)| Target::parse(&kind, &text).ok());
@@ -212,7 +266,7 @@ fn find_cow<H: Host>(
         if subject.query(host)?.is_none() {
             return Ok(None);
         }
-        match lookup::reach(host, &bound, &device.name, true) {
+        match lookup::reach(host, &bound, made.name.as_str(), true) {
             Ok((file, _)) => Ok(Some(CowFile {
                 path: bound.path,
                 file,

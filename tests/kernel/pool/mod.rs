@@ -11,7 +11,7 @@ use dmsnap::{
 };
 
 use crate::common::reading::{alias_exists, dm_exists, dm_names, dm_table, loops_over};
-use crate::common::{PREFIX, Scene, chain, eventually};
+use crate::common::{Mounted, PREFIX, Scene, chain, eventually};
 use crate::proof::{Cost, repeated};
 
 mod kills;
@@ -120,7 +120,10 @@ fn a_claimed_snapshot_is_like_any_other_and_a_released_device_serves_again() {
             .release(handles, CowFate::Delete)
             .expect("nobody has it open");
         assert!(released.recycled && released.cow.is_none());
-        assert!(!claimed.cow.exists() && !dm_exists(name) && !alias_exists(name));
+        assert!(!dm_exists(name) && !alias_exists(name));
+        assert!(pool.wait_recycled(PATIENCE), "{:?}", pool.status());
+        assert!(!claimed.cow.exists());
+        assert_eq!(loops_over(&claimed.cow), 0, "nothing holds it");
     }
     let different: std::collections::BTreeSet<_> = devices.iter().collect();
     assert!(
@@ -279,12 +282,37 @@ fn a_cow_file_that_moved_is_found_and_one_in_its_place_is_left_alone() {
     let released = pool
         .release(claimed.snapshot.handles(), CowFate::Delete)
         .expect("idle");
-    assert!(released.recycled && !moved.exists());
+    assert!(released.recycled && pool.wait_recycled(PATIENCE));
+    assert!(!moved.exists());
     assert_eq!(
         fs::read(&claimed.cow).expect("it is there"),
         b"somebody else's"
     );
     pool.drain().expect("nothing is open");
+}
+
+/// By the time that it fails, the caller has long gone on.
+#[test]
+fn a_cow_file_that_cannot_be_deleted_is_told_of_and_tried_again_at_the_end() {
+    let scene = Scene::new();
+    let pool = pool(&scene, 1);
+    let claimed = claim(&scene, &pool);
+    // Nobody can unlink what is mounted upon.
+    let mounted = Mounted::bind(&claimed.cow, &claimed.cow);
+    let released = pool.release(claimed.snapshot.handles(), CowFate::Delete);
+    assert!(released.expect("idle").recycled && pool.wait_recycled(PATIENCE));
+    let told = |status: &dmsnap::PoolStatus| {
+        let error = status.last_error.as_ref();
+        error.is_some_and(|error| chain(error).contains(&*claimed.cow.to_string_lossy()))
+    };
+    // One that is made in the same moment makes up for it.
+    let status = pool.status();
+    assert!(told(&status) || status.failures == 0, "{status:?}");
+    assert_eq!(status.spare, 0, "{status:?}");
+    drop(mounted);
+    pool.drain().expect("it can be deleted now");
+    assert!(!claimed.cow.exists());
+    assert_eq!(unclaimed(), 0, "{:?}", dm_names());
 }
 
 /// Handles of a snapshot that was released name a dm device that serves somebody else by now.
@@ -297,6 +325,11 @@ fn old_handles_leave_the_next_snapshot_of_the_device_alone() {
     let old = first.snapshot.handles().clone();
     assert!(pool.wait_ready(1, PATIENCE));
     pool.release(&old, CowFate::Delete).expect("idle");
+    // Its thread has the device now, maybe with the old table still.
+    cleanup(&old).expect("it is released");
+    let again = pool.release(&old, CowFate::Delete).expect("it is released");
+    assert!(!again.recycled && pool.wait_recycled(PATIENCE));
+    assert_eq!(pool.status().spare, 1, "{:?}", pool.status());
     // The ready one goes first, then the recycled one, under the same name as before.
     let other = claim(&scene, &pool);
     assert!(pool.wait_ready(1, PATIENCE), "{:?}", pool.status());
@@ -409,7 +442,7 @@ fn a_claim_and_a_release_cost_a_fraction_of_a_create_and_a_cleanup() {
         let begin = Instant::now();
         let released = pool.release(claimed.snapshot.handles(), CowFate::Delete);
         timed(&mut warm, [claim, begin.elapsed()]);
-        assert!(released.expect("idle").recycled);
+        assert!(released.expect("idle").recycled && pool.wait_recycled(PATIENCE));
     }
     pool.drain().expect("nothing is open");
     cold_round(&mut cold);
@@ -423,7 +456,7 @@ fn a_claim_and_a_release_cost_a_fraction_of_a_create_and_a_cleanup() {
         "a claim takes {claim:?}, a create {create:?}"
     );
     assert!(
-        release < remove,
+        release * 5 < remove,
         "a release takes {release:?}, a removal {remove:?}"
     );
 }

@@ -123,6 +123,7 @@ fn releases_at_once_keep_no_more_devices_than_the_pool_is_to_have() {
         let joined = threads.into_iter().map(|thread| thread.join());
         joined.map(|recycled| recycled.expect("no panic")).sum()
     });
+    assert!(pool.wait_recycled(PATIENCE), "{:?}", pool.status());
     let status = pool.status();
     assert_eq!((recycled, status.spare), (1, 1), "{status:?}");
     pool.drain().expect("nothing is open");
