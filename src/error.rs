@@ -219,7 +219,7 @@ steps! {
     LockFile = "lock",
     /// `pread` of the COW file or the origin image.
     ReadFile = "read",
-    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image or COW file.
+    /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image.
     FindData = "find the data of",
     /// `pwrite` or `ftruncate` of an export.
     WriteFile = "write",
@@ -281,7 +281,7 @@ steps! {
     List = "list the devices of",
     /// Making `/dev/mapper/<name>`, or giving an export its name.
     Link = "make",
-    /// Starting the thread that keeps a pool full.
+    /// Starting one of a pool's threads.
     StartThread = "start the thread",
     /// Removing `/dev/mapper/<name>`, the COW file that was made, or an export's temporary file.
     Unlink = "unlink",

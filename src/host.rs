@@ -16,14 +16,12 @@ use nix::sys::time::TimeSpec;
 use crate::alias;
 use crate::closes::Closes;
 use crate::dm_message::{Address, Listed};
-use crate::error::Step;
 use crate::handles::FileId;
 use crate::holders;
 use crate::loop_device::{self, LoopControl, LoopDevice, LoopStatus};
 use crate::mapper::{DevId, Device, Mapper, TargetVersion};
 use crate::name::{DeviceName, DeviceNumber};
 use crate::origin_identity::OriginIdentity;
-use crate::policy::{self, Verdict};
 use crate::status::SnapshotStatus;
 use crate::sys;
 use crate::table::TargetLine;
@@ -77,7 +75,6 @@ pub(crate) trait Host {
     fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
-    fn has_data(&self, file: &Self::File) -> Result<bool, Errno>;
 
     fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;
     fn sync_file(&self, file: &Self::File) -> Result<(), Errno>;
@@ -287,14 +284,6 @@ impl Host for Machine {
 
     fn read_at(&self, file: &OwnedFd, buffer: &mut [u8], at: usize) -> Result<usize, Errno> {
         nix::sys::uio::pread(file, buffer, offset(at)?)
-    }
-
-    /// Whether it is more than one hole.
-    fn has_data(&self, file: &OwnedFd) -> Result<bool, Errno> {
-        match nix::unistd::lseek(file, 0, nix::unistd::Whence::SeekData) {
-            Err(errno) if policy::verdict(Step::FindData, errno) == Verdict::Gone => Ok(false),
-            found => found.map(|_| true),
-        }
     }
 
     fn write_at(&self, file: &OwnedFd, bytes: &[u8], at: usize) -> Result<(), Errno> {

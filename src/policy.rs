@@ -29,7 +29,7 @@ use crate::error::Step;
 /// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
 /// | OpenFile | EISDIR | NotAFile |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
-/// | AttachLoop, ReadDiskseq, TargetVersion, FindData | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | AttachLoop, ReadDiskseq, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
 /// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
 /// | * | * | Fatal |
@@ -95,10 +95,9 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
             Verdict::Unsupported
         }
-        (
-            S::AttachLoop | S::ReadDiskseq | S::TargetVersion | S::FindData,
-            E::EINVAL | E::ENOTTY | E::ENOSYS,
-        ) => Verdict::Unsupported,
+        (S::AttachLoop | S::ReadDiskseq | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
+            Verdict::Unsupported
+        }
         (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
         (_, E::ENOMEM | E::ENOSPC | E::ENFILE | E::EMFILE | E::EDQUOT) => Verdict::Exhausted,
         _ => Verdict::Fatal,
@@ -123,9 +122,9 @@ pub(crate) const AT_ONCE: u32 = 16;
 /// How long a busy device is waited for, and how often it is asked meanwhile.
 ///
 /// The first pause is short because the usual holder (a VMM that has just exited, a probing udev) is gone within
-/// a millisecond; each pause is twice the one before, up to 500 us. After a second they become 10 ms, and the device's
+/// a millisecond; each pause is twice the one before, up to 250 us. After a second they become 10 ms, and the device's
 /// node is watched (inotify, `IN_CLOSE`), so that a close ends the pause and brings the short ones back. So a removal
-/// follows its holder's last close within 2 ms, and a wait of 15 s takes some 3,500 looks.
+/// follows its holder's last close within 2 ms, and a wait of 15 s takes some 5,400 looks.
 ///
 /// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a mount,
 /// swap), closes unseen: after the first second, that is noticed within 10 ms. [`Retry::pauses`] keeps to its own
@@ -153,13 +152,13 @@ impl Retry {
     /// One attempt, at a deadline that has come: unlike [`Retry::ONCE`] it counts as having waited.
     pub(crate) const LAST: Self = Self::until(Duration::from_nanos(1));
 
-    /// Repeats for at most `deadline`, pausing 100 us at first, and 500 us or, from the second second on, 10 ms at most.
+    /// Repeats for at most `deadline`, pausing 100 us at first, and 250 us or, from the second second on, 10 ms at most.
     #[must_use]
     pub const fn until(deadline: Duration) -> Self {
         Self {
             deadline,
             first: Duration::from_micros(100),
-            ceiling: Duration::from_micros(500),
+            ceiling: Duration::from_micros(250),
             watching: Duration::from_millis(10),
         }
     }
@@ -300,7 +299,7 @@ mod tests {
         let ms = Duration::from_millis;
         assert_eq!(
             pauses_of(Retry::until(ms(2))),
-            (vec![100, 200, 400, 500, 500, 300], ms(2))
+            (vec![100, 200, 250, 250, 250, 250, 250, 250, 200], ms(2))
         );
         assert_eq!(
             pauses_of(Retry::until(ms(30)).sparing()),
@@ -314,7 +313,7 @@ mod tests {
         let longest = |devices| retry.pause(u32::MAX, devices, Duration::ZERO);
         assert_eq!(
             [1, 8, 9, 64].map(longest),
-            [500, 500, 1000, 4000].map(|us| Some(Duration::from_micros(us)))
+            [250, 250, 500, 2000].map(|us| Some(Duration::from_micros(us)))
         );
     }
 

@@ -172,11 +172,6 @@ impl Host for Script {
         Ok(buffer.len())
     }
 
-    fn has_data(&self, _file: &u64) -> Result<bool, Errno> {
-        self.call(Step::FindData)?;
-        Ok(!self.world.borrow().store.is_empty())
-    }
-
     fn write_at(&self, _file: &u64, bytes: &[u8], at: usize) -> Result<(), Errno> {
         self.call(Step::MarkFile)?;
         let mut world = self.world.borrow_mut();

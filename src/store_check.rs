@@ -12,7 +12,6 @@ use crate::half_merged::is_half_merged;
 use crate::host::Host;
 use crate::options::SnapshotOptions;
 use crate::origin_identity::OriginIdentity;
-use crate::policy::Verdict;
 use crate::refusal::Refusal;
 
 /// Holds the image against what a store's exceptions were made over.
@@ -73,9 +72,6 @@ pub(crate) fn check_store<H: Host, O>(
 
 /// The header of the store in the COW file; `None` in a blank one.
 pub(crate) fn probe_store<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<Header>> {
-    if has_no_data(host, cow)? {
-        return Ok(None);
-    }
     let mut start = [0; PROBE_BYTES];
     let length = read(host, cow, &mut start, 0)?;
     let path = cow.path.to_owned();
@@ -111,22 +107,13 @@ pub(crate) fn check_header<O, F>(
     check_identity(origin.path, origin.identity(), header.origin, any_origin)
 }
 
-/// Whether it is one hole, as a fresh COW file is. That it has no blocks is not enough: what counts as a block is up to the
-/// file system, and with FUSE to a program.
-fn has_no_data<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<bool> {
-    if cow.facts.has_blocks {
-        return Ok(false);
-    }
-    match ask(Step::FindData, cow.path, || host.has_data(&cow.file)) {
-        Ok(has_data) => Ok(!has_data),
-        Err(error) if error.verdict() == Some(Verdict::Unsupported) => Ok(false),
-        Err(error) => Err(error),
-    }
-}
-
 /// Whether a file that begins with zeroes goes on with them where file systems that leave their first sectors empty
-/// have their signatures: ISO 9660 at 32 KiB, btrfs at 64 KiB.
+/// have their signatures: ISO 9660 at 32 KiB, btrfs at 64 KiB. A file without any block, as a fresh COW file is, is not
+/// read.
 fn is_blank_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<bool> {
+    if !cow.facts.has_blocks {
+        return Ok(true);
+    }
     let mut more = [0; PROBE_BYTES];
     for at in [0x8000, 0x1_0000] {
         let length = read(host, cow, &mut more, at)?;

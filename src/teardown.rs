@@ -221,15 +221,17 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     absent(detached).map(|found| found.is_some())
 }
 
-/// Whether other dm devices than the handles' own, which is gone by its name and uuid, stand on the loop device.
+/// Whether other dm devices than the handles' own, which is gone by its name, stand on the loop device.
 ///
 /// The kernel forgets a device's name before it destroys the table (`__dm_destroy`), so for a moment a removed device
-/// still holds its loop devices, under a number by which it can no longer be asked about.
+/// still holds its loop devices, under a number by which it can no longer be asked about. One that was released to a pool
+/// has another name by then, and its own uuid.
 fn is_shared<H: Host>(host: &H, gone: &Handles, path: &Path) -> Result<bool> {
     for number in host.stacked_on(path) {
         let address = Address::Number(number);
         let alive = || ask(Step::Query, &number.dm_node(), || host.query(address));
-        if gone.dev != Some(number) || absent(alive())?.is_some() {
+        let own = |uuid: &str| gone.uuid.as_ref().is_some_and(|own| own.as_str() == uuid);
+        if gone.dev != Some(number) || absent(alive())?.is_some_and(|it| !own(&it.uuid)) {
             return Ok(true);
         }
     }

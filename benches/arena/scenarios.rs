@@ -175,7 +175,8 @@ pub(crate) const ALL: &[Scenario] = &[
         udev: Udev::Any,
         busy: true,
         contestants: &[POLLING_1, LIBRARY_TIMED, POLLING_100, CRATES],
-        promised_rounds: 40,
+        rounds: 100,
+        promised_rounds: 100,
         ..BASE
     },
 ];

@@ -87,7 +87,7 @@ impl Contestant for WarmPool {
     fn remove(&mut self, job: Job<'_>) -> Result<()> {
         let handles = self.made.take(&job)?;
         let released = self.pool()?.release(&handles, CowFate::Delete)?;
-        if !released.recycled {
+        if !released.taken_back {
             return Err("it was removed".into());
         }
         if self.waits && !self.pool()?.wait_recycled(PATIENCE) {

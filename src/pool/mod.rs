@@ -1,32 +1,27 @@
 //! Snapshots made ready beforehand, so that a boot path pays for a rename only.
 
-use std::collections::VecDeque;
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Leftover, Result};
 use crate::handles::Handles;
 use crate::host::{MACHINE, Machine};
-use crate::loop_device::LoopDevice;
 use crate::name::{DeviceName, POOLED};
-use crate::options::SnapshotOptions;
-use crate::origin::Origin;
 use crate::overlap::overlapped;
 use crate::policy::{Retry, Verdict};
-use crate::refusal::Refusal;
-use crate::snapshot::{self, Made, Snapshot};
-use crate::sys;
+use crate::snapshot::Snapshot;
 use keeper::Keeper;
-use ready::{Ready, Site};
-use recycle::TakenBack;
+use recycle::{Ending, TakenBack};
+use shared::{Shared, State};
 
 pub(crate) mod keeper;
 mod options;
 pub(crate) mod ready;
 pub(crate) mod recycle;
+mod shared;
 mod sweep;
 
 pub use options::{PoolOptions, WhenEmpty};
@@ -61,8 +56,8 @@ pub struct Claimed {
 #[non_exhaustive]
 pub struct Released {
     /// Whether the pool has the dm device back, for another snapshot. Otherwise it was removed, or was gone already.
-    pub recycled: bool,
-    /// The COW file, unless it is deleted or is nowhere to be found any more.
+    pub taken_back: bool,
+    /// The COW file, unless it was deleted or is nowhere to be found any more.
     pub cow: Option<PathBuf>,
     /// The COW file, if it was to be handed back.
     pub file: Option<File>,
@@ -76,24 +71,27 @@ pub struct PoolStatus {
     pub ready: usize,
     /// dm devices that wait for their next COW file.
     pub spare: usize,
-    /// dm devices that were taken back, and still have the table and COW file of their last snapshot.
+    /// dm devices that were taken back, and still have the table or the loop device of their last snapshot.
     pub recycling: usize,
     /// How many snapshots are to be ready.
     pub size: usize,
-    /// How many attempts to make one, or to recycle a device, have failed since the last one was made.
+    /// How many attempts to make one have failed since the last that did not.
     pub failures: u32,
-    /// Why the last attempt failed; `None` once one is made again.
+    /// Why the last attempt failed; `None` after one that did not.
     pub last_error: Option<Error>,
     /// How long the next attempt is put off after a failure.
     pub retry_in: Option<Duration>,
+    /// Why the last device that was taken back could not be recycled; `None` if it could. It was removed instead, but for
+    /// what the error names.
+    pub recycle_error: Option<Error>,
 }
 
 /// Snapshots of one origin, COW files included, that wait to be claimed.
 ///
 /// A thread keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) renames one: that rename, which is one
 /// ioctl, is the moment at which it becomes the caller's, so that by its name alone a device is known as claimed or not,
-/// also after a kill. [`release`](Self::release) renames it back; another thread then deletes its COW file and swaps its
-/// table instead of removing it, and the device serves another snapshot later.
+/// also after a kill. [`release`](Self::release) renames it back and deletes its COW file; another thread then swaps its table
+/// instead of removing it, and the device serves another snapshot later.
 ///
 /// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool is open for as
 /// long as the pool's process lives, so what a killed pool leaves is known for it: the next pool that is opened on the
@@ -103,48 +101,10 @@ pub struct PoolStatus {
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    refill: Option<JoinHandle<()>>,
+    recycle: Option<JoinHandle<Vec<TakenBack>>>,
     keeper: Option<Keeper<Machine>>,
 }
-
-#[derive(Debug)]
-struct Shared {
-    options: SnapshotOptions,
-    when_empty: WhenEmpty,
-    size: usize,
-    origin: Origin,
-    dir: PathBuf,
-    id: u64,
-    state: Mutex<State>,
-    /// Something was claimed.
-    claimed: Condvar,
-    /// Something was released.
-    released: Condvar,
-    /// Something became ready, spare, or worse.
-    changed: Condvar,
-}
-
-#[derive(Debug, Default)]
-struct State {
-    ready: VecDeque<Ready>,
-    taken_back: Vec<TakenBack>,
-    spares: Vec<Made>,
-    /// Popped from `ready`, and neither claimed nor back yet.
-    leaving: usize,
-    /// Devices that are to be among the spares, and are still on their way.
-    coming: usize,
-    /// The number of the next name.
-    next: u64,
-    failures: u32,
-    last_error: Option<Error>,
-    retry_at: Option<Instant>,
-    /// What failures left behind.
-    left: Vec<Leftover>,
-    closing: bool,
-}
-
-/// After the first failure, and at most.
-const BACK_OFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
 
 fn pool_name(id: u64, what: impl std::fmt::Display) -> Result<DeviceName> {
     Ok(DeviceName::new(format!("{POOLED}{id:016x}-{what}"))?)
@@ -192,56 +152,46 @@ impl Pool {
         }
     }
 
-    /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that.
+    /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that. Then its COW file is deleted, or
+    /// kept as asked.
     ///
-    /// Its dm device is kept for another snapshot if the pool made it, over this image, and lacks one: renaming it is all
-    /// that the caller waits for. From then on nobody finds it under its name, and a COW file that is to be deleted is as
-    /// good as gone: the pool's other thread deletes it and takes its table away, and the next pool or any
-    /// [`reap`](crate::ReapOptions::reap) does after a kill. [`wait_recycled`](Self::wait_recycled) waits for that. The
-    /// device is removed after all if somebody has opened it meanwhile, as a page of it may be cached.
+    /// Its dm device is renamed, and from then on is the pool's, whose other thread takes its table away and keeps it for
+    /// another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. It is removed after all if somebody has
+    /// opened it meanwhile, as a page of it may be cached. A COW file that is kept is the caller's alone when this returns.
     ///
-    /// A COW file that is kept is the caller's alone when this returns; a device that is not kept is removed, as by
-    /// [`cleanup`](crate::cleanup).
+    /// What no pool made, what is over another image, and what is beyond [`PoolOptions::size`] of such devices, is removed,
+    /// as by [`cleanup`](crate::cleanup).
     ///
     /// # Errors
     ///
     /// [`Error::Failed`] when it is still busy at the deadline: it stays as it is, and claimed.
-    /// [`Error::Debris`] names what remains otherwise. What fails in the thread is told by [`status`](Self::status), and
-    /// tried again by [`drain`](Self::drain), which names it.
+    /// [`Error::Debris`] names what remains otherwise. What fails in the thread is told by
+    /// [`PoolStatus::recycle_error`].
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
-        let host = &MACHINE;
-        let site = self.shared.site();
-        let to = {
-            let mut state = self.shared.lock();
-            let wanted = state.spares.len() + state.coming < self.shared.size;
-            let to = wanted.then(|| self.shared.next_name(&mut state));
-            let to = to.transpose()?;
-            state.coming += usize::from(wanted);
-            to
-        };
-        let released = recycle::release(host, &site, handles, to.as_ref(), fate, &Retry::default());
+        let (host, site) = (&MACHINE, self.shared.site());
+        let to = self.shared.reserve()?;
+        let ended = recycle::release(host, &site, handles, to.as_ref(), fate, &Retry::default());
         let mut state = self.shared.lock();
-        if !matches!(released, Ok(recycle::Released::TakenBack(_))) {
-            state.coming -= usize::from(to.is_some());
-        }
-        let (recycled, cow) = match released? {
-            recycle::Released::TakenBack(taken) => {
+        state.reserved -= usize::from(to.is_some());
+        let (taken_back, cow) = match ended? {
+            Ending::TakenBack(taken) => {
+                state.recycling += 1;
                 state.taken_back.push(taken);
                 drop(state);
                 self.shared.released.notify_one();
                 (true, None)
             }
-            recycle::Released::Spare(made, cow) => {
+            Ending::Spare(made, cow) => {
                 state.spares.push(made);
                 (true, cow)
             }
-            recycle::Released::Gone(cow) => (false, cow),
+            Ending::Gone(cow) => (false, cow),
         };
         let cow = cow.filter(|_| fate != CowFate::Delete);
         let (cow, file) = cow.map(|cow| (cow.path, cow.file)).unzip();
         let file = file.filter(|_| fate == CowFate::HandBack);
         Ok(Released {
-            recycled,
+            taken_back,
             cow,
             file: file.map(File::from),
         })
@@ -255,11 +205,12 @@ impl Pool {
         PoolStatus {
             ready: state.ready.len(),
             spare: state.spares.len(),
-            recycling: state.coming,
+            recycling: state.recycling,
             size: self.shared.size,
             failures: state.failures,
             last_error: state.last_error.clone(),
             retry_in: state.retry_at.map(|at| at.saturating_duration_since(now)),
+            recycle_error: state.recycle_error.clone(),
         }
     }
 
@@ -270,13 +221,15 @@ impl Pool {
             .wait_until(deadline, |state| state.ready.len() >= count)
     }
 
-    /// Waits until nothing of what was released is left but spare dm devices: COW files are deleted, and their loop devices
-    /// gone, so that their file system can be unmounted. Says whether it is so.
+    /// Waits until nothing that was released is on its way any more: what held the COW files has let go of them, so that
+    /// their file system can be unmounted. Says whether it is so.
     pub fn wait_recycled(&self, deadline: Duration) -> bool {
-        self.shared.wait_until(deadline, |state| state.coming == 0)
+        self.shared
+            .wait_until(deadline, |state| state.recycling == 0)
     }
 
-    /// Takes everything down that was not claimed, what earlier failures left included.
+    /// Takes everything down that was not claimed, what earlier failures left included. A device that somebody has opened goes
+    /// at its last close.
     ///
     /// # Errors
     ///
@@ -289,16 +242,18 @@ impl Pool {
         self.shared.lock().closing = true;
         self.shared.claimed.notify_one();
         self.shared.released.notify_one();
-        for thread in self.threads.drain(..) {
-            // It does not panic; if it did, what it left is in the state all the same.
-            let _ = thread.join();
-        }
+        // They do not panic; if they did, what they had would be the next pool's to find.
+        let _ = self.refill.take().map(JoinHandle::join);
+        let on_the_way = self.recycle.take().map(JoinHandle::join);
+        let on_the_way = on_the_way.and_then(std::result::Result::ok);
         let State {
             ready,
+            mut taken_back,
             spares,
             left: old,
             ..
         } = std::mem::take(&mut *self.shared.lock());
+        taken_back.extend(on_the_way.into_iter().flatten());
         let mut left = Vec::new();
         let mut note = |path: &Path, done: Result<()>| {
             if let Err(error) = done {
@@ -309,6 +264,13 @@ impl Pool {
         let discarded = overlapped(&ready, |ready| ready::discard(&MACHINE, ready));
         for (ready, discarded) in ready.iter().zip(discarded) {
             note(&ready.made.mapper, discarded);
+        }
+        let retry = Retry::default();
+        let removed = overlapped(&taken_back, |taken| {
+            recycle::remove(&MACHINE, taken, &retry)
+        });
+        for (taken, removed) in taken_back.iter().zip(removed) {
+            note(&taken.made.mapper, removed);
         }
         let removed = overlapped(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
         for (spare, removed) in spares.iter().zip(removed) {
@@ -332,168 +294,5 @@ impl Drop for Pool {
     fn drop(&mut self) {
         // What stays is found by the next pool, or by a reap: the keeper's descriptor is closed in any case.
         let _ = self.close();
-    }
-}
-
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing that holds the lock leaves the state half-changed.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Until `what` is told of, or some time later.
-    fn wait<'a>(
-        &self,
-        what: &Condvar,
-        state: MutexGuard<'a, State>,
-        at_most: Option<Duration>,
-    ) -> MutexGuard<'a, State> {
-        match at_most {
-            Some(time) => {
-                let waited = what.wait_timeout(state, time);
-                waited.unwrap_or_else(PoisonError::into_inner).0
-            }
-            None => what.wait(state).unwrap_or_else(PoisonError::into_inner),
-        }
-    }
-
-    fn wait_until(&self, deadline: Duration, is_so: impl Fn(&State) -> bool) -> bool {
-        let begin = Instant::now();
-        let mut state = self.lock();
-        while !is_so(&state) {
-            let Some(left) = deadline.checked_sub(begin.elapsed()) else {
-                return false;
-            };
-            state = self.wait(&self.changed, state, Some(left));
-        }
-        true
-    }
-
-    fn site(&self) -> Site<'_, LoopDevice> {
-        Site {
-            options: &self.options,
-            base: &self.origin.0,
-            dir: &self.dir,
-        }
-    }
-
-    fn next_name(&self, state: &mut State) -> Result<DeviceName> {
-        state.next += 1;
-        pool_name(self.id, state.next)
-    }
-
-    /// The one that has been ready for longest; `None` when one is to be made instead.
-    fn take(&self) -> Result<Option<Ready>> {
-        let mut state = self.lock();
-        let mut begin = None;
-        loop {
-            if let Some(ready) = state.ready.pop_front() {
-                state.leaving += 1;
-                return Ok(Some(ready));
-            }
-            let WhenEmpty::Wait(patience) = self.when_empty else {
-                return Ok(None);
-            };
-            let begin = begin.get_or_insert_with(Instant::now);
-            let Some(left) = patience.checked_sub(begin.elapsed()) else {
-                let why = state.last_error.clone();
-                return Err(why.unwrap_or_else(|| Refusal::PoolEmpty.into()));
-            };
-            state = self.wait(&self.changed, state, Some(left));
-        }
-    }
-
-    /// A claim has failed: the one that it had is ready again, or lost.
-    fn came_to_nothing(&self, put_back: Option<Ready>) {
-        let mut state = self.lock();
-        state.leaving -= 1;
-        if let Some(ready) = put_back {
-            state.ready.push_front(ready);
-        }
-        drop(state);
-        self.claimed.notify_one();
-        self.changed.notify_all();
-    }
-
-    fn create(&self, name: &DeviceName) -> Result<Claimed> {
-        let pooled = self.next_name(&mut self.lock())?;
-        let number = pooled.as_str().strip_prefix(POOLED).unwrap_or_default();
-        let cow = ready::lasting_cow(&self.dir, number);
-        let snapshot = snapshot::create_on(&MACHINE, &self.options, &self.origin.0, &cow, name)?;
-        Ok(Claimed {
-            snapshot,
-            cow,
-            warm: false,
-        })
-    }
-
-    /// The life of the thread that keeps the pool full: one snapshot at a time.
-    fn refill(&self) {
-        // A claim that wakes it does not lose its core to it. Without that it only costs the claim some time.
-        let _ = sys::make_batch_thread();
-        let mut state = self.lock();
-        while !state.closing {
-            let now = Instant::now();
-            let put_off = state.retry_at.filter(|at| *at > now);
-            if state.ready.len() + state.leaving >= self.size || put_off.is_some() {
-                let left = put_off.map(|at| at - now);
-                state = self.wait(&self.claimed, state, left);
-                continue;
-            }
-            let name = self.next_name(&mut state);
-            drop(state);
-            let spare = || self.lock().spares.pop();
-            let made = name.and_then(|name| ready::make(&MACHINE, &self.site(), &name, spare));
-            state = self.lock();
-            match made {
-                Ok(ready) => {
-                    state.ready.push_back(ready);
-                    (state.failures, state.last_error, state.retry_at) = (0, None, None);
-                }
-                Err(error) => state.fail(error),
-            }
-            self.changed.notify_all();
-        }
-    }
-
-    /// The life of the thread that recycles devices: all that were released meanwhile, side by side, as each mostly waits
-    /// for the kernel, or for a udevd that looks at its loop device. It ends when there is nothing more to come.
-    fn recycle(&self) {
-        let _ = sys::make_batch_thread();
-        let mut state = self.lock();
-        loop {
-            let taken_back = std::mem::take(&mut state.taken_back);
-            if taken_back.is_empty() {
-                if state.closing {
-                    return;
-                }
-                state = self.wait(&self.released, state, None);
-                continue;
-            }
-            drop(state);
-            let (site, retry) = (self.site(), Retry::default());
-            let one = |taken: &TakenBack| recycle::recycle(&MACHINE, &site, taken, &retry);
-            let recycled = overlapped(&taken_back, one);
-            state = self.lock();
-            state.coming -= taken_back.len();
-            for made in recycled {
-                match made {
-                    Ok(made) => state.spares.extend(made),
-                    Err(error) => state.fail(error),
-                }
-            }
-            self.changed.notify_all();
-        }
-    }
-}
-
-impl State {
-    fn fail(&mut self, error: Error) {
-        let [first, most] = BACK_OFF;
-        let pause = first.saturating_mul(2u32.saturating_pow(self.failures.min(16)));
-        self.retry_at = Some(Instant::now() + pause.min(most));
-        self.failures = self.failures.saturating_add(1);
-        self.left.extend(error.left().iter().cloned());
-        self.last_error = Some(error);
     }
 }

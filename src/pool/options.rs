@@ -13,7 +13,8 @@ use crate::options::{CowSize, SnapshotOptions};
 use crate::origin::Origin;
 use crate::snapshot;
 
-use super::{Pool, Shared, keeper, pool_name, sweep};
+use super::shared::Shared;
+use super::{Pool, keeper, pool_name, sweep};
 
 /// How a [`Pool`] is to be kept.
 ///
@@ -117,19 +118,21 @@ impl PoolOptions {
         });
         let mut pool = Pool {
             shared: Arc::clone(&shared),
-            threads: Vec::new(),
+            refill: None,
+            recycle: None,
             keeper: Some(keeper),
         };
         let other = Arc::clone(&shared);
-        let refill = start("dmsnap-refill", move || shared.refill())?;
-        pool.threads.push(refill);
-        let recycle = start("dmsnap-recycle", move || other.recycle())?;
-        pool.threads.push(recycle);
+        pool.refill = Some(start("dmsnap-refill", move || shared.refill())?);
+        pool.recycle = Some(start("dmsnap-recycle", move || other.recycle())?);
         Ok(pool)
     }
 }
 
-fn start(name: &str, life: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>> {
+fn start<T: Send + 'static>(
+    name: &str,
+    life: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
     let thread = std::thread::Builder::new().name(name.to_owned());
     let started = thread.spawn(life);
     started.map_err(|error| Error::failed(Step::StartThread, name, errno_of(&error)))

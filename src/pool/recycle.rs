@@ -22,8 +22,8 @@ use super::CowFate;
 use super::ready::{self, Site};
 
 /// What became of a released snapshot.
-pub(crate) enum Released<F> {
-    /// Its device is the pool's again; [`recycle`] has the rest.
+pub(crate) enum Ending<F> {
+    /// Its device is the pool's again; its table is to follow ([`empty`]).
     TakenBack(TakenBack),
     /// Its device is a spare one already, and its COW file the caller's.
     Spare(Made, Option<CowFile<F>>),
@@ -31,10 +31,10 @@ pub(crate) enum Released<F> {
     Gone(Option<CowFile<F>>),
 }
 
-/// A dm device that has a name of the pool's, and still the table and COW file of a snapshot that was released.
+/// A dm device that has a name of the pool's, and still the table of a snapshot that was released.
 #[derive(Debug)]
 pub(crate) struct TakenBack {
-    made: Made,
+    pub(crate) made: Made,
     cow_loop: Option<LoopHandle>,
 }
 
@@ -52,8 +52,8 @@ pub(crate) struct CowFile<F> {
     pub(crate) file: F,
 }
 
-/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it, and its COW file if that is to go.
-/// One whose COW file is to stay is rid of it before this returns.
+/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it; and deletes its COW file if that
+/// is to go. One whose COW file is to stay is rid of it before this returns.
 pub(crate) fn release<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -61,73 +61,83 @@ pub(crate) fn release<H: Host>(
     to: Option<&DeviceName>,
     fate: CowFate,
     retry: &Retry,
-) -> Result<Released<H::File>> {
+) -> Result<Ending<H::File>> {
     let Some(subject) = Subject::of(host, handles)? else {
         teardown::clean(host, handles, retry)?;
-        return Ok(Released::Gone(None));
+        return Ok(Ending::Gone(None));
     };
     let idle = patiently(host, retry, Verdict::Busy, || idle(host, &subject))?;
-    let fitting = idle.as_ref().and_then(|device| fitting(site, device));
-    let cow_loop = handles.cow_loop.clone();
-    let cow = match (fitting, to, fate) {
-        (Some(made), Some(to), CowFate::Delete) => {
-            if let Some(made) = take_back(host, made, to)? {
-                return Ok(Released::TakenBack(TakenBack { made, cow_loop }));
-            }
-            None
-        }
-        (Some(made), Some(to), CowFate::Keep | CowFate::HandBack) => {
-            let cow = find_cow(host, &subject, &made, cow_loop.as_ref())?;
-            let way = DeviceName::new(format!("{to}{KEPT}"))?;
-            if let Some(made) = take_back(host, made, &way)? {
-                let taken = TakenBack { made, cow_loop };
-                let spare = spare(host, &taken, retry, || {
-                    let idle = swap_out(host, site, &taken, retry)?;
-                    ask(Step::Rename, &taken.made.mapper, || host.rename(&way, to))?;
-                    Ok(idle)
-                })?;
-                return Ok(match spare {
-                    Some(made) => Released::Spare(made.named(to), cow),
-                    None => Released::Gone(cow),
-                });
-            }
-            cow
-        }
-        _ => {
-            // A device that is gone may have left its loop device to another snapshot.
-            let made = idle.as_ref().and_then(known);
-            let found = made.map(|made| find_cow(host, &subject, &made, cow_loop.as_ref()));
-            let cow = found.transpose()?.flatten();
-            match fate {
-                CowFate::Delete => delete(host, cow.as_ref())?,
-                CowFate::Keep | CowFate::HandBack => {}
-            }
-            cow
-        }
+    let cow = match &idle {
+        Some(device) => find_cow(host, &subject, device, handles.cow_loop.as_ref())?,
+        // Its loop device may be another snapshot's by now.
+        None => None,
     };
-    teardown::clean(host, handles, retry)?;
-    Ok(Released::Gone(cow))
+    let fitting = idle.as_ref().and_then(|device| fitting(site, device));
+    let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
+    let (Some(to), Some(made)) = (to, fitting) else {
+        delete(host, doomed)?;
+        teardown::clean(host, handles, retry)?;
+        return Ok(Ending::Gone(cow));
+    };
+    // A leftover that has a COW file to be kept has a name that says so.
+    let way = match fate {
+        CowFate::Delete => to.clone(),
+        CowFate::Keep | CowFate::HandBack => DeviceName::new(format!("{to}{KEPT}"))?,
+    };
+    let Some(made) = take_back(host, made, &way)? else {
+        teardown::clean(host, handles, retry)?;
+        return Ok(Ending::Gone(cow));
+    };
+    let cow_loop = handles.cow_loop.clone();
+    let taken = TakenBack { made, cow_loop };
+    let rest = || match fate {
+        // Its device goes, and with it what a sweep would find it by.
+        CowFate::Delete => delete(host, doomed).map(|()| true).map_err(|error| {
+            let left = doomed.map(|cow| Leftover::new(&cow.path, error.clone()));
+            error.leaving(left.into_iter().collect())
+        }),
+        CowFate::Keep | CowFate::HandBack => rid(host, site, &taken, to, retry),
+    };
+    match (rest(), fate) {
+        (Ok(_), CowFate::Delete) => Ok(Ending::TakenBack(taken)),
+        (Ok(true), _) => Ok(Ending::Spare(taken.made.named(to), cow)),
+        (Ok(false), _) => Ok(Ending::Gone(cow)),
+        (Err(error), _) => Err(removed(host, &taken, error, retry)),
+    }
 }
 
-/// Makes a device that was taken back a spare one, without its COW file; `None` when somebody has opened it meanwhile: it
+/// Takes its table away, waits for the COW file, and gives the device the name `to`, unless somebody has it open: then it
 /// goes at its last close.
-pub(crate) fn recycle<H: Host>(
+fn rid<H: Host>(
+    host: &H,
+    site: &Site<'_, H::Loop>,
+    taken: &TakenBack,
+    to: &DeviceName,
+    retry: &Retry,
+) -> Result<bool> {
+    let made = &taken.made;
+    let is_idle = swap_out(host, site, made)?;
+    patiently(host, retry, Verdict::Busy, || unbound(host, taken))?;
+    if is_idle {
+        ask(Step::Rename, &made.mapper, || host.rename(&made.name, to))?;
+    }
+    Ok(is_idle)
+}
+
+/// Takes the table away from a device that was taken back. Says whether it may serve again, once its old COW file's loop
+/// device is [`unbound`]. Otherwise it goes at its last close, or is gone.
+pub(crate) fn empty<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
     taken: &TakenBack,
     retry: &Retry,
-) -> Result<Option<Made>> {
-    let made = &taken.made;
-    let subject = Subject::ours(made.uuid.clone(), &made.name);
-    let found = find_cow(host, &subject, made, taken.cow_loop.as_ref());
-    // With its table the device stays a leftover that has the file on it: by that alone a sweep finds it.
-    found
-        .and_then(|cow| delete(host, cow.as_ref()))
-        .map_err(|why| {
-            let left = Leftover::new(&made.mapper, why.clone());
-            why.leaving(vec![left])
-        })?;
-    spare(host, taken, retry, || swap_out(host, site, taken, retry))
+) -> Result<bool> {
+    let subject = Subject::ours(taken.made.uuid.clone(), &taken.made.name);
+    let swapped = subject.query(host).and_then(|found| match found {
+        Some(_) => swap_out(host, site, &taken.made),
+        None => Ok(false),
+    });
+    swapped.map_err(|error| removed(host, taken, error, retry))
 }
 
 fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
@@ -143,19 +153,15 @@ fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
 
 /// The device, if it is one that may serve again over the pool's image.
 fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<Made> {
-    let made = known(device)?;
-    let same_image = made.uuid.origin() == Some(site.base.image().identity());
-    let usable = device.live_table && !device.inactive_table && !device.deferred_remove;
-    (made.uuid.kind() == Kind::Pooled && same_image && usable).then_some(made)
-}
-
-fn known(device: &Device) -> Option<Made> {
+    let uuid = DeviceUuid::new(device.uuid.as_str()).ok()?;
     let name = DeviceName::new(device.name.as_str()).ok()?;
-    Some(Made {
+    let same_image = uuid.origin() == Some(site.base.image().identity());
+    let usable = device.live_table && !device.inactive_table && !device.deferred_remove;
+    (uuid.kind() == Kind::Pooled && same_image && usable).then(|| Made {
         mapper: name.mapper_path(),
-        uuid: DeviceUuid::new(device.uuid.as_str()).ok()?,
         dev: device.number,
         name,
+        uuid,
     })
 }
 
@@ -173,26 +179,17 @@ fn take_back<H: Host>(host: &H, made: Made, to: &DeviceName) -> Result<Option<Ma
     Ok(renamed?.map(|()| made.named(to)))
 }
 
-/// The device, if `empty` says that nobody had it open while it lost its table. If that fails it is removed.
-fn spare<H: Host>(
-    host: &H,
-    taken: &TakenBack,
-    retry: &Retry,
-    empty: impl FnOnce() -> Result<bool>,
-) -> Result<Option<Made>> {
-    match empty() {
-        Ok(true) => Ok(Some(taken.made.clone())),
-        Ok(false) => {
-            let made = &taken.made;
-            let subject = Subject::ours(made.uuid.clone(), &made.name);
-            removal::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)?;
-            Ok(None)
-        }
-        Err(error) => Err(match teardown::clean(host, &taken.handles(), retry) {
-            Err(Error::Debris { left, .. }) => error.leaving(left),
-            _ => error,
-        }),
+/// The failure, with what removing the device leaves.
+pub(crate) fn removed<H: Host>(host: &H, taken: &TakenBack, error: Error, retry: &Retry) -> Error {
+    match remove(host, taken, retry) {
+        Err(Error::Debris { left, .. }) => error.leaving(left),
+        _ => error,
     }
+}
+
+/// Removes a device that was taken back, and waits for its COW file's loop device.
+pub(crate) fn remove<H: Host>(host: &H, taken: &TakenBack, retry: &Retry) -> Result<()> {
+    teardown::clean(host, &taken.handles(), retry)
 }
 
 /// While the device is there: a sweep after a kill finds the file by the table alone.
@@ -203,47 +200,37 @@ fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
     cow.map_or(Ok(()), unlink)
 }
 
-/// Puts an `error` table in the snapshot's place, and waits until the COW file's loop device has let go of it. Says whether
-/// nobody had the device open.
+/// Puts an `error` table in the snapshot's place. Says whether nobody had the device open; otherwise has it removed at its
+/// last close.
 ///
 /// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
 /// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into the
 /// cache: that nobody has it open is asked for in the answer to the swap itself.
-fn swap_out<H: Host>(
-    host: &H,
-    site: &Site<'_, H::Loop>,
-    taken: &TakenBack,
-    retry: &Retry,
-) -> Result<bool> {
+fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<bool> {
     let line = TargetLine {
         start: Sectors::default(),
         length: site.base.over().length,
         target: Target::Error,
     };
-    let made = &taken.made;
     load(host, made, &line)?;
     let open_count = ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
-    if open_count == 0 {
-        wait_unbound(host, taken.cow_loop.as_ref(), retry)?;
+    if open_count > 0 {
+        let subject = Subject::ours(made.uuid.clone(), &made.name);
+        removal::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)?;
     }
     Ok(open_count == 0)
 }
 
-/// The COW file's loop device clears itself as the table goes, or when udevd has closed it. Before that the old handles
-/// would take the device for theirs under its next name, if that is the same.
-fn wait_unbound<H: Host>(host: &H, handle: Option<&LoopHandle>, retry: &Retry) -> Result<()> {
-    let Some(handle) = handle.filter(|it| it.has_identity()) else {
-        return Ok(());
-    };
-    if !host.shows_backing(&handle.path) {
-        return Ok(());
-    }
-    patiently(host, retry, Verdict::Busy, || {
-        match binding(host, handle)? {
-            Binding::Gone => Ok(()),
-            _ => Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY)),
+/// [`Verdict::Busy`] until the COW file's loop device has let go of it. It clears itself as the table goes, or when udevd
+/// has closed it. Before that the old handles would take the device for theirs under its next name, if that is the same.
+pub(crate) fn unbound<H: Host>(host: &H, taken: &TakenBack) -> Result<()> {
+    let handle = taken.cow_loop.as_ref().filter(|it| it.has_identity());
+    match handle.filter(|handle| host.shows_backing(&handle.path)) {
+        Some(handle) if !matches!(binding(host, handle)?, Binding::Gone) => {
+            Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY))
         }
-    })
+        _ => Ok(()),
+    }
 }
 
 /// Opens the COW file that the device's table has; `None` when its path leads to it no more, or the device is gone
@@ -251,10 +238,13 @@ fn wait_unbound<H: Host>(host: &H, handle: Option<&LoopHandle>, retry: &Retry) -
 fn find_cow<H: Host>(
     host: &H,
     subject: &Subject,
-    made: &Made,
+    device: &Device,
     handle: Option<&LoopHandle>,
 ) -> Result<Option<CowFile<H::File>>> {
-    let table = ask(Step::Status, &subject.path, || host.live_table(&made.uuid));
+    let Ok(uuid) = DeviceUuid::new(device.uuid.as_str()) else {
+        return Ok(None);
+    };
+    let table = ask(Step::Status, &subject.path, || host.live_table(&uuid));
     let target = absent(table)?
         .flatten()
         .and_then(|(kind, text)| Target::parse(&kind, &text).ok());
@@ -266,7 +256,7 @@ fn find_cow<H: Host>(
         if subject.query(host)?.is_none() {
             return Ok(None);
         }
-        match lookup::reach(host, &bound, made.name.as_str(), true) {
+        match lookup::reach(host, &bound, &device.name, true) {
             Ok((file, _)) => Ok(Some(CowFile {
                 path: bound.path,
                 file,

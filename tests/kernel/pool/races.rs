@@ -114,7 +114,7 @@ fn releases_at_once_keep_no_more_devices_than_the_pool_is_to_have() {
         let release = |each: &dmsnap::Claimed| {
             together.wait();
             let released = pool.release(each.snapshot.handles(), CowFate::Delete);
-            usize::from(released.expect("idle").recycled)
+            usize::from(released.expect("idle").taken_back)
         };
         let threads: Vec<_> = claimed
             .iter()
@@ -158,7 +158,7 @@ fn a_release_of_what_is_gone_deletes_nobody_elses_cow_file() {
     let other = claim(&scene, &none);
     let released = none.release(&old, CowFate::Delete);
     let released = released.expect("it is gone already");
-    assert!(!released.recycled && released.cow.is_none());
+    assert!(!released.taken_back && released.cow.is_none());
     assert!(other.cow.exists(), "it is another VM's");
     live(other.snapshot.device(), 6).unwrap_or_else(|why| panic!("{why}"));
     other.snapshot.cleanup().expect("idle");
@@ -176,7 +176,7 @@ fn a_watch_ends_with_the_release() {
     watch.add(name.as_str()).expect("it is live");
     assert_eq!(watch.check().expect("it can be armed"), []);
     let released = pool.release(claimed.snapshot.handles(), CowFate::Delete);
-    assert!(released.expect("idle").recycled);
+    assert!(released.expect("idle").taken_back);
     let begin = Instant::now();
     let mut seen = Vec::new();
     while !watch.is_empty() && begin.elapsed() < PATIENCE {

@@ -1,0 +1,278 @@
+//! What a pool's callers and its two threads share, and the threads' lives.
+
+use std::collections::VecDeque;
+use std::mem::take;
+use std::path::PathBuf;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Leftover, Result};
+use crate::host::MACHINE;
+use crate::loop_device::LoopDevice;
+use crate::name::{DeviceName, POOLED};
+use crate::options::SnapshotOptions;
+use crate::origin::Origin;
+use crate::overlap::overlapped;
+use crate::policy::Retry;
+use crate::refusal::Refusal;
+use crate::snapshot::{self, Made};
+use crate::sys;
+
+use super::ready::{self, Ready, Site};
+use super::recycle::{self, TakenBack};
+use super::{Claimed, WhenEmpty, pool_name};
+
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) options: SnapshotOptions,
+    pub(super) when_empty: WhenEmpty,
+    pub(super) size: usize,
+    pub(super) origin: Origin,
+    pub(super) dir: PathBuf,
+    pub(super) id: u64,
+    pub(super) state: Mutex<State>,
+    /// Something was claimed.
+    pub(super) claimed: Condvar,
+    /// Something was released.
+    pub(super) released: Condvar,
+    /// Something became ready, spare, or worse.
+    pub(super) changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    pub(super) ready: VecDeque<Ready>,
+    pub(super) taken_back: Vec<TakenBack>,
+    pub(super) spares: Vec<Made>,
+    /// Popped from `ready`, and neither claimed nor back yet.
+    pub(super) leaving: usize,
+    /// Releases under way that may end with one more spare.
+    pub(super) reserved: usize,
+    /// Those of `taken_back`, and those that the thread has taken from there and not settled.
+    pub(super) recycling: usize,
+    /// The number of the next name.
+    pub(super) next: u64,
+    pub(super) failures: u32,
+    pub(super) last_error: Option<Error>,
+    pub(super) retry_at: Option<Instant>,
+    pub(super) recycle_error: Option<Error>,
+    /// What failures left behind.
+    pub(super) left: Vec<Leftover>,
+    pub(super) closing: bool,
+}
+
+/// How often a loop device is asked whether it has let go of its COW file, and how long it is waited for: as long as a busy
+/// device is.
+const UNBINDING: Duration = Duration::from_millis(2);
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// After the first failure, and at most.
+const BACK_OFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
+        // Nothing that holds the lock leaves the state half-changed.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until `what` is told of, or some time later.
+    pub(super) fn wait<'a>(
+        &self,
+        what: &Condvar,
+        state: MutexGuard<'a, State>,
+        at_most: Option<Duration>,
+    ) -> MutexGuard<'a, State> {
+        match at_most {
+            Some(time) => {
+                let waited = what.wait_timeout(state, time);
+                waited.unwrap_or_else(PoisonError::into_inner).0
+            }
+            None => what.wait(state).unwrap_or_else(PoisonError::into_inner),
+        }
+    }
+
+    pub(super) fn wait_until(&self, deadline: Duration, is_so: impl Fn(&State) -> bool) -> bool {
+        let begin = Instant::now();
+        let mut state = self.lock();
+        while !is_so(&state) {
+            let Some(left) = deadline.checked_sub(begin.elapsed()) else {
+                return false;
+            };
+            state = self.wait(&self.changed, state, Some(left));
+        }
+        true
+    }
+
+    pub(super) fn site(&self) -> Site<'_, LoopDevice> {
+        Site {
+            options: &self.options,
+            base: &self.origin.0,
+            dir: &self.dir,
+        }
+    }
+
+    /// A name for one more spare, if there is to be one.
+    pub(super) fn reserve(&self) -> Result<Option<DeviceName>> {
+        let mut state = self.lock();
+        let coming = state.reserved + state.recycling;
+        let wanted = state.spares.len() + coming < self.size;
+        let name = wanted.then(|| self.next_name(&mut state)).transpose()?;
+        state.reserved += usize::from(wanted);
+        Ok(name)
+    }
+
+    pub(super) fn next_name(&self, state: &mut State) -> Result<DeviceName> {
+        state.next += 1;
+        pool_name(self.id, state.next)
+    }
+
+    /// The one that has been ready for longest; `None` when one is to be made instead.
+    pub(super) fn take(&self) -> Result<Option<Ready>> {
+        let mut state = self.lock();
+        let mut begin = None;
+        loop {
+            if let Some(ready) = state.ready.pop_front() {
+                state.leaving += 1;
+                return Ok(Some(ready));
+            }
+            let WhenEmpty::Wait(patience) = self.when_empty else {
+                return Ok(None);
+            };
+            let begin = begin.get_or_insert_with(Instant::now);
+            let Some(left) = patience.checked_sub(begin.elapsed()) else {
+                let why = state.last_error.clone();
+                return Err(why.unwrap_or_else(|| Refusal::PoolEmpty.into()));
+            };
+            state = self.wait(&self.changed, state, Some(left));
+        }
+    }
+
+    /// A claim has failed: the one that it had is ready again, or lost.
+    pub(super) fn came_to_nothing(&self, put_back: Option<Ready>) {
+        let mut state = self.lock();
+        state.leaving -= 1;
+        if let Some(ready) = put_back {
+            state.ready.push_front(ready);
+        }
+        drop(state);
+        self.claimed.notify_one();
+        self.changed.notify_all();
+    }
+
+    pub(super) fn create(&self, name: &DeviceName) -> Result<Claimed> {
+        let pooled = self.next_name(&mut self.lock())?;
+        let number = pooled.as_str().strip_prefix(POOLED).unwrap_or_default();
+        let cow = ready::lasting_cow(&self.dir, number);
+        let snapshot = snapshot::create_on(&MACHINE, &self.options, &self.origin.0, &cow, name)?;
+        Ok(Claimed {
+            snapshot,
+            cow,
+            warm: false,
+        })
+    }
+
+    /// The life of the thread that keeps the pool full: one snapshot at a time.
+    pub(super) fn refill(&self) {
+        // A claim that wakes it does not lose its core to it. Without that it only costs the claim some time.
+        let _ = sys::make_batch_thread();
+        let mut state = self.lock();
+        while !state.closing {
+            let now = Instant::now();
+            let put_off = state.retry_at.filter(|at| *at > now);
+            if state.ready.len() + state.leaving >= self.size || put_off.is_some() {
+                let left = put_off.map(|at| at - now);
+                state = self.wait(&self.claimed, state, left);
+                continue;
+            }
+            let name = self.next_name(&mut state);
+            drop(state);
+            let spare = || self.lock().spares.pop();
+            let made = name.and_then(|name| ready::make(&MACHINE, &self.site(), &name, spare));
+            state = self.lock();
+            match made {
+                Ok(ready) => {
+                    state.ready.push_back(ready);
+                    (state.failures, state.last_error, state.retry_at) = (0, None, None);
+                }
+                Err(error) => state.fail(error),
+            }
+            self.changed.notify_all();
+        }
+    }
+
+    /// The life of the thread that recycles devices. Those that were released meanwhile lose their tables side by side, and
+    /// are spares once their loop devices are gone, for which none keeps another waiting. What it has when the pool closes
+    /// it returns.
+    pub(super) fn recycle(&self) -> Vec<TakenBack> {
+        let _ = sys::make_batch_thread();
+        let (site, retry) = (self.site(), Retry::default());
+        let empty = |taken: &TakenBack| recycle::empty(&MACHINE, &site, taken, &retry);
+        let mut bound: Vec<(TakenBack, Instant)> = Vec::new();
+        let mut state = self.lock();
+        loop {
+            while state.taken_back.is_empty() && bound.is_empty() && !state.closing {
+                state = self.wait(&self.released, state, None);
+            }
+            let taken_back = take(&mut state.taken_back);
+            if state.closing {
+                let bound = bound.into_iter().map(|(taken, _)| taken);
+                return taken_back.into_iter().chain(bound).collect();
+            }
+            drop(state);
+            let emptied = overlapped(&taken_back, empty);
+            let mut settled = Vec::new();
+            for (taken, emptied) in taken_back.into_iter().zip(emptied) {
+                match emptied {
+                    Ok(true) => bound.push((taken, Instant::now())),
+                    Ok(false) => settled.push(Ok(None)),
+                    Err(error) => settled.push(Err(error)),
+                }
+            }
+            for (taken, since) in take(&mut bound) {
+                match recycle::unbound(&MACHINE, &taken) {
+                    Ok(()) => settled.push(Ok(Some(taken.made))),
+                    Err(_) if since.elapsed() < PATIENCE => bound.push((taken, since)),
+                    Err(error) => {
+                        settled.push(Err(recycle::removed(&MACHINE, &taken, error, &Retry::ONCE)));
+                    }
+                }
+            }
+            state = self.lock();
+            if !settled.is_empty() {
+                state.settle(settled);
+                self.changed.notify_all();
+            }
+            if state.taken_back.is_empty() && !bound.is_empty() && !state.closing {
+                state = self.wait(&self.released, state, Some(UNBINDING));
+            }
+        }
+    }
+}
+
+impl State {
+    /// Devices that were taken back are spares, or gone, or neither.
+    fn settle(&mut self, devices: Vec<Result<Option<Made>>>) {
+        self.recycling -= devices.len();
+        for device in devices {
+            match device {
+                Ok(made) => {
+                    self.spares.extend(made);
+                    self.recycle_error = None;
+                }
+                Err(error) => {
+                    self.left.extend(error.left().iter().cloned());
+                    self.recycle_error = Some(error);
+                }
+            }
+        }
+    }
+
+    pub(super) fn fail(&mut self, error: Error) {
+        let [first, most] = BACK_OFF;
+        let pause = first.saturating_mul(2u32.saturating_pow(self.failures.min(16)));
+        self.retry_at = Some(Instant::now() + pause.min(most));
+        self.failures = self.failures.saturating_add(1);
+        self.left.extend(error.left().iter().cloned());
+        self.last_error = Some(error);
+    }
+}
