@@ -83,7 +83,7 @@ pub(crate) const ALL: &[Scenario] = &[
     Scenario {
         udev: Udev::Any,
         rounds: 100,
-        promised_rounds: 150,
+        promised_rounds: 100,
         ..BASE
     },
     // Apart, since a pool's beginning and end take longer than a turn.
