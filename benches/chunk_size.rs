@@ -1,7 +1,7 @@
 //! What a snapshot's chunk size costs: kernel memory, creation, room and time for writes.
 //!
-//! Needs root and device-mapper, and makes real devices: `./tests/vm/run bench --only chunk_size` runs it in a guest. With
-//! `$DMSNAP_OUT` set, chunk_size.md and chunk_size.json go there.
+//! Needs root and device-mapper, and makes real devices: `./tests/vm/run bench --only chunk_size` runs it in a guest.
+//! With `$DMSNAP_OUT` set, chunk_size.md and chunk_size.json go there.
 
 #![allow(missing_docs, reason = "a bench has no API")]
 #![allow(

@@ -1,10 +1,10 @@
 //! How long an export takes, beside `cp --sparse=always` of its result on the same file system.
 //!
-//! `cargo bench --bench export -- DIRECTORY [GIBIBYTES [ROUNDS [KIBIBYTES]]]`. In the directory it makes an origin of so
-//! many GiB (4), three quarters of them data, and a COW file with 200 MiB of changes in chunks of 4 KiB, as a kernel would
-//! write it: so many KiB (64) in a row, at random places. Rounds (5) are interleaved: an export with the origin shared where the file system can, one without, and the
-//! copy. Each begins with both inputs in the page cache and nothing dirty, and each time includes the fsync: cp does
-//! none, so `sync FILE` follows it.
+//! `cargo bench --bench export -- DIRECTORY [GIBIBYTES [ROUNDS [KIBIBYTES]]]`. In the directory it makes an origin of
+//! so many GiB (4), three quarters of them data, and a COW file with 200 MiB of changes in chunks of 4 KiB, as a kernel
+//! would write it: so many KiB (64) in a row, at random places. Rounds (5) are interleaved: an export with the origin
+//! shared where the file system can, one without, and the copy. Each begins with both inputs in the page cache and
+//! nothing dirty, and each time includes the fsync: cp does none, so `sync FILE` follows it.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Read, Write};

@@ -1,10 +1,10 @@
 //! Create and remove, beside every other way to do the same, in one run.
 //!
-//! Needs root and device-mapper, and makes real devices: `./tests/vm/run bench` runs it in a guest. The table of
-//! record comes from an interleaved sampler, because the figures of a guest drift within a minute by more than the
-//! contestants differ; a full run adds criterion's confidence intervals. Words after `--` choose scenarios by name;
-//! `promises` those that a promise is made of, in as many rounds as it takes. With `$DMSNAP_OUT` set, lifecycle.md, .json
-//! and .svg, written anew after each scenario, and criterion's files go there.
+//! Needs root and device-mapper, and makes real devices: `./tests/vm/run bench` runs it in a guest. The table of record
+//! comes from an interleaved sampler, because the figures of a guest drift within a minute by more than the contestants
+//! differ; a full run adds criterion's confidence intervals. Words after `--` choose scenarios by name; `promises`
+//! those that a promise is made of, in as many rounds as it takes. With `$DMSNAP_OUT` set, lifecycle.md, .json and
+//! .svg, written anew after each scenario, and criterion's files go there.
 
 #![allow(missing_docs, reason = "a bench has no API")]
 #![allow(

@@ -183,7 +183,8 @@ pub(crate) fn open_made_cow<'a, H: Host>(
     Ok((inspect(host, path, file)?, locked))
 }
 
-/// Opens the COW file for a merge, locked against every snapshot, with its header: a valid store's, made over this origin.
+/// Opens the COW file for a merge, locked against every snapshot, with its header: a valid store's, made over this
+/// origin.
 pub(crate) fn open_merged_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -228,8 +229,8 @@ pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Bac
     inspect(host, path, open(host, path, false, in_use_by)?)
 }
 
-/// Makes a `PO` store's file a chunk longer where its size is a trap ([`exception_store::sound`]). Longer, not shorter: of
-/// a store that was in use, the last chunk may hold data. It stays so whatever comes of the snapshot.
+/// Makes a `PO` store's file a chunk longer where its size is a trap ([`exception_store::sound`]). Longer, not shorter:
+/// of a store that was in use, the last chunk may hold data. It stays so whatever comes of the snapshot.
 fn mend_size<H: Host>(
     host: &H,
     cow: &mut Backing<'_, H::File>,
@@ -341,8 +342,8 @@ pub(crate) fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bo
     })
 }
 
-/// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is gone: the
-/// kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node.
+/// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is gone:
+/// the kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node.
 const LOCK_RETRY: Retry = Retry::until(Duration::from_secs(1));
 
 pub(crate) fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {

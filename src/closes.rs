@@ -10,8 +10,8 @@ use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
 /// Every close of some nodes, whoever had them open.
 ///
-/// The event comes shortly before the device's own release (`fs/file_table.c`, `__fput`: `fsnotify_close` comes
-/// first). It is the inode that is watched: another node of the same device number is not seen. A watch does not have the
+/// The event comes shortly before the device's own release (`fs/file_table.c`, `__fput`: `fsnotify_close` comes first).
+/// It is the inode that is watched: another node of the same device number is not seen. A watch does not have the
 /// device open.
 #[derive(Debug)]
 pub(crate) struct Closes(Inotify);

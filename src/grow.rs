@@ -21,8 +21,9 @@ use crate::table::Discard;
 /// its name or uuid; whoever has it open notices nothing.
 ///
 /// Never makes it shorter, whoever else is at it. The size is rounded up to whole chunks, and by one more where the
-/// kernel would invalidate the full store instead of only filling it. Returns the status as the kernel gives it afterwards;
-/// an overflow that came first shows there. A COW device that is no file is not made longer, only taken at its new size.
+/// kernel would invalidate the full store instead of only filling it. Returns the status as the kernel gives it
+/// afterwards; an overflow that came first shows there. A COW device that is no file is not made longer, only taken at
+/// its new size.
 ///
 /// ```no_run
 /// use dmsnap::SnapshotStatus;
@@ -51,10 +52,10 @@ pub fn grow(device: impl AsRef<str>, bytes: u64) -> Result<SnapshotStatus> {
 ///
 /// # Errors
 ///
-/// As [`grow`], and [`Refusal::NotOverflowed`] when there is nothing to recover from. [`Error::Failed`](crate::Error::Failed)
-/// with [`Verdict::Busy`](crate::Verdict::Busy) while somebody has the device open; it is as it was then, and the file
-/// longer. If making it anew fails, the old device is gone and the note says so: the COW file has everything, so `create`
-/// makes the snapshot once the reason is gone.
+/// As [`grow`], and [`Refusal::NotOverflowed`] when there is nothing to recover from.
+/// [`Error::Failed`](crate::Error::Failed) with [`Verdict::Busy`](crate::Verdict::Busy) while somebody has the device
+/// open; it is as it was then, and the file longer. If making it anew fails, the old device is gone and the note says
+/// so: the COW file has everything, so `create` makes the snapshot once the reason is gone.
 pub fn recover(device: impl AsRef<str>, bytes: u64) -> Result<Snapshot> {
     GrowOptions::new().recover(device, bytes)
 }

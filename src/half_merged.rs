@@ -3,7 +3,8 @@
 use crate::exception_store::Header;
 use crate::host::{FileFacts, FileKind};
 
-/// A minute: more than the kernel takes from writing a stretch of chunks to the image to writing the COW file's metadata.
+/// A minute: more than the kernel takes from writing a stretch of chunks to the image to writing the COW file's
+/// metadata.
 const STEP_NS: i64 = 60_000_000_000;
 
 /// Whether the image is what a merge of this store, cut off by a kill or a power cut, left.

@@ -121,7 +121,8 @@ mod lenient {
         Ok(path.filter(|path| !path.as_os_str().is_empty()))
     }
 
-    /// A loop as an object, as a bare path, or empty. A visitor, because an untagged enum says nothing of what is wrong.
+    /// A loop as an object, as a bare path, or empty. A visitor, because an untagged enum says nothing of what is
+    /// wrong.
     struct Loop;
 
     impl<'de> Visitor<'de> for Loop {

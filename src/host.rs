@@ -204,8 +204,8 @@ impl Host for Machine {
     type Watch = Closes;
 
     /// `O_EXCL` without `O_CREAT` claims a block device against mounts and other exclusive users, for as long as the
-    /// loop device has it; it means nothing for a regular file. `O_NONBLOCK` keeps a FIFO from blocking the open; it has no effect on regular files and block devices
-    /// (open(2)).
+    /// loop device has it; it means nothing for a regular file. `O_NONBLOCK` keeps a FIFO from blocking the open; it
+    /// has no effect on regular files and block devices (open(2)).
     fn open_file(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
         let access = if writable {
             OFlag::O_RDWR | OFlag::O_EXCL
@@ -253,8 +253,8 @@ impl Host for Machine {
         open(path, access | flags, Mode::empty())
     }
 
-    /// `fallocate` of the last byte alone, or of all: unlike `ftruncate` it never makes a file shorter that somebody else
-    /// has just made longer still, and it leaves what is there as it is.
+    /// `fallocate` of the last byte alone, or of all: unlike `ftruncate` it never makes a file shorter that somebody
+    /// else has just made longer still, and it leaves what is there as it is.
     fn lengthen_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
         let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
         let from = if reserve { 0 } else { (length - 1).max(0) };

@@ -30,8 +30,8 @@ pub struct SnapshotInfo {
     pub dev: DeviceNumber,
     /// How far it got.
     pub state: State,
-    /// Whether it merges its COW file into its image: [`MergeOptions`](crate::MergeOptions) made it, and the kernel goes
-    /// on even if the process that did is dead.
+    /// Whether it merges its COW file into its image: [`MergeOptions`](crate::MergeOptions) made it, and the kernel
+    /// goes on even if the process that did is dead.
     pub merging: bool,
     /// Whether it goes at its last close.
     pub deferred_remove: bool,
@@ -134,8 +134,8 @@ pub fn status(device: impl AsRef<str>) -> Result<SnapshotInfo> {
 
 /// Whole handles of a live snapshot, so that a control plane that has saved nothing, or only a name, can go on.
 ///
-/// A snapshot that another program made over two loop devices, and that has no uuid, is taken over: its loop devices are
-/// set to detach themselves with it, and it is given one of our uuids. From then on it is ours like any other.
+/// A snapshot that another program made over two loop devices, and that has no uuid, is taken over: its loop devices
+/// are set to detach themselves with it, and it is given one of our uuids. From then on it is ours like any other.
 ///
 /// # Errors
 ///

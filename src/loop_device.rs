@@ -169,8 +169,8 @@ impl LoopDevice {
         sys::lock(self.fd(), exclusive)
     }
 
-    /// Takes a lock of another kind on the node (`F_OFD_SETLK`), which no probe takes and no `flock` is in the way of. Closing
-    /// the node frees it.
+    /// Takes a lock of another kind on the node (`F_OFD_SETLK`), which no probe takes and no `flock` is in the way of.
+    /// Closing the node frees it.
     pub(crate) fn mark(&self) -> Result<(), Errno> {
         fcntl(self.fd(), FcntlArg::F_OFD_SETLK(&MARK)).map(drop)
     }

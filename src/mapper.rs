@@ -1,4 +1,5 @@
-//! dm devices: create, load, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that has none.
+//! dm devices: create, load, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that has
+//! none.
 //!
 //! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
 //!
@@ -146,9 +147,9 @@ impl Mapper {
         Ok(message.open_count())
     }
 
-    /// Holds back all I/O and waits for what is in flight. Without `DM_SKIP_LOCKFS_FLAG`, on purpose: the kernel then writes
-    /// out what it has cached of the device (`freeze_bdev`), where a VMM without O_DIRECT has its guest's writes, and
-    /// freezes a file system that is mounted on this host until the resume.
+    /// Holds back all I/O and waits for what is in flight. Without `DM_SKIP_LOCKFS_FLAG`, on purpose: the kernel then
+    /// writes out what it has cached of the device (`freeze_bdev`), where a VMM without O_DIRECT has its guest's
+    /// writes, and freezes a file system that is mounted on this host until the resume.
     pub(crate) fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
         let message = Head::to(Address::Uuid(uuid.as_str()));
         self.send(DEV_SUSPEND, &mut message.with_flags(dm_message::SUSPEND))
@@ -223,8 +224,8 @@ impl Mapper {
         self.first_line(DevId::Uuid(uuid), DmFlags::DM_NOFLUSH)
     }
 
-    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target. A
-    /// pool's device by another name is another snapshot, and this one is gone.
+    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target.
+    /// A pool's device by another name is another snapshot, and this one is gone.
     pub(crate) fn glance(
         &self,
         uuid: &DeviceUuid,

@@ -1,8 +1,8 @@
 //! The story of a merge: a COW file's changes are folded into its origin image by the kernel's snapshot-merge target.
 //!
-//! The kernel merges by itself once the device is resumed: it copies a stretch of chunks to the image, flushes that, and
-//! only then takes their exceptions out of the store. So whatever is cut off, and when, the pair still makes the same
-//! disk. What is ours to keep is that the pair is known for one: the mark in the COW file.
+//! The kernel merges by itself once the device is resumed: it copies a stretch of chunks to the image, flushes that,
+//! and only then takes their exceptions out of the store. So whatever is cut off, and when, the pair still makes the
+//! same disk. What is ours to keep is that the pair is known for one: the mark in the COW file.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -69,8 +69,8 @@ pub enum MergeOutcome {
         /// What this call merged.
         merged: Sectors,
     },
-    /// It was stopped. The COW file has the rest: a later merge goes on, and a snapshot over the two shows the same disk
-    /// as before.
+    /// It was stopped. The COW file has the rest: a later merge goes on, and a snapshot over the two shows the same
+    /// disk as before.
     Stopped {
         /// What this call merged.
         merged: Sectors,
@@ -87,7 +87,8 @@ impl MergeOptions {
     }
 
     /// Takes the image as it is, whatever the COW file was made over, as
-    /// [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does. Into a changed image it merges garbage.
+    /// [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does. Into a changed image it merges
+    /// garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.any_origin = any_origin;
         self
@@ -115,8 +116,9 @@ impl MergeOptions {
     /// [`merging`](crate::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
     /// moment without loss. Then, as after a power cut, a merge of the same two files goes on, and a snapshot over them
     /// shows the disk as it was. They are known by the image's inode and size, and by its modification time, which must
-    /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name the
-    /// image as it was: [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) refuses it by them.
+    /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name
+    /// the image as it was: [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) refuses it by
+    /// them.
     ///
     /// # Errors
     ///
@@ -222,8 +224,8 @@ struct Pair<'a, H: Host> {
 }
 
 impl<H: Host> Pair<'_, H> {
-    /// What the store holds. In a store that is not sound, or reaches behind the image, the kernel would fail half-way, or
-    /// write behind the image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
+    /// What the store holds. In a store that is not sound, or reaches behind the image, the kernel would fail half-way,
+    /// or write behind the image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
     fn left(&self) -> Result<Sectors> {
         let unsound = |error| unsound(self.cow.path, error);
         let origin = Sectors::from_bytes_floor(self.origin.facts.size_bytes);
@@ -284,10 +286,10 @@ impl<H: Host> Pair<'_, H> {
         self.watch(&made, total, progress)
     }
 
-    /// Says in the COW file that the image is about to change, then changes its modification time, each on stable storage
-    /// before the next: no power cut leaves a changed image that another COW file takes for its own, nor one that this one
-    /// does not know. The time that it was given then counts as the earliest: from the second mark on, an older copy of the
-    /// image is refused, for it lacks what the store no longer holds.
+    /// Says in the COW file that the image is about to change, then changes its modification time, each on stable
+    /// storage before the next: no power cut leaves a changed image that another COW file takes for its own, nor one
+    /// that this one does not know. The time that it was given then counts as the earliest: from the second mark on, an
+    /// older copy of the image is refused, for it lacks what the store no longer holds.
     fn announce(&self) -> Result<()> {
         let inode = Some(self.origin.facts.id.inode);
         self.mark(self.origin.identity(), inode)?;

@@ -12,7 +12,8 @@ pub(crate) const MAPPER_DIR: &str = "/dev/mapper";
 /// What the names of a pool's devices begin with until they are claimed.
 pub(crate) const POOLED: &str = "dmsnap-pool-";
 
-/// What the name of a pool's device ends with while it still has the COW file of a released snapshot, which is to be kept.
+/// What the name of a pool's device ends with while it still has the COW file of a released snapshot, which is to be
+/// kept.
 pub(crate) const KEPT: &str = ".kept";
 
 /// The longest name, in bytes: `DM_NAME_LEN` is 128 with its NUL.

@@ -35,8 +35,8 @@ pub struct SnapshotOptions {
     pub(crate) reserve: bool,
 }
 
-/// How large a COW file is to be made. Rounded up to whole chunks, and by one more where the kernel would invalidate the
-/// full store instead of only filling it.
+/// How large a COW file is to be made. Rounded up to whole chunks, and by one more where the kernel would invalidate
+/// the full store instead of only filling it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CowSize {
@@ -112,8 +112,8 @@ impl SnapshotOptions {
         self
     }
 
-    /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it, whatever
-    /// it is. A file that a snapshot has, the image itself and a block device are refused.
+    /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it,
+    /// whatever it is. A file that a snapshot has, the image itself and a block device are refused.
     pub fn replace_cow(&mut self, replace_cow: bool) -> &mut Self {
         self.replace_cow = replace_cow;
         self
@@ -137,8 +137,8 @@ impl SnapshotOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched.
-    /// A file that somebody else has locked is tried again for a second: a lock that is being dropped may take that long.
+    /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched. A file that somebody else
+    /// has locked is tried again for a second: a lock that is being dropped may take that long.
     /// [`Error::Failed`](crate::Error::Failed) names the first step that failed; nothing is left behind.
     /// [`Error::Debris`](crate::Error::Debris) says what is, when undoing failed too.
     pub fn create(

@@ -64,8 +64,8 @@ impl<L> Base<L> {
 }
 
 impl Origin {
-    /// Attaches the image read-only, or joins whoever has: a loop device that this function attached, in any process, to
-    /// the same file in the same size. Two who do so at the same instant may get a loop device each.
+    /// Attaches the image read-only, or joins whoever has: a loop device that this function attached, in any process,
+    /// to the same file in the same size. Two who do so at the same instant may get a loop device each.
     ///
     /// The image is written out first (`fsync`).
     ///

@@ -126,9 +126,9 @@ pub(crate) const AT_ONCE: u32 = 16;
 /// node is watched (inotify, `IN_CLOSE`), so that a close ends the pause and brings the short ones back. So a removal
 /// follows its holder's last close within 2 ms, and a wait of 15 s takes some 5,400 looks.
 ///
-/// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a mount,
-/// swap), closes unseen: after the first second, that is noticed within 10 ms. [`Retry::pauses`] keeps to its own
-/// ceiling instead, and nothing is watched.
+/// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a
+/// mount, swap), closes unseen: after the first second, that is noticed within 10 ms. [`Retry::pauses`] keeps to its
+/// own ceiling instead, and nothing is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     deadline: Duration,
@@ -141,8 +141,8 @@ pub struct Retry {
 /// For how long short pauses go on, from the beginning and from each close that was seen: the event of a close comes
 /// before the release, which may have pages to write first.
 ///
-/// A watch is for long waits only: the kernel ends one with a grace period (`fsnotify_destroy_group`), 10 to 25 ms by which
-/// a removal returns later.
+/// A watch is for long waits only: the kernel ends one with a grace period (`fsnotify_destroy_group`), 10 to 25 ms by
+/// which a removal returns later.
 const RESTLESS: Duration = Duration::from_secs(1);
 
 impl Retry {
@@ -152,7 +152,8 @@ impl Retry {
     /// One attempt, at a deadline that has come: unlike [`Retry::ONCE`] it counts as having waited.
     pub(crate) const LAST: Self = Self::until(Duration::from_nanos(1));
 
-    /// Repeats for at most `deadline`, pausing 100 us at first, and 250 us or, from the second second on, 10 ms at most.
+    /// Repeats for at most `deadline`, pausing 100 us at first, and 250 us or, from the second second on, 10 ms at
+    /// most.
     #[must_use]
     pub const fn until(deadline: Duration) -> Self {
         Self {

@@ -82,8 +82,8 @@ pub enum Fate {
     AliasRemoved,
 }
 
-/// Beside a busy udevd, exclusive locks for a moment were seen that were no maker's: systemd takes one around a new look at a
-/// partition table (`REREADPT_BSD_LOCK`). A maker at work is not waited for longer.
+/// Beside a busy udevd, exclusive locks for a moment were seen that were no maker's: systemd takes one around a new
+/// look at a partition table (`REREADPT_BSD_LOCK`). A maker at work is not waited for longer.
 const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
 
 /// For the loop devices behind a removed device, which a probe may have open for a moment.
@@ -108,13 +108,13 @@ impl ReapOptions {
         self
     }
 
-    /// Sweeps, keeping those that `keep` claims: it is asked about all of them first, and then the others are taken down
-    /// side by side, as [`cleanup_all`](crate::cleanup_all) does.
+    /// Sweeps, keeping those that `keep` claims: it is asked about all of them first, and then the others are taken
+    /// down side by side, as [`cleanup_all`](crate::cleanup_all) does.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails for one snapshot is in
-    /// its [`Reaped::fate`].
+    /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails
+    /// for one snapshot is in its [`Reaped::fate`].
     pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
         let mut reaped: Vec<_> = inventory::ours()?
             .into_iter()
@@ -150,8 +150,8 @@ impl ReapOptions {
         if pool::is_alive(&MACHINE, &info.name)? {
             return Ok(Fate::Pooled);
         }
-        // Its maker may have finished since it was looked at, or a pool's device may have become another snapshot, as by a
-        // claim: then it is no longer what `keep` was asked about.
+        // Its maker may have finished since it was looked at, or a pool's device may have become another snapshot, as
+        // by a claim: then it is no longer what `keep` was asked about.
         let Some(now) = absent(inventory::status(&info.uuid))? else {
             return Ok(Fate::Removed);
         };
@@ -201,8 +201,8 @@ impl ReapOptions {
     }
 }
 
-/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device, an exclusive one, or
-/// one beside a probe's (udev's, say) and a mark.
+/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device, an exclusive one,
+/// or one beside a probe's (udev's, say) and a mark.
 ///
 /// That device may serve somebody else by now, whose lock is taken for the maker's: then the snapshot stays until the
 /// next sweep.

@@ -72,8 +72,8 @@ pub enum Refusal {
         /// Its size.
         bytes: u64,
     },
-    /// Somebody holds an exclusive `flock` on the origin image: it serves as COW file, is merged into, or is being written.
-    /// Or it is to be merged into and has live snapshots, each of which holds a shared one.
+    /// Somebody holds an exclusive `flock` on the origin image: it serves as COW file, is merged into, or is being
+    /// written. Or it is to be merged into and has live snapshots, each of which holds a shared one.
     #[error(
         "origin image {path:?} is locked: by another process, as a COW file, by a merge, or against one by the snapshots over it, which must be cleaned up first"
     )]
@@ -135,7 +135,8 @@ pub enum Refusal {
         /// The COW file.
         path: PathBuf,
     },
-    /// A `PO` store on a block device of this very size ends invalid instead of full, and devices are not made longer here.
+    /// A `PO` store on a block device of this very size ends invalid instead of full, and devices are not made longer
+    /// here.
     #[error(
         "COW device {path:?} has {bytes} bytes, and a full store of that size ends invalid: make it {sound_bytes} bytes or a chunk shorter"
     )]

@@ -95,8 +95,8 @@ enum Key {
 }
 
 impl Subject {
-    /// By uuid where there is one: then it is our device that is meant, or none. `None` when the handles name no device,
-    /// a path that leads nowhere any more, or a pool's device that has another COW file by now.
+    /// By uuid where there is one: then it is our device that is meant, or none. `None` when the handles name no
+    /// device, a path that leads nowhere any more, or a pool's device that has another COW file by now.
     pub(crate) fn of<H: Host>(host: &H, handles: &Handles) -> Result<Option<Self>> {
         let path = path_of(handles);
         match (&handles.uuid, &handles.name) {
@@ -146,7 +146,7 @@ impl Subject {
                 key: Key::Uuid(uuid.clone()),
             },
         };
-        // Until it is claimed, the name is new for each COW file.
+        // Under a name of the pool's the device is meant, whatever it has: such handles are the pool's own, and a sweep's.
         let changes = |handle: &&LoopHandle| {
             handle.has_identity() && !name.is_some_and(DeviceName::is_pooled)
         };
@@ -269,8 +269,8 @@ pub(crate) fn remove_subject<H: Host>(
 
 /// One attempt.
 ///
-/// Our alias goes before the device: from the moment that removal begins, the kernel lets others have the name, and from
-/// then on the alias may be theirs. A foreign device's alias is udev's or libdm's to make, and goes after it.
+/// Our alias goes before the device: from the moment that removal begins, the kernel lets others have the name, and
+/// from then on the alias may be theirs. A foreign device's alias is udev's or libdm's to make, and goes after it.
 fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome> {
     let path = &subject.path;
     let Some(device) = subject.query(host)? else {
@@ -311,7 +311,8 @@ fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome>
         }
         Err(error) => {
             if unlinked {
-                // The device stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads there.
+                // The device stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads
+                // there.
                 let node = host.find_node(device.number);
                 let _ = host.make_alias(&alias, device.number, node.as_deref());
             }
@@ -337,8 +338,8 @@ pub(crate) fn sweep_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
     absent(ask(Step::Unlink, path, || host.unlink(path))).map(|unlinked| unlinked.is_some())
 }
 
-/// The address that the device keeps for longest, of those that say it exactly: its uuid, if it has one. A pool's device
-/// keeps that for more than one snapshot, and its name for this one.
+/// The address that the device keeps for longest, of those that say it exactly: its uuid, if it has one. A pool's
+/// device keeps that for more than one snapshot, and its name for this one.
 fn unchanging(device: &Device) -> Address<'_> {
     let pooled = |uuid: &DeviceUuid| uuid.kind() == Kind::Pooled;
     if DeviceUuid::new(device.uuid.as_str()).is_ok_and(|uuid| pooled(&uuid)) {

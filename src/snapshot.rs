@@ -262,7 +262,8 @@ pub(crate) fn unbuilt<H: Host>(
 pub(crate) struct Built<L> {
     pub(crate) made: Made,
     pub(crate) warnings: Vec<Warning>,
-    /// The COW file's, locked while this is there: a sweep by another process takes the device for abandoned without it.
+    /// The COW file's, locked while this is there: a sweep by another process takes the device for abandoned without
+    /// it.
     _at_work: Attached<L>,
 }
 
@@ -425,8 +426,8 @@ fn explain_load<H: Host>(host: &H, error: Error) -> Error {
 /// Nobody knows the device yet, so only a probe can hold it, and not for long.
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
-/// Reading several stores back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its buffers
-/// while another one destroys it. Real shortage of memory lasts longer.
+/// Reading several stores back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its
+/// buffers while another one destroys it. Real shortage of memory lasts longer.
 const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
 /// The next free loop device is another one already, so the first pauses are next to nothing.
@@ -473,7 +474,8 @@ fn target_version<H: Host>(host: &H) -> Result<TargetVersion> {
     })
 }
 
-/// Finds a free loop device and binds `backing` to it; `label` is for people and for finding it again. A device that was lost to another process is left alone.
+/// Finds a free loop device and binds `backing` to it; `label` is for people and for finding it again. A device that
+/// was lost to another process is left alone.
 pub(crate) fn attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
@@ -517,8 +519,8 @@ fn try_attach<H: Host>(
 
 /// Locks the COW file's loop device for as long as we have it open: the sign, to whoever reaps, that the snapshot's
 /// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile. Where udev is there
-/// first, a shared one stands beside its, and a mark says that one of them is a maker's. Where that cannot be had either,
-/// another maker is on the device.
+/// first, a shared one stands beside its, and a mark says that one of them is a maker's. Where that cannot be had
+/// either, another maker is on the device.
 fn hold<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<()> {
     let lock = |exclusive| ask(Step::LockLoop, path, || host.lock_loop(device, exclusive));
     match lock(true) {

@@ -135,8 +135,8 @@ pub(crate) fn loop_status(device: BorrowedFd<'_>) -> Result<LoopInfo, Errno> {
     Ok(info)
 }
 
-/// `LOOP_SET_CAPACITY` (2.6.30): takes over the backing file's size. EPERM for a descriptor that is not open for writing,
-/// unless the caller has CAP_SYS_ADMIN; ENXIO when nothing is bound.
+/// `LOOP_SET_CAPACITY` (2.6.30): takes over the backing file's size. EPERM for a descriptor that is not open for
+/// writing, unless the caller has CAP_SYS_ADMIN; ENXIO when nothing is bound.
 pub(crate) fn loop_set_capacity(device: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: `device` is open for as long as it is borrowed; the request has no argument, so the kernel touches no
     // memory of ours; a file that is no loop device answers ENOTTY or EINVAL.
@@ -210,8 +210,8 @@ pub(crate) fn lock(file: BorrowedFd<'_>, exclusive: bool) -> Result<(), Errno> {
     check(unsafe { libc::flock(file.as_raw_fd(), kind | libc::LOCK_NB) }).map(drop)
 }
 
-/// `FICLONE` (4.5): makes `output` share all of `source`'s blocks. EOPNOTSUPP where the file system cannot, EXDEV between
-/// two of them.
+/// `FICLONE` (4.5): makes `output` share all of `source`'s blocks. EOPNOTSUPP where the file system cannot, EXDEV
+/// between two of them.
 pub(crate) fn clone_file(output: BorrowedFd<'_>, source: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: both descriptors are open for as long as they are borrowed; the argument is a descriptor, so the kernel
     // touches no memory of ours; other kinds of files answer EINVAL, EISDIR, ENOTTY or EOPNOTSUPP.
@@ -233,8 +233,8 @@ pub(crate) fn start_writeback(
 
 // --- a path ---
 
-/// `statx` of a block device's node: its number, or `None` for any other file. Answers from what is cached, so that a file
-/// on a dead network file system does not block the caller.
+/// `statx` of a block device's node: its number, or `None` for any other file. Answers from what is cached, so that a
+/// file on a dead network file system does not block the caller.
 pub(crate) fn cached_block_number(path: &CStr) -> Result<Option<u64>, Errno> {
     let mut found = std::mem::MaybeUninit::<libc::statx>::zeroed();
     // SAFETY: no descriptor is involved; `path` is NUL-terminated; the kernel writes at most the 256 bytes of

@@ -107,9 +107,9 @@ pub enum Discard {
     /// `discard_zeroes_cow`: a written chunk that is discarded whole reads as zeroes, and the COW file gets its
     /// space back. A discard of a chunk that was never written does nothing: it goes on reading the origin.
     ZeroesCow,
-    /// `discard_zeroes_cow discard_passdown_origin`: also passes it on to the origin. For reading tables made elsewhere:
-    /// it punches holes into an image that others share, and over a read-only one, as ours are, every discard takes its
-    /// effect on the COW file and still fails with EIO.
+    /// `discard_zeroes_cow discard_passdown_origin`: also passes it on to the origin. For reading tables made
+    /// elsewhere: it punches holes into an image that others share, and over a read-only one, as ours are, every
+    /// discard takes its effect on the COW file and still fails with EIO.
     Passdown,
 }
 

@@ -224,8 +224,8 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
 /// Whether other dm devices than the handles' own, which is gone by its name, stand on the loop device.
 ///
 /// The kernel forgets a device's name before it destroys the table (`__dm_destroy`), so for a moment a removed device
-/// still holds its loop devices, under a number by which it can no longer be asked about. One that was released to a pool
-/// has another name by then, and its own uuid.
+/// still holds its loop devices, under a number by which it can no longer be asked about. One that was released to a
+/// pool has another name by then, and its own uuid.
 fn is_shared<H: Host>(host: &H, gone: &Handles, path: &Path) -> Result<bool> {
     for number in host.stacked_on(path) {
         let address = Address::Number(number);

@@ -77,9 +77,9 @@ pub struct StepTiming {
 impl Timings {
     /// Does `work`, and notes what this thread asks of the kernel meanwhile through this crate.
     ///
-    /// The threads of [`cleanup_all`](crate::cleanup_all) and of a sweep count as this one: their calls overlap, so that
-    /// together they can take longer than the whole. Within another `of`, both have the calls. Without any, nothing is
-    /// kept and no clock is read.
+    /// The threads of [`cleanup_all`](crate::cleanup_all) and of a sweep count as this one: their calls overlap, so
+    /// that together they can take longer than the whole. Within another `of`, both have the calls. Without any,
+    /// nothing is kept and no clock is read.
     pub fn of<T>(work: impl FnOnce() -> T) -> (T, Self) {
         let start = Instant::now();
         let recording = Recording::begin(start);

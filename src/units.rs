@@ -54,12 +54,13 @@ impl fmt::Display for Sectors {
 /// The kernel copies a whole chunk from the origin on the first partial write to it. The upper bound is the
 /// largest power of two that `dm_exception_store_set_chunk_size` takes (its cap is `INT_MAX >> 9`).
 ///
-/// Which one: a write of 4 KiB to a chunk that was not written yet takes a whole chunk of the COW file, so room grows with
-/// the chunk, 16 times at 128 sectors (64 KiB). Against that stand the kernel's memory for a snapshot, which is lower by
-/// more than half at 64 to 256 sectors over a COW file of 1 GiB (some 3 MiB at 8, under 1.5 MiB there), and long
-/// sequential writes, which took half the time from 64 sectors on. So stay at 8 where small random writes prevail or the
-/// COW file must stay small; take 64 or 128 for large COW files, many snapshots or streams. Chunks of 1 MiB cost more
-/// memory than they save, and twice the time to create. The README has the table, which the bench `chunk_size` measured.
+/// Which one: a write of 4 KiB to a chunk that was not written yet takes a whole chunk of the COW file, so room grows
+/// with the chunk, 16 times at 128 sectors (64 KiB). Against that stand the kernel's memory for a snapshot, which is
+/// lower by more than half at 64 to 256 sectors over a COW file of 1 GiB (some 3 MiB at 8, under 1.5 MiB there), and
+/// long sequential writes, which took half the time from 64 sectors on. So stay at 8 where small random writes prevail
+/// or the COW file must stay small; take 64 or 128 for large COW files, many snapshots or streams. Chunks of 1 MiB cost
+/// more memory than they save, and twice the time to create. The README has the table, which the bench `chunk_size`
+/// measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(
     feature = "serde",

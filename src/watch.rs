@@ -25,13 +25,14 @@ use track::{Bounds, LONGEST, Track};
 /// Watches snapshots, without a thread of its own: [`Watch::check`] says what is new, and whoever calls it waits in
 /// between, until the descriptor is readable or [`Watch::pause`] has passed.
 ///
-/// The descriptor (`DM_DEV_ARM_POLL`) wakes for removals and for stores that become invalid. It does not wake for the one
-/// thing that can still be helped: the kernel raises no event while a store fills up, and none when a `PO` store
-/// overflows. So there is the pause: half of what the room in the fullest store lasts at the peak rate, and no more than a
-/// second. Whoever is told that one is above the threshold has half of the room that was left above it to do something.
+/// The descriptor (`DM_DEV_ARM_POLL`) wakes for removals and for stores that become invalid. It does not wake for the
+/// one thing that can still be helped: the kernel raises no event while a store fills up, and none when a `PO` store
+/// overflows. So there is the pause: half of what the room in the fullest store lasts at the peak rate, and no more
+/// than a second. Whoever is told that one is above the threshold has half of the room that was left above it to do
+/// something.
 ///
-/// Nothing is missed: what happens between a check and the wait wakes the wait, and each check compares what it sees with
-/// what was told before. A process that starts anew is told everything anew.
+/// Nothing is missed: what happens between a check and the wait wakes the wait, and each check compares what it sees
+/// with what was told before. A process that starts anew is told everything anew.
 ///
 /// ```no_run
 /// use dmsnap::{Change, Watch};
@@ -88,8 +89,8 @@ pub struct WatchEvent {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Change {
-    /// Its use has reached the threshold, or no chunk fits any more. Told again whenever half of the room that was left is
-    /// gone, and when it has become longer and is still above.
+    /// Its use has reached the threshold, or no chunk fits any more. Told again whenever half of the room that was left
+    /// is gone, and when it has become longer and is still above.
     Above(Usage),
     /// A `PO` store is full, and its writes fail: [`recover`](crate::recover).
     Overflow,
@@ -150,8 +151,8 @@ impl Watch {
         self
     }
 
-    /// Sets how fast a guest can write to chunks that it has never written before, at most, in bytes per second. One that
-    /// is seen to be faster is looked at more often by itself; this is for a first burst out of the blue.
+    /// Sets how fast a guest can write to chunks that it has never written before, at most, in bytes per second. One
+    /// that is seen to be faster is looked at more often by itself; this is for a first burst out of the blue.
     pub fn peak_rate(&mut self, bytes_per_second: u64) -> &mut Self {
         self.bounds.peak_rate = bytes_per_second;
         self
@@ -161,7 +162,8 @@ impl Watch {
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device; [`Refusal::NotOurs`], [`Refusal::NotLive`].
+    /// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device; [`Refusal::NotOurs`],
+    /// [`Refusal::NotLive`].
     pub fn add(&mut self, device: impl AsRef<str>) -> Result<()> {
         let (device, uuid) = lookup::find(&MACHINE, device.as_ref())?;
         let path = Path::new(MAPPER_DIR).join(&device.name);

@@ -77,8 +77,8 @@ fn neighbours<'a>(
     (0..scenario.neighbours).map(one).collect()
 }
 
-/// Rows of a Williams square: 0 1 3 2, 1 2 0 3, 2 3 1 0, 3 0 2 1 for four. For an odd number it takes a second one, which
-/// is the first one backwards.
+/// Rows of a Williams square: 0 1 3 2, 1 2 0 3, 2 3 1 0, 3 0 2 1 for four. For an odd number it takes a second one,
+/// which is the first one backwards.
 fn order(round: usize, count: usize) -> impl Iterator<Item = usize> {
     let is_backwards = count % 2 == 1 && round / count % 2 == 1;
     (0..count).map(move |nth| {

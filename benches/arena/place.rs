@@ -73,7 +73,8 @@ impl Place {
         Ok(Self { ext4, dir, image })
     }
 
-    /// Makes a file system on the disk that `$DMSNAP_BENCH_DISK` names, whose contents are nobody's. Says whether it does.
+    /// Makes a file system on the disk that `$DMSNAP_BENCH_DISK` names, whose contents are nobody's. Says whether it
+    /// does.
     pub(crate) fn take_disk(&mut self) -> Result<bool> {
         let Some(disk) = env::var_os("DMSNAP_BENCH_DISK") else {
             return Ok(false);

@@ -34,8 +34,8 @@ pub(crate) struct Scenario {
     pub(crate) threads: usize,
     /// How many snapshots each thread makes in a turn, before it removes them.
     pub(crate) each: usize,
-    /// Whether somebody has the device open when it is to be removed, and closes it at some moment: then a removal counts
-    /// from the close.
+    /// Whether somebody has the device open when it is to be removed, and closes it at some moment: then a removal
+    /// counts from the close.
     pub(crate) busy: bool,
     /// The first is the floor that the others are held against.
     pub(crate) contestants: &'static [Make],

@@ -1,6 +1,7 @@
 //! Ways to the same snapshots: two loop devices under a dm device with the table `0 N snapshot A B <store> <chunk>`.
 //!
-//! Another one is a file here, a [`Make`] below, and its place in the scenarios where it matters (`arena/scenarios.rs`).
+//! Another one is a file here, a [`Make`] below, and its place in the scenarios where it matters
+//! (`arena/scenarios.rs`).
 
 mod crates;
 mod fleet;
@@ -53,7 +54,8 @@ impl Job<'_> {
 }
 
 /// One way. It keeps what it needs between `create` and `remove`, and what it can reasonably keep open for longer. Only
-/// those two and `remove_all` are on the clock; the others are for who keeps more: an origin that stays attached, a pool.
+/// those two and `remove_all` are on the clock; the others are for who keeps more: an origin that stays attached, a
+/// pool.
 pub(crate) trait Contestant: Send {
     fn name(&self) -> &'static str;
 

@@ -151,8 +151,8 @@ impl<R: Read + Seek> ExceptionStore<R> {
         self.bytes
     }
 
-    /// The exceptions in the order in which the kernel committed them, read as the iterator goes. It ends after the first
-    /// error.
+    /// The exceptions in the order in which the kernel committed them, read as the iterator goes. It ends after the
+    /// first error.
     pub fn exceptions(&mut self) -> Exceptions<'_, R> {
         let window = self.header.chunk.bytes().min(WINDOW_BYTES);
         Exceptions {

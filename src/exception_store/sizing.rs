@@ -45,8 +45,8 @@ pub fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64
 
 /// The least size from `bytes` on that is whole chunks, takes a write, and is no trap.
 ///
-/// A persistent store is invalid instead of full, even as `PO`, when its last chunk is the last data chunk of a metadata
-/// area: the kernel finds no room to zero the next one. One chunk more, and it is full as it should be.
+/// A persistent store is invalid instead of full, even as `PO`, when its last chunk is the last data chunk of a
+/// metadata area: the kernel finds no room to zero the next one. One chunk more, and it is full as it should be.
 ///
 /// In bytes; `None` where that does not fit 64 bits.
 #[must_use]
@@ -116,8 +116,8 @@ mod tests {
         }
     }
 
-    /// The store as the kernel fills it: whether the device of so many chunks is full before the kernel finds no room to
-    /// zero a metadata area (`persistent_prepare_exception`, `persistent_commit_exception`).
+    /// The store as the kernel fills it: whether the device of so many chunks is full before the kernel finds no room
+    /// to zero a metadata area (`persistent_prepare_exception`, `persistent_commit_exception`).
     fn fills_soundly(chunks: u64, chunk: ChunkSize) -> bool {
         let per_area = chunk.bytes() / EXCEPTION_BYTES;
         let (mut next_free, mut committed) = (2, 0);

@@ -133,7 +133,8 @@ impl Copier<'_> {
         Ok(())
     }
 
-    /// Writes the changes over the origin's clone, in the order of the COW file, which is read in large pieces that way.
+    /// Writes the changes over the origin's clone, in the order of the COW file, which is read in large pieces that
+    /// way.
     fn patch(&mut self, mut extents: Vec<Extent>) -> Result<ControlFlow<()>> {
         extents.sort_unstable_by_key(|extent| extent.cow_offset);
         let total = extents.iter().map(|extent| extent.length).sum();

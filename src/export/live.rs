@@ -86,8 +86,8 @@ fn same_file<F>(
     .into())
 }
 
-/// Has the host write out what it has cached of the device, before anything is suspended for it: a VMM that opens the disk
-/// without O_DIRECT has its guest's flushed writes there.
+/// Has the host write out what it has cached of the device, before anything is suspended for it: a VMM that opens the
+/// disk without O_DIRECT has its guest's flushed writes there.
 fn write_back(info: &SnapshotInfo) -> Result<()> {
     let device = info.dev.dm_node();
     let opened =
@@ -97,8 +97,8 @@ fn write_back(info: &SnapshotInfo) -> Result<()> {
         .map_err(|error| Error::failed(Step::SyncFile, device, errno_of(&error)))
 }
 
-/// Suspends the snapshot and resumes it: when a suspension is complete, every write before it is in the COW file, and the
-/// store's metadata says so. Returns the status in between.
+/// Suspends the snapshot and resumes it: when a suspension is complete, every write before it is in the COW file, and
+/// the store's metadata says so. Returns the status in between.
 pub(crate) fn flush<H: Host>(
     host: &H,
     uuid: &DeviceUuid,

@@ -100,8 +100,8 @@ impl ExportOptions {
         self
     }
 
-    /// Takes a store that the kernel has marked invalid: a `P` store that overflowed, or one whose COW file could not be
-    /// written.
+    /// Takes a store that the kernel has marked invalid: a `P` store that overflowed, or one whose COW file could not
+    /// be written.
     ///
     /// The kernel gives nothing of it back, and marks no more than that a write was lost. What was written before is
     /// still in the file. The result is the disk as it was when the store gave up, without the writes that failed and
@@ -111,8 +111,8 @@ impl ExportOptions {
         self
     }
 
-    /// Whether to share the origin with the result where the file system can. On unless turned off, as for a result that
-    /// must not depend on the origin's blocks.
+    /// Whether to share the origin with the result where the file system can. On unless turned off, as for a result
+    /// that must not depend on the origin's blocks.
     pub fn reflink(&mut self, reflink: bool) -> &mut Self {
         self.reflink = reflink;
         self
@@ -123,11 +123,11 @@ impl ExportOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`](crate::Error::Refused) for a COW file that a snapshot has, a store that is damaged or invalid, an origin that has
-    /// changed since the store was made, or an output that exists.
-    /// [`Error::Failed`](crate::Error::Failed) names the step that failed; the output is then as it was before, unless it was the last step of
-    /// all, the sync of the output's directory.
-    /// [`Error::Debris`](crate::Error::Debris) when a temporary file could not be removed.
+    /// [`Error::Refused`](crate::Error::Refused) for a COW file that a snapshot has, a store that is damaged or
+    /// invalid, an origin that has changed since the store was made, or an output that exists.
+    /// [`Error::Failed`](crate::Error::Failed) names the step that failed; the output is then as it was before, unless
+    /// it was the last step of all, the sync of the output's directory. [`Error::Debris`](crate::Error::Debris) when a
+    /// temporary file could not be removed.
     pub fn export(
         &self,
         origin: impl AsRef<Path>,
@@ -138,8 +138,8 @@ impl ExportOptions {
         Ok(whole.unwrap_or_default())
     }
 
-    /// The same, telling `progress` at least once for each MiB. When that breaks it off, the answer is `None` and nothing is
-    /// left of the output.
+    /// The same, telling `progress` at least once for each MiB. When that breaks it off, the answer is `None` and
+    /// nothing is left of the output.
     ///
     /// # Errors
     ///
@@ -164,24 +164,25 @@ impl ExportOptions {
 
     /// Exports a running snapshot, by its name or uuid: flushes it, then copies beside the guest, which goes on.
     ///
-    /// The flush writes out what the host has cached of the device and suspends the snapshot for as long as the writes in
-    /// flight take, a few milliseconds on an idle one. A file system of the snapshot that is mounted on this host is frozen
-    /// for that moment. While data is copied nothing is suspended.
+    /// The flush writes out what the host has cached of the device and suspends the snapshot for as long as the writes
+    /// in flight take, a few milliseconds on an idle one. A file system of the snapshot that is mounted on this host is
+    /// frozen for that moment. While data is copied nothing is suspended.
     ///
-    /// What was written before the flush is in the result. A chunk that is written to later is old, new or mixed, if it had
-    /// been written to before, and as it was at the flush otherwise. For one point in time, pause the VM until this
+    /// What was written before the flush is in the result. A chunk that is written to later is old, new or mixed, if it
+    /// had been written to before, and as it was at the flush otherwise. For one point in time, pause the VM until this
     /// returns; have its file systems synced or frozen first.
     ///
-    /// Of a `PO` store that is full, what the host has cached cannot be written out, and this fails: take the snapshot down
-    /// and export the COW file.
+    /// Of a `PO` store that is full, what the host has cached cannot be written out, and this fails: take the snapshot
+    /// down and export the COW file.
     ///
     /// A process that is killed within the flush leaves the snapshot suspended, and its guest waiting:
     /// [`State::Suspended`](crate::State::Suspended) in [`list`](crate::list). `dmsetup resume NAME` lets it go on.
     ///
     /// # Errors
     ///
-    /// As [`export`](Self::export). [`Refusal::NotExportable`] for a snapshot that is not working, as when somebody else has
-    /// suspended it, or has a transient store. [`Error::Debris`](crate::Error::Debris) names a snapshot that could not be resumed.
+    /// As [`export`](Self::export). [`Refusal::NotExportable`] for a snapshot that is not working, as when somebody
+    /// else has suspended it, or has a transient store. [`Error::Debris`](crate::Error::Debris) names a snapshot that
+    /// could not be resumed.
     pub fn export_live(
         &self,
         snapshot: impl AsRef<str>,

@@ -81,21 +81,21 @@ pub struct PoolStatus {
     pub last_error: Option<Error>,
     /// How long the next attempt is put off after a failure.
     pub retry_in: Option<Duration>,
-    /// Why the last device that was taken back could not be recycled; `None` if it could. It was removed instead, but for
-    /// what the error names.
+    /// Why the last device that was taken back could not be recycled; `None` if it could. It was removed instead, but
+    /// for what the error names.
     pub recycle_error: Option<Error>,
 }
 
 /// Snapshots of one origin, COW files included, that wait to be claimed.
 ///
 /// A thread keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) renames one: that rename, which is one
-/// ioctl, is the moment at which it becomes the caller's, so that by its name alone a device is known as claimed or not,
-/// also after a kill. [`release`](Self::release) renames it back and deletes its COW file; another thread then swaps its table
-/// instead of removing it, and the device serves another snapshot later.
+/// ioctl, is the moment at which it becomes the caller's, so that by its name alone a device is known as claimed or
+/// not, also after a kill. [`release`](Self::release) renames it back and deletes its COW file; another thread then
+/// swaps its table instead of removing it, and the device serves another snapshot later.
 ///
-/// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool is open for as
-/// long as the pool's process lives, so what a killed pool leaves is known for it: the next pool that is opened on the
-/// host takes it down, as any [`reap`](crate::ReapOptions::reap) does, and never touches what was claimed.
+/// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool is open for
+/// as long as the pool's process lives, so what a killed pool leaves is known for it: the next pool that is opened on
+/// the host takes it down, as any [`reap`](crate::ReapOptions::reap) does, and never touches what was claimed.
 ///
 /// Dropping the pool drains it, and hides what could not be taken down; [`drain`](Self::drain) names it.
 #[derive(Debug)]
@@ -115,9 +115,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`] when none became ready in the time that it was to wait.
-    /// [`Verdict::NameTaken`] when there is such a device; the pool keeps what it had. When it has to make one, as
-    /// [`SnapshotOptions::create_on`].
+    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`] when none became ready in the time that it was to
+    /// wait. [`Verdict::NameTaken`] when there is such a device; the pool keeps what it had. When it has to make one,
+    /// as [`SnapshotOptions::create_on`].
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;
         loop {
@@ -152,15 +152,16 @@ impl Pool {
         }
     }
 
-    /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that. Then its COW file is deleted, or
-    /// kept as asked.
+    /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that. Then its COW file is
+    /// deleted, or kept as asked.
     ///
-    /// Its dm device is renamed, and from then on is the pool's, whose other thread takes its table away and keeps it for
-    /// another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. It is removed after all if somebody has
-    /// opened it meanwhile, as a page of it may be cached. A COW file that is kept is the caller's alone when this returns.
+    /// Its dm device is renamed, and from then on is the pool's, whose other thread takes its table away and keeps it
+    /// for another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. It is removed after all if somebody
+    /// has opened it meanwhile, as a page of it may be cached. A COW file that is kept is the caller's alone when this
+    /// returns.
     ///
-    /// What no pool made, what is over another image, and what is beyond [`PoolOptions::size`] of such devices, is removed,
-    /// as by [`cleanup`](crate::cleanup).
+    /// What no pool made, what is over another image, and what is beyond [`PoolOptions::size`] of such devices, is
+    /// removed, as by [`cleanup`](crate::cleanup).
     ///
     /// # Errors
     ///
@@ -221,15 +222,15 @@ impl Pool {
             .wait_until(deadline, |state| state.ready.len() >= count)
     }
 
-    /// Waits until nothing that was released is on its way any more: what held the COW files has let go of them, so that
-    /// their file system can be unmounted. Says whether it is so.
+    /// Waits until nothing that was released is on its way any more: what held the COW files has let go of them, so
+    /// that their file system can be unmounted. Says whether it is so.
     pub fn wait_recycled(&self, deadline: Duration) -> bool {
         self.shared
             .wait_until(deadline, |state| state.recycling == 0)
     }
 
-    /// Takes everything down that was not claimed, what earlier failures left included. A device that somebody has opened goes
-    /// at its last close.
+    /// Takes everything down that was not claimed, what earlier failures left included. A device that somebody has
+    /// opened goes at its last close.
     ///
     /// # Errors
     ///

@@ -55,8 +55,8 @@ impl Default for PoolOptions {
 }
 
 impl PoolOptions {
-    /// Eight snapshots as [`SnapshotOptions::new`] makes them, with COW files of the worst case's size; an empty pool makes
-    /// one at once.
+    /// Eight snapshots as [`SnapshotOptions::new`] makes them, with COW files of the worst case's size; an empty pool
+    /// makes one at once.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -86,13 +86,13 @@ impl PoolOptions {
 
     /// Opens a pool over `origin` that makes its COW files in `directory`, and begins to fill it.
     ///
-    /// What pools left whose process was killed is taken down first, as far as it can be: their devices on this host, and
-    /// their COW files in `directory`.
+    /// What pools left whose process was killed is taken down first, as far as it can be: their devices on this host,
+    /// and their COW files in `directory`.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] when device-mapper or loop devices cannot be had, or no thread. A failure to make snapshots ready
-    /// is told by [`Pool::status`].
+    /// [`Error::Failed`] when device-mapper or loop devices cannot be had, or no thread. A failure to make snapshots
+    /// ready is told by [`Pool::status`].
     pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
         let host = &MACHINE;
         snapshot::open_controls(host)?;

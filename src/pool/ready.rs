@@ -52,10 +52,11 @@ pub(crate) fn moved_to(path: &Path) -> PathBuf {
     }
 }
 
-/// Makes one ready: on a dm device of the name `name`, or on a spare one, which is asked for when the COW file is there.
+/// Makes one ready: on a dm device of the name `name`, or on a spare one, which is asked for when the COW file is
+/// there.
 ///
-/// Until there is a device, the COW file's name has the pool's mark too, and a later pool deletes it if this process dies.
-/// From then on it is found through the device while that is unclaimed, and has a name that the caller can keep.
+/// Until there is a device, the COW file's name has the pool's mark too, and a later pool deletes it if this process
+/// dies. From then on it is found through the device while that is unclaimed, and has a name that the caller can keep.
 pub(crate) fn make<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -89,8 +90,8 @@ pub(crate) fn make<H: Host>(
     }
 }
 
-/// Hands it over, with all that `ready` says of it. The rename is the moment: before it the device is the pool's, whoever asks, and from then on the
-/// caller's.
+/// Hands it over, with all that `ready` says of it but the COW file's path. The rename is the moment: before it the
+/// device is the pool's, whoever asks, and from then on the caller's.
 pub(crate) fn claim<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,

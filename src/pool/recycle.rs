@@ -52,8 +52,8 @@ pub(crate) struct CowFile<F> {
     pub(crate) file: F,
 }
 
-/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it; and deletes its COW file if that
-/// is to go. One whose COW file is to stay is rid of it before this returns.
+/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it; and deletes its COW file if
+/// that is to go. One whose COW file is to stay is rid of it before this returns.
 pub(crate) fn release<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -106,8 +106,8 @@ pub(crate) fn release<H: Host>(
     }
 }
 
-/// Takes its table away, waits for the COW file, and gives the device the name `to`, unless somebody has it open: then it
-/// goes at its last close.
+/// Takes its table away, waits for the COW file, and gives the device the name `to`, unless somebody has it open: then
+/// it goes at its last close.
 fn rid<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -124,8 +124,8 @@ fn rid<H: Host>(
     Ok(is_idle)
 }
 
-/// Takes the table away from a device that was taken back. Says whether it may serve again, once its old COW file's loop
-/// device is [`unbound`]. Otherwise it goes at its last close, or is gone.
+/// Takes the table away from a device that was taken back. Says whether it may serve again, once its old COW file's
+/// loop device is [`unbound`]. Otherwise it goes at its last close, or is gone.
 pub(crate) fn empty<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -165,7 +165,8 @@ fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<Made> {
     })
 }
 
-/// From the rename on it is the pool's again, and a leftover of it if the process dies. `None` when it is gone meanwhile.
+/// From the rename on it is the pool's again, and a leftover of it if the process dies. `None` when it is gone
+/// meanwhile.
 fn take_back<H: Host>(host: &H, made: Made, to: &DeviceName) -> Result<Option<Made>> {
     ask(Step::Unlink, &made.mapper, || {
         host.remove_alias(&made.mapper, made.dev)
@@ -200,12 +201,12 @@ fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
     cow.map_or(Ok(()), unlink)
 }
 
-/// Puts an `error` table in the snapshot's place. Says whether nobody had the device open; otherwise has it removed at its
-/// last close.
+/// Puts an `error` table in the snapshot's place. Says whether nobody had the device open; otherwise has it removed at
+/// its last close.
 ///
 /// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
-/// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into the
-/// cache: that nobody has it open is asked for in the answer to the swap itself.
+/// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into
+/// the cache: that nobody has it open is asked for in the answer to the swap itself.
 fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<bool> {
     let line = TargetLine {
         start: Sectors::default(),
@@ -221,8 +222,9 @@ fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<
     Ok(open_count == 0)
 }
 
-/// [`Verdict::Busy`] until the COW file's loop device has let go of it. It clears itself as the table goes, or when udevd
-/// has closed it. Before that the old handles would take the device for theirs under its next name, if that is the same.
+/// [`Verdict::Busy`] until the COW file's loop device has let go of it. It clears itself as the table goes, or when
+/// udevd has closed it. Before that the old handles would take the device for theirs under its next name, if that is
+/// the same.
 pub(crate) fn unbound<H: Host>(host: &H, taken: &TakenBack) -> Result<()> {
     let handle = taken.cow_loop.as_ref().filter(|it| it.has_identity());
     match handle.filter(|handle| host.shows_backing(&handle.path)) {
@@ -272,8 +274,9 @@ fn find_cow<H: Host>(
     absent(lookup::bound(host, params.cow))?.map_or(Ok(None), open)
 }
 
-/// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's entries
-/// in sysfs anew at each binding: asking there for the path took 1 of a release's 5.5 ms (ftrace in the guest, 6.12).
+/// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's
+/// entries in sysfs anew at each binding: asking there for the path took 1 of a release's 5.5 ms (ftrace in the guest,
+/// 6.12).
 fn expected<H: Host>(
     host: &H,
     handle: &LoopHandle,

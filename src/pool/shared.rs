@@ -61,8 +61,8 @@ pub(super) struct State {
     pub(super) closing: bool,
 }
 
-/// How often a loop device is asked whether it has let go of its COW file, and how long it is waited for: as long as a busy
-/// device is.
+/// How often a loop device is asked whether it has let go of its COW file, and how long it is waited for: as long as a
+/// busy device is.
 const UNBINDING: Duration = Duration::from_millis(2);
 const PATIENCE: Duration = Duration::from_secs(15);
 
@@ -200,9 +200,9 @@ impl Shared {
         }
     }
 
-    /// The life of the thread that recycles devices. Those that were released meanwhile lose their tables side by side, and
-    /// are spares once their loop devices are gone, for which none keeps another waiting. What it has when the pool closes
-    /// it returns.
+    /// The life of the thread that recycles devices. Those that were released meanwhile lose their tables side by side,
+    /// and are spares once their loop devices are gone, for which none keeps another waiting. What it has when the pool
+    /// closes it returns.
     pub(super) fn recycle(&self) -> Vec<TakenBack> {
         let _ = sys::make_batch_thread();
         let (site, retry) = (self.site(), Retry::default());

@@ -13,7 +13,8 @@ use crate::name::{KEPT, MAPPER_DIR, POOLED};
 use crate::policy::Verdict;
 use crate::reap::ReapOptions;
 
-/// Whether the process of the pool that the unclaimed device or COW file `name` is of lives: it has the pool's keeper open.
+/// Whether the process of the pool that the unclaimed device or COW file `name` is of lives: it has the pool's keeper
+/// open.
 pub(crate) fn is_alive<H: Host>(host: &H, name: &str) -> Result<bool> {
     let Some(id) = name
         .strip_prefix(POOLED)
@@ -29,8 +30,8 @@ pub(crate) fn is_alive<H: Host>(host: &H, name: &str) -> Result<bool> {
     Ok(found.is_some_and(|device| device.open_count > 0))
 }
 
-/// Takes down what dead pools left on this host, and in `dir`. Whatever cannot be taken down now is so by the next pool,
-/// or by a reap that says why.
+/// Takes down what dead pools left on this host, and in `dir`. Whatever cannot be taken down now is so by the next
+/// pool, or by a reap that says why.
 pub(crate) fn sweep<H: Host>(host: &H, dir: &Path) -> Result<()> {
     ReapOptions::new().reap(|info| !info.name.starts_with(POOLED))?;
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -67,8 +68,8 @@ pub(crate) fn forget_cow<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
     let Some(bound) = absent(lookup::bound(host, number))? else {
         return Ok(());
     };
-    // Another sweep may have taken the device away, and the loop device may be another snapshot's. While it is open here
-    // it cannot change hands, and as the dm device is there now, it is the one meant.
+    // Another sweep may have taken the device away, and the loop device may be another snapshot's. While it is open
+    // here it cannot change hands, and as the dm device is there now, it is the one meant.
     let path = Path::new(MAPPER_DIR).join(&info.name);
     let address = Address::Uuid(info.uuid.as_str());
     let now = absent(ask(Step::Query, &path, || host.query(address)))?;

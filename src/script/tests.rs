@@ -284,7 +284,8 @@ fn a_file_that_somebody_claims_is_refused_by_what_it_is_for() {
     }
 }
 
-/// Seen on 5.10: a removal returned while the kernel was still clearing the loop device, and the backing file was in use.
+/// Seen on 5.10: a removal returned while the kernel was still clearing the loop device, and the backing file was in
+/// use.
 #[test]
 fn a_loop_device_that_is_being_cleared_is_waited_for() {
     let script = Script::new(never);
@@ -298,8 +299,8 @@ fn a_loop_device_that_is_being_cleared_is_waited_for() {
     assert!((70..90).contains(&script.now().as_millis()));
 }
 
-/// Seen on 6.12: behind a deferred removal the dm device was gone by its uuid, and its holding the loop device passed for
-/// another snapshot's.
+/// Seen on 6.12: behind a deferred removal the dm device was gone by its uuid, and its holding the loop device passed
+/// for another snapshot's.
 #[test]
 fn a_device_that_is_gone_by_name_is_waited_for_until_it_lets_go_of_its_loop_devices() {
     let script = Script::new(never);

@@ -146,8 +146,8 @@ impl Track {
 
     /// Half of what the room lasts at the fastest: so at least half of it is left to whoever is told.
     ///
-    /// Of one that was told to be above, whoever was told is taken to be about to do something: it is looked at often at
-    /// first, and then less and less while nothing happens.
+    /// Of one that was told to be above, whoever was told is taken to be about to do something: it is looked at often
+    /// at first, and then less and less while nothing happens.
     fn pause(&self, status: &SnapshotStatus, bounds: Bounds) -> Duration {
         let SnapshotStatus::Usage(usage) = status else {
             return LONGEST;

@@ -56,8 +56,8 @@ fn a_guests_fstrim_gives_the_cow_files_space_back() {
     }
 }
 
-// drivers/md/dm-snap.c, snapshot_map: with discard_passdown_origin each discard goes to both devices, and fails if either
-// does. drivers/block/loop.c fails one to a read-only device, as our origins are.
+// drivers/md/dm-snap.c, snapshot_map: with discard_passdown_origin each discard goes to both devices, and fails if
+// either does. drivers/block/loop.c fails one to a read-only device, as our origins are.
 #[test]
 fn a_discard_that_is_passed_down_to_a_read_only_image_is_an_error_for_the_guest() {
     let scene = Scene::new();

@@ -78,7 +78,8 @@ fn exported(scene: &Scene, cow: &Path, options: &ExportOptions) -> Content {
 
 #[test]
 fn exports_diffs_and_cuts_are_what_the_device_was() {
-    // Sectors of a chunk, MiB of the image, new chunks a round: more than an area, where chunks are small enough for that.
+    // Sectors of a chunk, MiB of the image, new chunks a round: more than an area, where chunks are small enough for
+    // that.
     let short = [(8, 6, 250), (32, 17, 350), (128, 8, 30), (2048, 10, 3)];
     let long = [
         (8, 32, 2500),

@@ -76,9 +76,9 @@ fn a_fleet_is_torn_down_much_faster_together_than_one_after_the_other() {
     let scene = Scene::new();
     // The first snapshots have the kernel make loop devices, which then stay.
     all_well(&cleanup_all(&fleet(&scene, count)));
-    // Four times and more on an idle machine; of a few, on a busy one, some round has to come near. 5.10 clears one loop
-    // device after the other, whoever asks: `__loop_clr_fd` freezes the device's queue under `loop_ctl_mutex`, the lock of
-    // them all.
+    // Four times and more on an idle machine; of a few, on a busy one, some round has to come near. 5.10 clears one
+    // loop device after the other, whoever asks: `__loop_clr_fd` freezes the device's queue under `loop_ctl_mutex`, the
+    // lock of them all.
     let bound = match stated_kernel().as_str() {
         "5.10" => 0.7,
         _ => short_or_long(1.5, 2.5),

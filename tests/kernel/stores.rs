@@ -110,9 +110,9 @@ fn a_discard_gives_the_space_back_when_asked_for_and_fails_otherwise() {
     let scene = Scene::new();
     let written = 1 << 20;
     let mut cases = vec![(true, 512), (false, 512), (false, 8)];
-    // dm-snap.c, snapshot_io_hints, gives the granularity of discards in sectors where the block layer takes bytes. From
-    // a kernel between 6.12 and 7.3 on blk_stack_limits divides by it in 512-byte units: with chunks of less than 512
-    // sectors, loading such a table is a divide error, and the kernel is gone.
+    // dm-snap.c, snapshot_io_hints, gives the granularity of discards in sectors where the block layer takes bytes.
+    // From a kernel between 6.12 and 7.3 on blk_stack_limits divides by it in 512-byte units: with chunks of less than
+    // 512 sectors, loading such a table is a divide error, and the kernel is gone.
     if ["5.10", "6.1", "6.12"].contains(&stated_kernel().as_str()) {
         cases.push((true, 8));
     } else {

@@ -1,7 +1,7 @@
 //! `dmsnap`: the library's jobs for operators and scripts.
 //!
-//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage, 128 and
-//! the signal's number for an export or a merge that was interrupted.
+//! Results go to stdout, everything else to stderr. Exit status 0 for success, 1 for a failure, 2 for wrong usage, 128
+//! and the signal's number for an export or a merge that was interrupted.
 
 mod amounts;
 mod args;

@@ -45,8 +45,8 @@ impl Pair {
     }
 }
 
-/// A merge that takes long: after its first two hundred chunks or so, kcopyd works for a hundredth of the time only. The
-/// parameter is dm-snapshot's own.
+/// A merge that takes long: after its first two hundred chunks or so, kcopyd works for a hundredth of the time only.
+/// The parameter is dm-snapshot's own.
 fn slowly() -> TempSetting {
     TempSetting::set(
         "/sys/module/dm_snapshot/parameters/snapshot_copy_throttle",

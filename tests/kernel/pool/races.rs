@@ -72,8 +72,8 @@ fn a_worker_does_its_job() {
     }
 }
 
-/// A sweep looked at a device while it was the pool's. It was claimed, the pool ended, and the sweep took it down by its
-/// uuid, which no claim changes.
+/// A sweep looked at a device while it was the pool's. It was claimed, the pool ended, and the sweep took it down by
+/// its uuid, which no claim changes.
 #[test]
 fn a_device_that_is_claimed_while_a_sweep_is_at_work_is_the_claimants() {
     let scene = Scene::new();
@@ -245,7 +245,8 @@ fn another_process_shares_the_origin_and_the_last_user_takes_it_along() {
     );
 }
 
-/// Killed ever later: before there is a keeper, while it is made, while the first ones are made, while they are drained.
+/// Killed ever later: before there is a keeper, while it is made, while the first ones are made, while they are
+/// drained.
 #[test]
 fn a_kill_while_a_pool_opens_leaves_nothing_for_long() {
     let scene = Scene::new();

@@ -1,8 +1,8 @@
 //! SIGKILL at every system call of create, cleanup and reap: one sweep afterwards leaves nothing.
 //!
 //! strace delivers the signal on entering the call, and the kernel does not begin a call with a fatal signal pending
-//! (`syscall_trace_enter`, `ptrace_report_syscall`): a process killed at call n has done all up to n - 1 and no more. Since nothing
-//! happens between two calls, death right after call n is death at n + 1, which has its own row.
+//! (`syscall_trace_enter`, `ptrace_report_syscall`): a process killed at call n has done all up to n - 1 and no more.
+//! Since nothing happens between two calls, death right after call n is death at n + 1, which has its own row.
 
 use std::fs;
 use std::os::unix::fs::symlink;

@@ -4,7 +4,8 @@
 //! Each proof has a short form, for every run of the kernel tests, and a long one, `DMSNAP_TEST_LONG=1`, which
 //! `tests/vm/run soak` asks for. Both assert the same; they differ in how many and how often: of the system calls to
 //! die or fail at, the short form takes every fifth one, and which ones depends on the run, so that the five of
-//! `tests/vm/run test` take all of them between them. The tables are printed: `--show-output` shows them of tests that pass.
+//! `tests/vm/run test` take all of them between them. The tables are printed: `--show-output` shows them of tests that
+//! pass.
 
 mod contention;
 mod fault;

@@ -47,8 +47,8 @@ pub(super) struct Injected {
     pub(super) hit: bool,
 }
 
-/// A run with something injected, as strace's option has it behind the name: `signal=KILL`, `error=EIO`; `more` follows the
-/// ordinal: `+` for that call and all later ones of its name.
+/// A run with something injected, as strace's option has it behind the name: `signal=KILL`, `error=EIO`; `more` follows
+/// the ordinal: `+` for that call and all later ones of its name.
 pub(super) fn with(
     log: &Path,
     call: &Call,
