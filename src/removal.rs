@@ -146,7 +146,8 @@ impl Subject {
                 key: Key::Uuid(uuid.clone()),
             },
         };
-        // Under a name of the pool's the device is meant, whatever it has: such handles are the pool's own, and a sweep's.
+        // Under a name of the pool's the device is meant, whatever it has: such handles are the pool's own, and a
+        // sweep's.
         let changes = |handle: &&LoopHandle| {
             handle.has_identity() && !name.is_some_and(DeviceName::is_pooled)
         };

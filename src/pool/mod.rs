@@ -115,9 +115,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`] when none became ready in the time that it was to
-    /// wait. [`Verdict::NameTaken`] when there is such a device; the pool keeps what it had. When it has to make one,
-    /// as [`SnapshotOptions::create_on`].
+    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`](crate::Refusal::PoolEmpty) when none became ready in
+    /// the time that it was to wait. [`Verdict::NameTaken`] when there is such a device; the pool keeps what it had.
+    /// When it has to make one, as [`SnapshotOptions::create_on`](crate::SnapshotOptions::create_on).
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;
         loop {
