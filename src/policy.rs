@@ -124,7 +124,7 @@ pub(crate) const AT_ONCE: u32 = 16;
 /// The first pause is short because the usual holder (a VMM that has just exited, a probing udev) is gone within
 /// a millisecond; each pause is twice the one before, up to 250 us. After a second they become 10 ms, and the device's
 /// node is watched (inotify, `IN_CLOSE`), so that a close ends the pause and brings the short ones back. So a removal
-/// follows its holder's last close within 2 ms, and a wait of 15 s takes some 5,400 looks.
+/// follows its holder's last close at once, and a wait of 15 s takes some 5,400 looks.
 ///
 /// A holder that opened another node of the same device (one made by `mknod` in a jail), and one without a node (a
 /// mount, swap), closes unseen: after the first second, that is noticed within 10 ms. [`Retry::pauses`] keeps to its
