@@ -92,7 +92,8 @@ fn ratios(report: &Report) -> String {
 fn milliseconds(report: &Report) -> String {
     let mut text = "\n#### Milliseconds\n\n".to_owned();
     text.push_str(
-        "Late is how often something of the snapshot was still there when a remove returned.\n\n",
+        "Late is how often something of the snapshot was still there when a remove returned; \
+         what a pool still has to recycle is not counted.\n\n",
     );
     text.push_str(
         "| | | samples | create p50 | p99 | remove p50 | p99 | round trip p50 | p99 | late |\n",

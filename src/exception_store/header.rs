@@ -104,7 +104,7 @@ impl HeaderFault {
 /// The kernel itself looks at the magic alone: zero there means "write a new store", whatever follows.
 pub(crate) fn probe(start: &[u8]) -> Probe {
     // Compared as a whole: byte by byte this took 20,000 instructions of a create's 1.7 million.
-    if start == &[0; PROBE_BYTES][..start.len().min(PROBE_BYTES)] {
+    if [0; PROBE_BYTES].starts_with(start) {
         return Probe::Blank;
     }
     let Some([magic, valid, version, chunk]) = fields(start) else {

@@ -61,10 +61,8 @@ pub(super) struct State {
     pub(super) closing: bool,
 }
 
-/// How often a loop device is asked whether it has let go of its COW file, and how long it is waited for: as long as a
-/// busy device is.
+/// How often a loop device is asked whether it has let go of its COW file.
 const UNBINDING: Duration = Duration::from_millis(2);
-const PATIENCE: Duration = Duration::from_secs(15);
 
 /// After the first failure, and at most.
 const BACK_OFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
@@ -207,6 +205,7 @@ impl Shared {
         let _ = sys::make_batch_thread();
         let (site, retry) = (self.site(), Retry::default());
         let empty = |taken: &TakenBack| recycle::empty(&MACHINE, &site, taken, &retry);
+        let is_in_time = |since: Instant| retry.pause(0, 1, since.elapsed()).is_some();
         let mut bound: Vec<(TakenBack, Instant)> = Vec::new();
         let mut state = self.lock();
         loop {
@@ -231,7 +230,7 @@ impl Shared {
             for (taken, since) in take(&mut bound) {
                 match recycle::unbound(&MACHINE, &taken) {
                     Ok(()) => settled.push(Ok(Some(taken.made))),
-                    Err(_) if since.elapsed() < PATIENCE => bound.push((taken, since)),
+                    Err(_) if is_in_time(since) => bound.push((taken, since)),
                     Err(error) => {
                         settled.push(Err(recycle::removed(&MACHINE, &taken, error, &Retry::ONCE)));
                     }
