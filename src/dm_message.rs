@@ -17,8 +17,8 @@ pub(crate) const BUFFER_FULL: u32 = 1 << 8;
 pub(crate) const SKIP_LOCKFS: u32 = 1 << 10;
 /// `DM_NOFLUSH_FLAG`: do not wait for queued I/O.
 pub(crate) const NOFLUSH: u32 = 1 << 11;
-/// `DM_UUID_FLAG`: list uuids too.
-pub(crate) const UUID: u32 = 1 << 15;
+/// `DM_UUID_FLAG`: list uuids too; with a rename, the text is a uuid.
+pub(crate) const UUID: u32 = 1 << 14;
 /// `DM_DEFERRED_REMOVE`: remove at the last close; in an answer, removal is due.
 pub(crate) const DEFERRED_REMOVE: u32 = 1 << 17;
 
@@ -271,6 +271,40 @@ fn listed_one(entry: &[u8], uuids: bool) -> Option<Listed> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `#define NAME (1 << N)` of the kernel's own header.
+    fn defined(name: &str) -> u32 {
+        const HEADER: &str = "/usr/include/linux/dm-ioctl.h";
+        let header = std::fs::read_to_string(HEADER).expect("linux-libc-dev is installed");
+        let of = |line: &str| {
+            let mut words = line.split_whitespace();
+            (words.next() == Some("#define") && words.next() == Some(name))
+                .then(|| words.collect::<String>())
+        };
+        let value = header.lines().find_map(of).expect(name);
+        let bit = value
+            .strip_prefix("(1<<")
+            .and_then(|rest| rest.split(')').next());
+        1 << bit.and_then(|bit| bit.parse::<u32>().ok()).expect("a bit")
+    }
+
+    /// `UUID` was 1 << 15, which is `DM_SECURE_DATA_FLAG`: adopting a foreign device renamed it instead of giving it a
+    /// uuid, and no list ever had uuids in it. Every test compared the constant with itself.
+    #[test]
+    fn flags_are_the_kernels() {
+        for (ours, theirs) in [
+            (SUSPEND, "DM_SUSPEND_FLAG"),
+            (ACTIVE_PRESENT, "DM_ACTIVE_PRESENT_FLAG"),
+            (INACTIVE_PRESENT, "DM_INACTIVE_PRESENT_FLAG"),
+            (BUFFER_FULL, "DM_BUFFER_FULL_FLAG"),
+            (SKIP_LOCKFS, "DM_SKIP_LOCKFS_FLAG"),
+            (NOFLUSH, "DM_NOFLUSH_FLAG"),
+            (UUID, "DM_UUID_FLAG"),
+            (DEFERRED_REMOVE, "DM_DEFERRED_REMOVE"),
+        ] {
+            assert_eq!(ours, defined(theirs), "{theirs}");
+        }
+    }
 
     #[test]
     fn a_head_holds_what_was_put_in_it() {

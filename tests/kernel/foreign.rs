@@ -1,6 +1,6 @@
 //! Living beside losetup and dmsetup: theirs taken down by us, ours by them.
 
-use dmsnap::{Handles, LoopHandle, Outcome, cleanup, remove};
+use dmsnap::{Handles, LoopHandle, Outcome, adopt, cleanup, remove};
 
 use crate::common::reading::{alias_exists, dm_exists, loops_below, number};
 use crate::common::scene::{IMAGE_BYTES, content};
@@ -70,6 +70,28 @@ fn theirs_is_not_in_our_list() {
         "message: status of a foreign device: {}",
         crate::common::chain(&error)
     );
+    drop(theirs);
+}
+
+/// Taking over a device that losetup and dmsetup made renamed it to `DMSNAP-...` instead of giving it a uuid: the flag
+/// was the wrong bit, and every test adopted a device of our own.
+#[test]
+fn theirs_is_adopted_under_its_name_and_cleaned_up() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let theirs = their_snapshot(&scene, &name);
+    let handles = adopt(&name).expect("a snapshot over two loop devices");
+    let uuid = run!("dmsetup", "info", "-c", "--noheadings", "-o", "uuid", &name);
+    assert!(uuid.trim().starts_with("DMSNAP-"), "{uuid:?}");
+    assert_eq!(handles.name.as_ref().map(|name| name.as_str()), Some(name.as_str()));
+    assert_eq!(
+        handles.uuid.as_ref().map(|uuid| uuid.as_str()),
+        Some(uuid.trim())
+    );
+    assert!(alias_exists(&name), "udev's or libdm's link stays");
+    cleanup(&handles).expect("nobody has it open");
+    assert!(!dm_exists(&name) && !alias_exists(&name));
+    scene.assert_clean();
     drop(theirs);
 }
 
