@@ -21,9 +21,8 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use dmsnap::{ChunkSize, Snapshot, SnapshotOptions, SnapshotStatus};
-use serde_json::json;
-
 use origin::Origin;
+use serde_json::json;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 

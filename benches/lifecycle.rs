@@ -17,18 +17,16 @@ mod arena;
 mod contestants;
 mod figures;
 
-use std::env;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
-
-use criterion::{Criterion, SamplingMode};
+use std::{env, fs};
 
 use arena::place::Place;
 use arena::scenarios::{ALL, Disk, Scenario, Udev};
 use arena::{calls, contest};
 use contestants::{Contestant, Result};
+use criterion::{Criterion, SamplingMode};
 use figures::Report;
 use figures::origin::Origin;
 

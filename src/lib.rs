@@ -19,77 +19,41 @@
 #[doc = include_str!("../README.md")]
 mod readme {}
 
-mod alias;
-mod ask;
 mod backing;
-mod binding;
-mod closes;
-mod dm_message;
+mod base;
+mod call;
+mod dm;
 mod error;
-mod exception_store;
 mod export;
-mod fleet;
-mod grow;
-mod half_merged;
-mod handles;
-mod holders;
-mod host;
-mod inventory;
-mod lookup;
-mod loop_device;
-mod made_cow;
-mod mapper;
+mod find;
+pub mod guide;
+mod kernel;
 mod merge;
-mod name;
-mod options;
-mod origin;
-mod origin_identity;
-mod overlap;
-mod policy;
 mod pool;
-mod reap;
-mod refusal;
-mod removal;
-#[cfg(test)]
-mod script;
 mod snapshot;
-mod spans;
-mod status;
-mod store_check;
-mod sys;
-mod table;
+mod store;
 mod teardown;
-mod timings;
-mod units;
-mod uuid;
 mod watch;
 
-pub use backing::Warning;
-pub use error::{Cause, Error, Leftover, Result, Step};
-pub use exception_store::{
+pub use backing::{CowSize, Warning};
+pub use base::{
+    ChunkSize, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, InvalidChunkSize,
+    InvalidName, InvalidNumber, InvalidUuid, LoopHandle, NameFault, OriginIdentity, Sectors, Store,
+};
+pub use call::{CallTiming, StepTiming, Timings};
+pub use dm::{Discard, SnapshotParams, SnapshotStatus, TableError, Target, TargetLine, Usage};
+pub use error::{Cause, Error, Leftover, Refusal, Result, Retry, Step, Verdict};
+pub use export::{ExportOptions, ExportProgress, Exported};
+pub use find::{LoopFacts, SnapshotInfo, State, adopt, list, status};
+pub use merge::{MergeOptions, MergeOutcome, MergeProgress};
+pub use pool::{Claimed, CowFate, Pool, PoolOptions, PoolStatus, Released, WhenEmpty};
+pub use snapshot::{GrowOptions, Origin, Snapshot, SnapshotOptions, grow, recover};
+pub use store::{
     Exception, ExceptionStore, Exceptions, Extent, Extents, StoreError, StoreFault, StoreSummary,
     least_bytes as least_cow_bytes, sound as sound_cow_bytes, worst_case as worst_case_bytes,
 };
-pub use export::{ExportOptions, ExportProgress, Exported};
-pub use fleet::{cleanup_all, cleanup_all_with};
-pub use grow::{GrowOptions, grow, recover};
-pub use handles::{FileId, Handles, LoopHandle};
-pub use inventory::{LoopFacts, SnapshotInfo, State, adopt, list, status};
-pub use merge::{MergeOptions, MergeOutcome, MergeProgress};
-pub use name::{DeviceName, DeviceNumber};
-pub use options::{CowSize, SnapshotOptions};
-pub use origin::Origin;
-pub use origin_identity::OriginIdentity;
-pub use policy::{Retry, Verdict};
-pub use pool::{Claimed, CowFate, Pool, PoolOptions, PoolStatus, Released, WhenEmpty};
-pub use reap::{Fate, ReapOptions, Reaped};
-pub use refusal::{NameFault, Refusal};
-pub use removal::{Outcome, remove, remove_deferred, remove_with, try_remove};
-pub use snapshot::Snapshot;
-pub use status::{SnapshotStatus, Usage};
-pub use table::{Discard, SnapshotParams, Store, TableError, Target, TargetLine};
-pub use teardown::{cleanup, cleanup_deferred, cleanup_with, wait_gone};
-pub use timings::{CallTiming, StepTiming, Timings};
-pub use units::{ChunkSize, Sectors};
-pub use uuid::DeviceUuid;
+pub use teardown::{
+    Fate, Outcome, ReapOptions, Reaped, cleanup, cleanup_all, cleanup_all_with, cleanup_deferred,
+    cleanup_with, remove, remove_deferred, remove_with, try_remove, wait_gone,
+};
 pub use watch::{Change, Watch, WatchEvent};

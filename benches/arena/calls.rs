@@ -1,11 +1,9 @@
 //! How many system calls a create and a remove take, which no noise can touch: by strace, of another process of this
 //! program that does both a few times, the last time between marks.
 
-use std::env;
-use std::fs;
-use std::process::Command;
-
 use std::os::unix::process::parent_id;
+use std::process::Command;
+use std::{env, fs};
 
 use super::place::Place;
 use super::scenarios::ALL;

@@ -6,17 +6,16 @@ pub(crate) mod scenarios;
 
 use std::fs::File;
 use std::path::Path;
-use std::sync::Barrier;
-use std::sync::mpsc;
+use std::sync::{Barrier, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use dmsnap::SnapshotOptions;
+use place::{Fresh, Place, dm_devices, dm_nodes};
+use scenarios::Scenario;
 
 use crate::contestants::{Contestant, Job, Result};
 use crate::figures::{Outcome, Sample, Series};
-use place::{Fresh, Place, dm_devices, dm_nodes};
-use scenarios::Scenario;
 
 /// One contestant, once for each thread.
 type Crew = Vec<Box<dyn Contestant>>;

@@ -1,7 +1,6 @@
 //! Where a bench's samples come from, for its report.
 
-use std::env;
-use std::fs;
+use std::{env, fs};
 
 /// Where the samples come from.
 #[derive(Clone, Debug)]

@@ -11,10 +11,10 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek};
 
 use super::ExportProgress;
-use crate::ask::{absent, ask};
+use crate::call::{absent, ask};
 use crate::error::{Error, Result, Step, errno_of};
-use crate::exception_store::Extent;
-use crate::sys;
+use crate::kernel::sys;
+use crate::store::Extent;
 
 /// How much is read, looked at and written at a time.
 const WINDOW_BYTES: u64 = 1 << 20;

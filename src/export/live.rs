@@ -6,18 +6,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::{ExportOptions, ExportProgress, Exported, Source};
-use crate::ask::{ask, patiently};
 use crate::backing::{Backing, open_origin, open_unlocked};
-use crate::dm_message::Address;
-use crate::error::{Error, Leftover, Result, Step, errno_of};
-use crate::host::{Host, MACHINE};
-use crate::inventory::{self, LoopFacts, SnapshotInfo, State};
-use crate::name::MAPPER_DIR;
-use crate::policy::{self, Retry, Verdict};
-use crate::refusal::Refusal;
-use crate::status::SnapshotStatus;
-use crate::table::SnapshotParams;
-use crate::uuid::{DeviceUuid, Kind};
+use crate::base::{DeviceUuid, Kind, MAPPER_DIR};
+use crate::call::{ask, patiently};
+use crate::dm::{Address, SnapshotParams, SnapshotStatus};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, errno_of, policy};
+use crate::find;
+use crate::find::{LoopFacts, SnapshotInfo, State};
+use crate::kernel::{DeviceMapper, Host, MACHINE};
 
 pub(super) fn export(
     options: &ExportOptions,
@@ -25,7 +21,7 @@ pub(super) fn export(
     output: &Path,
     progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
 ) -> Result<Option<Exported>> {
-    let info = inventory::status(snapshot)?;
+    let info = find::status_of(&MACHINE, snapshot)?;
     let params = exportable(&info)?;
     let origin = path_of(&info, info.origin.as_ref())?;
     let cow = path_of(&info, info.cow.as_ref())?;
@@ -140,8 +136,8 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
-    use crate::name::DeviceName;
-    use crate::script::Script;
+    use crate::base::DeviceName;
+    use crate::kernel::fake::Script;
 
     const MAPPER: &str = "/dev/mapper/vm";
 

@@ -11,17 +11,17 @@ use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
-use crate::ask::ask;
-use crate::backing::{Backing, open_origin, open_store};
-use crate::error::{Result, Step};
-use crate::exception_store::{ExceptionStore, Extent};
-use crate::host::{Host, MACHINE};
-use crate::options::SnapshotOptions;
-use crate::refusal::Refusal;
-use crate::store_check::{check_header, check_identity, unsound};
-use crate::units::{SECTOR_BYTES, Sectors};
 use copy::Copier;
 use output::Output;
+
+use crate::backing::{
+    Backing, CowOptions, check_header, check_identity, open_origin, open_store, unsound,
+};
+use crate::base::{SECTOR_BYTES, Sectors};
+use crate::call::ask;
+use crate::error::{Refusal, Result, Step};
+use crate::kernel::{Files, MACHINE};
+use crate::store::{ExceptionStore, Extent};
 
 /// Options for writing a snapshot's disk to a file of its own.
 ///
@@ -94,7 +94,7 @@ impl ExportOptions {
         self
     }
 
-    /// Takes the origin as it is, as [`SnapshotOptions::any_origin`] does: over a changed one the result is garbage.
+    /// Takes the origin as it is, as [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does: over a changed one the result is garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.any_origin = any_origin;
         self
@@ -207,10 +207,11 @@ impl ExportOptions {
         live::export(self, snapshot.as_ref(), output.as_ref(), progress)
     }
 
-    fn origin_options(&self) -> SnapshotOptions {
-        let mut options = SnapshotOptions::new();
-        options.any_origin(self.any_origin);
-        options
+    fn origin_options(&self) -> CowOptions {
+        CowOptions {
+            any_origin: self.any_origin,
+            ..CowOptions::default()
+        }
     }
 }
 

@@ -9,12 +9,10 @@ use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
 use nix::unistd::linkat;
 
 use super::copy::failed;
-use crate::ask::ask;
-use crate::error::{Error, Leftover, Result, Step};
-use crate::handles::FileId;
-use crate::name::DeviceNumber;
-use crate::refusal::Refusal;
-use crate::sys;
+use crate::base::{DeviceNumber, FileId};
+use crate::call::ask;
+use crate::error::{Error, Leftover, Refusal, Result, Step};
+use crate::kernel::sys;
 
 /// Refuses an output that is there and must not be replaced.
 pub(super) fn admit(path: &Path, replace: bool, inputs: &[FileId]) -> Result<()> {

@@ -3,20 +3,15 @@
 use std::fmt;
 use std::path::Path;
 
-use crate::ask::ask;
-use crate::backing::Backing;
-use crate::error::{Result, Step};
-use crate::handles::Handles;
-use crate::host::Host;
-use crate::name::DeviceName;
-use crate::origin::Base;
-use crate::policy::Retry;
-use crate::snapshot::{Made, attach, link, load, make_device, undone};
-use crate::sys::LO_AUTOCLEAR;
-use crate::table::{Discard, SnapshotParams, Store, Target, TargetLine};
+use crate::backing::{Backing, attach};
+use crate::base::{ChunkSize, DeviceName, Handles, Kind, Sectors, Store};
+use crate::call::ask;
+use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
+use crate::error::{Result, Retry, Step};
+use crate::kernel::Host;
+use crate::kernel::sys::LO_AUTOCLEAR;
+use crate::snapshot::{Base, Made, link, load, make_device, undone};
 use crate::teardown;
-use crate::units::{ChunkSize, Sectors};
-use crate::uuid::Kind;
 
 /// Enough for a chunk of a transient store, in which nothing is ever kept.
 const COW_BYTES: u64 = 64 << 10;

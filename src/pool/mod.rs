@@ -6,16 +6,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Leftover, Result};
-use crate::handles::Handles;
-use crate::host::{MACHINE, Machine};
-use crate::name::{DeviceName, POOLED};
-use crate::overlap::overlapped;
-use crate::policy::{Retry, Verdict};
-use crate::snapshot::Snapshot;
 use keeper::Keeper;
 use recycle::{Ending, TakenBack};
 use shared::{Shared, State};
+
+use crate::base::{DeviceName, Handles, POOLED};
+use crate::call::overlapped;
+use crate::error::{Error, Leftover, Result, Retry, Verdict};
+use crate::kernel::{MACHINE, Machine};
+use crate::snapshot::Snapshot;
 
 pub(crate) mod keeper;
 mod options;
@@ -23,9 +22,10 @@ pub(crate) mod ready;
 pub(crate) mod recycle;
 mod shared;
 mod sweep;
+#[cfg(test)]
+mod tests;
 
 pub use options::{PoolOptions, WhenEmpty};
-pub(crate) use sweep::{forget_cow, is_alive};
 
 /// What becomes of the COW file of a snapshot that is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

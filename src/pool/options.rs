@@ -5,16 +5,14 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crate::ask::ask;
-use crate::error::{Error, Result, Step, errno_of};
-use crate::host::{Host, MACHINE};
-use crate::mapper::MAPPER_CONTROL;
-use crate::options::{CowSize, SnapshotOptions};
-use crate::origin::Origin;
-use crate::snapshot;
-
 use super::shared::Shared;
 use super::{Pool, keeper, pool_name, sweep};
+use crate::backing::CowSize;
+use crate::call::ask;
+use crate::error::{Error, Result, Step, errno_of};
+use crate::kernel::{Clock, MACHINE, MAPPER_CONTROL};
+use crate::snapshot;
+use crate::snapshot::{Origin, SnapshotOptions};
 
 /// How a [`Pool`] is to be kept.
 ///
@@ -101,8 +99,8 @@ impl PoolOptions {
         let random = ask(Step::Random, control, || host.random())?;
         let id = u64::try_from(random >> 64).unwrap_or_default();
         let mut options = self.snapshot.clone();
-        options.make_cow = Some(options.make_cow.unwrap_or(CowSize::WorstCase));
-        options.replace_cow = false;
+        options.cow.make = Some(options.cow.make.unwrap_or(CowSize::WorstCase));
+        options.cow.replace = false;
         let keeper = keeper::make(host, &origin.0, &pool_name(id, "keeper")?)?;
         let shared = Arc::new(Shared {
             options,

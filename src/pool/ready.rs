@@ -4,19 +4,16 @@ use std::ffi::OsStr;
 use std::mem::take;
 use std::path::{Path, PathBuf};
 
-use crate::ask::{absent, ask};
 use crate::backing::Warning;
-use crate::dm_message::Address;
-use crate::error::{Leftover, Result, Step};
-use crate::handles::Handles;
-use crate::host::Host;
-use crate::name::{DeviceName, POOLED};
-use crate::options::SnapshotOptions;
-use crate::origin::Base;
-use crate::policy::Retry;
-use crate::snapshot::{Built, Made, Onto, Snapshot, build, prepare, unbuilt};
+use crate::base::{DeviceName, Handles, Kind, POOLED};
+use crate::call::{absent, ask};
+use crate::dm::Address;
+use crate::error::{Leftover, Result, Retry, Step};
+use crate::kernel::Host;
+use crate::snapshot::{
+    Base, Built, Made, Onto, Snapshot, SnapshotOptions, build, prepare, unbuilt,
+};
 use crate::teardown;
-use crate::uuid::Kind;
 
 /// Where a pool's snapshots are made, and how.
 pub(crate) struct Site<'a, L> {

@@ -2,24 +2,18 @@
 
 use std::path::PathBuf;
 
-use crate::ask::{absent, ask, patiently};
-use crate::binding::{Binding, binding};
-use crate::error::{Error, Leftover, Result, Step};
-use crate::handles::{Handles, LoopHandle};
-use crate::host::Host;
-use crate::lookup::{self, Bound};
-use crate::mapper::Device;
-use crate::name::{DeviceName, DeviceNumber, KEPT};
-use crate::policy::{self, Retry, Verdict};
-use crate::removal::{self, Subject, When};
-use crate::snapshot::{Made, load};
-use crate::table::{Target, TargetLine};
-use crate::teardown;
-use crate::units::Sectors;
-use crate::uuid::{DeviceUuid, Kind};
-
 use super::CowFate;
 use super::ready::{self, Site};
+use crate::backing::{Binding, binding};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, KEPT, Kind, LoopHandle, Sectors};
+use crate::call::{absent, ask, patiently};
+use crate::dm::{Target, TargetLine};
+use crate::error::{Error, Leftover, Result, Retry, Step, Verdict, policy};
+use crate::find::Bound;
+use crate::kernel::{DevId, Device, Host};
+use crate::snapshot::{Made, load};
+use crate::teardown::{Subject, When};
+use crate::{find, teardown};
 
 /// What became of a released snapshot.
 pub(crate) enum Ending<F> {
@@ -217,7 +211,7 @@ fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<
     let open_count = ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
     if open_count > 0 {
         let subject = Subject::ours(made.uuid.clone(), &made.name);
-        removal::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)?;
+        teardown::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)?;
     }
     Ok(open_count == 0)
 }
@@ -246,7 +240,9 @@ fn find_cow<H: Host>(
     let Ok(uuid) = DeviceUuid::new(device.uuid.as_str()) else {
         return Ok(None);
     };
-    let table = ask(Step::Status, &subject.path, || host.live_table(&uuid));
+    let table = ask(Step::Status, &subject.path, || {
+        host.table(DevId::Uuid(&uuid), false)
+    });
     let target = absent(table)?
         .flatten()
         .and_then(|(kind, text)| Target::parse(&kind, &text).ok());
@@ -258,7 +254,7 @@ fn find_cow<H: Host>(
         if subject.query(host)?.is_none() {
             return Ok(None);
         }
-        match lookup::reach(host, &bound, &device.name, true) {
+        match find::reach(host, &bound, &device.name, true) {
             Ok((file, _)) => Ok(Some(CowFile {
                 path: bound.path,
                 file,
@@ -271,7 +267,7 @@ fn find_cow<H: Host>(
     if let Some(cow) = expected.and_then(|bound| open(bound).ok().flatten()) {
         return Ok(Some(cow));
     }
-    absent(lookup::bound(host, params.cow))?.map_or(Ok(None), open)
+    absent(find::bound(host, params.cow))?.map_or(Ok(None), open)
 }
 
 /// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's

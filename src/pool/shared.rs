@@ -6,21 +6,15 @@ use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::error::{Error, Leftover, Result};
-use crate::host::MACHINE;
-use crate::loop_device::LoopDevice;
-use crate::name::{DeviceName, POOLED};
-use crate::options::SnapshotOptions;
-use crate::origin::Origin;
-use crate::overlap::overlapped;
-use crate::policy::Retry;
-use crate::refusal::Refusal;
-use crate::snapshot::{self, Made};
-use crate::sys;
-
 use super::ready::{self, Ready, Site};
 use super::recycle::{self, TakenBack};
 use super::{Claimed, WhenEmpty, pool_name};
+use crate::base::{DeviceName, POOLED};
+use crate::call::overlapped;
+use crate::error::{Error, Leftover, Refusal, Result, Retry};
+use crate::kernel::{LoopDevice, MACHINE, sys};
+use crate::snapshot;
+use crate::snapshot::{Made, Origin, SnapshotOptions};
 
 #[derive(Debug)]
 pub(super) struct Shared {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use crate::status::{SnapshotStatus, Usage};
-use crate::units::ChunkSize;
+use crate::base::ChunkSize;
+use crate::dm::{SnapshotStatus, Usage};
 use crate::watch::Change;
 
 /// No store fills up faster than it is looked at, unless it holds less than this much time.
@@ -172,7 +172,7 @@ fn reaches(usage: Usage, threshold: u8, chunk: ChunkSize) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::units::Sectors;
+    use crate::base::Sectors;
 
     fn usage(allocated: u64, total: u64) -> Usage {
         Usage {

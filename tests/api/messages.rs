@@ -1,6 +1,6 @@
 //! What a user reads: every message, word for word.
 
-use dmsnap::{Change, Warning};
+use dmsnap::{Change, InvalidName, NameFault, Warning};
 
 use super::*;
 
@@ -26,7 +26,7 @@ fn variant(value: &impl std::fmt::Debug) -> String {
 fn refusals() -> Vec<(Refusal, &'static str)> {
     let image = || Path::new("/images/base.ext4").to_owned();
     let cow = || Path::new("/run/vm 42.cow").to_owned();
-    let name = |name: &str| DeviceName::new(name).expect_err(name);
+    let name = |name: &str| Refusal::from(DeviceName::new(name).expect_err(name));
     let origin = |bytes, seconds: i64| dmsnap::OriginIdentity {
         size_bytes: bytes,
         mtime_ns: seconds * 1_000_000_000 + 5,
@@ -43,14 +43,14 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"cannot name a device "a\nb": it has the character '\n' (allowed: 0-9 A-Z a-z # + - . : = @ _)"#,
         ),
         (
-            Refusal::Name {
+            Refusal::Name(InvalidName {
                 name: "n...".to_owned(),
                 fault: NameFault::TooLong { bytes: 128 },
-            },
+            }),
             r#"cannot name a device "n...": it has 128 bytes, the kernel keeps 127"#,
         ),
         (
-            DeviceUuid::new("LVM-1").expect_err("foreign"),
+            DeviceUuid::new("LVM-1").expect_err("foreign").into(),
             r#""LVM-1" is not a uuid of a dmsnap device (DMSNAP-..., at most 128 bytes)"#,
         ),
         (
@@ -61,11 +61,11 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#""vg-root" is not a dmsnap device: its uuid is "LVM-1""#,
         ),
         (
-            "7:-1".parse::<DeviceNumber>().expect_err("negative"),
+            "7:-1".parse::<DeviceNumber>().expect_err("negative").into(),
             r#""7:-1" is not a device number (major:minor)"#,
         ),
         (
-            ChunkSize::new(1 << 31).expect_err("2^31"),
+            ChunkSize::new(1 << 31).expect_err("2^31").into(),
             "cannot use chunks of 2147483648 sectors: need a power of two from 1 to 2097152",
         ),
         (
@@ -129,10 +129,10 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
         ),
         (Refusal::PoolEmpty, "no device of the pool is ready"),
         (
-            Refusal::Name {
+            Refusal::Name(InvalidName {
                 name: "dmsnap-pool-1".into(),
                 fault: NameFault::Pool,
-            },
+            }),
             r#"cannot name a device "dmsnap-pool-1": names that begin with dmsnap-pool- are a pool's"#,
         ),
         (
@@ -283,7 +283,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
 
 #[test]
 fn every_refusal_reads_as_it_should() {
-    let source = include_str!("../../src/refusal.rs");
+    let source = include_str!("../../src/error/refusal.rs");
     let listed = refusals();
     for (refusal, message) in &listed {
         assert_eq!(refusal.to_string(), *message);
@@ -299,11 +299,14 @@ fn every_refusal_reads_as_it_should() {
     let faults: Vec<_> = listed
         .iter()
         .filter_map(|(refusal, _)| match refusal {
-            Refusal::Name { fault, .. } => Some(variant(fault)),
+            Refusal::Name(InvalidName { fault, .. }) => Some(variant(fault)),
             _ => None,
         })
         .collect();
-    for name in variants(source, "pub enum NameFault {") {
+    for name in variants(
+        include_str!("../../src/base/name.rs"),
+        "pub enum NameFault {",
+    ) {
         let seen = faults.iter().any(|fault| fault == name);
         assert!(seen, "NameFault::{name} has no golden message");
     }
@@ -363,7 +366,7 @@ fn every_step_makes_a_sentence() {
     for (step, sentence) in steps {
         assert_eq!(format!("cannot {step} X"), sentence);
     }
-    for name in variants(include_str!("../../src/error.rs"), "\nsteps! {") {
+    for name in variants(include_str!("../../src/error/step.rs"), "\nsteps! {") {
         let seen = steps.iter().any(|(step, _)| variant(step) == name);
         assert!(seen, "Step::{name} has no golden text");
     }
@@ -398,7 +401,10 @@ fn every_warning_reads_as_it_should() {
     for (warning, text) in &warnings {
         assert_eq!(warning.to_string(), *text);
     }
-    for name in variants(include_str!("../../src/backing.rs"), "pub enum Warning {") {
+    for name in variants(
+        include_str!("../../src/backing/warning.rs"),
+        "pub enum Warning {",
+    ) {
         let seen = warnings.iter().any(|(warning, _)| variant(warning) == name);
         assert!(seen, "Warning::{name} has no golden text");
     }
@@ -433,7 +439,7 @@ fn every_change_of_a_watched_snapshot_reads_as_it_should() {
     for (change, text) in &changes {
         assert_eq!(change.to_string(), *text);
     }
-    for name in variants(include_str!("../../src/watch.rs"), "pub enum Change {") {
+    for name in variants(include_str!("../../src/watch/mod.rs"), "pub enum Change {") {
         let seen = changes.iter().any(|(change, _)| variant(change) == name);
         assert!(seen, "Change::{name} has no golden text");
     }

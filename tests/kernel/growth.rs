@@ -3,8 +3,9 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
-use dmsnap::{Error, GrowOptions, Refusal, Retry, Snapshot, SnapshotOptions, SnapshotStatus};
-use dmsnap::{Store, Verdict};
+use dmsnap::{
+    Error, GrowOptions, Refusal, Retry, Snapshot, SnapshotOptions, SnapshotStatus, Store, Verdict,
+};
 
 use crate::common::filling::{Direct, status_of, usage_of};
 use crate::common::reading::{dm_table, loops_below};

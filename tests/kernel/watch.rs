@@ -7,8 +7,10 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{Change, ChunkSize, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store};
-use dmsnap::{Verdict, Watch, WatchEvent};
+use dmsnap::{
+    Change, ChunkSize, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store, Verdict,
+    Watch, WatchEvent,
+};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::common::filling::{Direct, status_of, usage_of};

@@ -17,10 +17,9 @@ use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use args::{Args, Command, Reap};
 use clap::Parser;
 use dmsnap::{GrowOptions, Handles, Outcome, ReapOptions, Retry, SnapshotInfo, Timings};
-
-use args::{Args, Command, Reap};
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {

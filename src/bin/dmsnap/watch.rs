@@ -141,8 +141,9 @@ impl Display for Line<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use dmsnap::Sectors;
+
+    use super::*;
 
     #[test]
     fn it_grows_in_steps_until_it_is_below_again() {

@@ -7,11 +7,11 @@ pub(crate) mod rows;
 pub(crate) mod scene;
 pub(crate) mod tools;
 
+use std::fs;
+
 pub(crate) use fixtures::{Foreign, Losetup, Mounted, TempSetting};
 pub(crate) use scene::{PREFIX, Scene};
 pub(crate) use tools::{chain, dmsnap, dmsnap_under, eventually, output, run};
-
-use std::fs;
 
 /// The kernel that the run was meant for.
 pub(crate) fn stated_kernel() -> String {

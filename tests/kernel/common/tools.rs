@@ -28,7 +28,8 @@ macro_rules! output {
     }};
 }
 
-pub(crate) use {output, run};
+pub(crate) use output;
+pub(crate) use run;
 
 /// What the command printed to stdout, without the last newline.
 pub(crate) fn success(command: &mut Command) -> String {

@@ -6,9 +6,8 @@ use std::process::Output;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::{Flock, FlockArg};
-
 use dmsnap::{Fate, Handles, ReapOptions, SnapshotOptions, Verdict, cleanup};
+use nix::fcntl::{Flock, FlockArg};
 
 use super::trace::{self, Call, Stopped};
 use super::worker::{Process, use_disk};

@@ -1,10 +1,9 @@
 //! Many cycles with whatever goes wrong in a control plane's life, in random order: nothing grows.
 
-use std::env;
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::{env, thread};
 
 use dmsnap::{Fate, Outcome, ReapOptions, Retry, cleanup, remove_deferred, wait_gone};
 

@@ -1,0 +1,89 @@
+//! A file attached to a loop device.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::Backing;
+use super::binding::diskseq;
+use crate::base::{DeviceNumber, LoopHandle, Sectors, loop_node};
+use crate::call::{ask, patiently};
+use crate::error::{Result, Retry, Step, Verdict};
+use crate::kernel::sys::LO_READ_ONLY;
+use crate::kernel::{Host, LOOP_CONTROL};
+
+/// A loop device that is ours for as long as `device` is open or a dm table holds it.
+#[derive(Debug)]
+pub(crate) struct Attached<L> {
+    pub(crate) path: PathBuf,
+    /// The N of `/dev/loopN`.
+    pub(crate) number: u32,
+    pub(crate) dev: DeviceNumber,
+    pub(crate) device: L,
+}
+
+/// The next free loop device is another one already, so the first pauses are next to nothing.
+const RACE_RETRY: Retry =
+    Retry::until(Duration::from_secs(5)).pauses(Duration::from_micros(1), Duration::from_millis(1));
+
+pub(crate) fn loop_length<H: Host>(host: &H, device: &Attached<H::Loop>) -> Result<Sectors> {
+    let size = || host.loop_size_bytes(&device.device);
+    ask(Step::SizeLoop, &device.path, size).map(Sectors::from_bytes_floor)
+}
+
+/// Finds a free loop device and binds `backing` to it; `label` is for people and for finding it again. A device that
+/// was lost to another process is left alone.
+pub(crate) fn attach<H: Host>(
+    host: &H,
+    backing: &Backing<'_, H::File>,
+    flags: u32,
+    label: &Path,
+    handle: &mut Option<LoopHandle>,
+) -> Result<Attached<H::Loop>> {
+    patiently(host, &RACE_RETRY, Verdict::TakeAnother, || {
+        try_attach(host, backing, flags, label, handle)
+    })
+}
+
+fn try_attach<H: Host>(
+    host: &H,
+    backing: &Backing<'_, H::File>,
+    flags: u32,
+    label: &Path,
+    handle: &mut Option<LoopHandle>,
+) -> Result<Attached<H::Loop>> {
+    let number = ask(Step::FindLoop, Path::new(LOOP_CONTROL), || host.find_loop())?;
+    let path = loop_node(number);
+    let writable = flags & LO_READ_ONLY == 0;
+    let device = ask(Step::OpenLoop, &path, || host.open_loop(&path, writable))?;
+    if writable {
+        hold(host, &device, &path)?;
+    }
+    ask(Step::AttachLoop, &path, || {
+        host.attach_loop(&device, &backing.file, flags, label)
+    })?;
+    let handle = handle.insert(LoopHandle::at(&path));
+    handle.backing = Some(backing.facts.id);
+    handle.diskseq = diskseq(host, &device, &path)?;
+    let dev = ask(Step::InspectLoop, &path, || host.loop_number(&device))?;
+    Ok(Attached {
+        path,
+        number,
+        dev,
+        device,
+    })
+}
+
+/// Locks the COW file's loop device for as long as we have it open: the sign, to whoever reaps, that the snapshot's
+/// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile. Where udev is there
+/// first, a shared one stands beside its, and a mark says that one of them is a maker's. Where that cannot be had
+/// either, another maker is on the device.
+fn hold<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<()> {
+    let lock = |exclusive| ask(Step::LockLoop, path, || host.lock_loop(device, exclusive));
+    match lock(true) {
+        Err(error) if error.verdict() == Some(Verdict::TakeAnother) => {
+            lock(false)?;
+            ask(Step::LockLoop, path, || host.mark_loop(device))
+        }
+        other => other,
+    }
+}

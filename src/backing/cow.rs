@@ -1,0 +1,166 @@
+//! A COW file before use: opened or made, locked, and held against what a snapshot or a merge can take.
+
+use std::path::Path;
+
+use super::check::{check_header, check_store, probe_store, valid};
+use super::file::{in_use, inspect, lock, open};
+use super::make::{self, unmake};
+use super::{Backing, CowOptions, Warning};
+use crate::base::Store;
+use crate::call::ask;
+use crate::error::{Refusal, Result, Step};
+use crate::kernel::{FileKind, Host};
+use crate::store::{self, Header};
+
+/// A COW file that a snapshot can be made over.
+pub(crate) struct Cow<'a, F> {
+    pub(crate) backing: Backing<'a, F>,
+    /// Whether the store is to be marked as made over this origin.
+    pub(crate) mark: bool,
+    /// What was done to it.
+    pub(crate) warning: Option<Warning>,
+}
+
+/// Opens the COW file, or makes it, and locks it against a second snapshot.
+pub(crate) fn open_cow<'a, H: Host, O>(
+    host: &H,
+    path: &'a Path,
+    origin: &Backing<'_, O>,
+    options: &CowOptions,
+) -> Result<Cow<'a, H::File>> {
+    let Some(size) = options.make else {
+        let (mut backing, locked) = open_made_cow(host, path)?;
+        admit_file(&backing, origin)?;
+        let mark = admit_cow(host, &backing, locked, origin, options)?;
+        let warning = mend_size(host, &mut backing, options)?;
+        return Ok(Cow {
+            backing,
+            mark,
+            warning,
+        });
+    };
+    let made = make::make(host, path, size, origin, options)?;
+    match admit_cow(host, &made, Ok(()), origin, options) {
+        Ok(mark) => Ok(Cow {
+            backing: made,
+            mark,
+            warning: None,
+        }),
+        // `made` is still open here, and with it locked.
+        Err(error) => Err(unmake(host, error, path)),
+    }
+}
+
+/// Opens a COW file that is there; says whether it could be locked.
+pub(crate) fn open_made_cow<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+) -> Result<(Backing<'a, H::File>, Result<()>)> {
+    let file = open(host, path, true, || Refusal::CowInUse {
+        path: path.to_owned(),
+    })?;
+    let locked = lock(host, path, &file, true);
+    Ok((inspect(host, path, file)?, locked))
+}
+
+/// Opens the COW file for a merge, locked against every snapshot, with its header: a valid store's, made over this
+/// origin.
+pub(crate) fn open_merged_cow<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    origin: &Backing<'_, H::File>,
+    any_origin: bool,
+) -> Result<(Backing<'a, H::File>, Header)> {
+    let (cow, locked) = open_made_cow(host, path)?;
+    admit_file(&cow, origin)?;
+    in_use(locked, || Refusal::CowInUse {
+        path: path.to_owned(),
+    })?;
+    let header = match probe_store(host, &cow)? {
+        Some(header) => valid(&cow, header)?,
+        None => {
+            return Err(Refusal::CowBlank {
+                path: path.to_owned(),
+            }
+            .into());
+        }
+    };
+    check_header(origin, &cow, &header, any_origin)?;
+    Ok((cow, header))
+}
+
+/// Makes a `PO` store's file a chunk longer where its size is a trap ([`store::sound`]). Longer, not shorter:
+/// of a store that was in use, the last chunk may hold data. It stays so whatever comes of the snapshot.
+fn mend_size<H: Host>(
+    host: &H,
+    cow: &mut Backing<'_, H::File>,
+    options: &CowOptions,
+) -> Result<Option<Warning>> {
+    let bytes = cow.facts.size_bytes;
+    let sound = store::sound_from(bytes, options.store, options.chunk);
+    if options.store != Store::PersistentOverflow || sound == Some(bytes) {
+        return Ok(None);
+    }
+    let path = || cow.path.to_owned();
+    let sound_bytes = sound.ok_or_else(|| Refusal::CowTooLarge { path: path() })?;
+    if cow.facts.kind != FileKind::Regular {
+        return Err(Refusal::CowSizeTrap {
+            path: path(),
+            bytes,
+            sound_bytes,
+        }
+        .into());
+    }
+    ask(Step::SizeFile, cow.path, || {
+        host.size_file(&cow.file, sound_bytes, false)
+    })?;
+    cow.facts.size_bytes = sound_bytes;
+    Ok(Some(Warning::CowLengthened { bytes, sound_bytes }))
+}
+
+/// What no snapshot and no merge takes as a COW file, whatever it holds.
+pub(crate) fn admit_file<F, O>(cow: &Backing<'_, F>, origin: &Backing<'_, O>) -> Result<()> {
+    let path = || cow.path.to_owned();
+    if cow.facts.id == origin.facts.id {
+        return Err(Refusal::SameFile {
+            origin: origin.path.to_owned(),
+            cow: path(),
+        }
+        .into());
+    }
+    if cow.facts.kind == FileKind::Regular && cow.facts.mode & 0o222 == 0 {
+        return Err(Refusal::CowReadOnly {
+            path: path(),
+            mode: cow.facts.mode,
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// Says whether the store is to be marked.
+fn admit_cow<H: Host, O>(
+    host: &H,
+    cow: &Backing<'_, H::File>,
+    locked: Result<()>,
+    origin: &Backing<'_, O>,
+    options: &CowOptions,
+) -> Result<bool> {
+    let path = || cow.path.to_owned();
+    let needed = store::least_bytes(options.store, options.chunk);
+    if cow.facts.size_bytes < needed {
+        let (bytes, chunk) = (cow.facts.size_bytes, options.chunk);
+        return Err(Refusal::CowTooSmall {
+            path: path(),
+            bytes,
+            chunk,
+            needed,
+        }
+        .into());
+    }
+    in_use(locked, || Refusal::CowInUse { path: path() })?;
+    if cow.facts.links == 0 {
+        return Err(Refusal::CowUnlinked { path: path() }.into());
+    }
+    check_store(host, cow, origin, options)
+}

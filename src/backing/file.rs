@@ -1,0 +1,136 @@
+//! An image or a COW file: opened, inspected and locked before any device is touched.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::{CowOptions, check_identity};
+use crate::base::{OriginIdentity, SECTOR_BYTES};
+use crate::call::{ask, patiently};
+use crate::error::{Refusal, Result, Retry, Step, Verdict};
+use crate::kernel::{FileFacts, FileKind, Host};
+
+/// An image or COW file that passed inspection, locked for as long as it is open or a loop device has it.
+pub(crate) struct Backing<'a, F> {
+    pub(crate) path: &'a Path,
+    pub(crate) file: F,
+    pub(crate) facts: FileFacts,
+}
+
+impl<F> Backing<'_, F> {
+    pub(crate) fn identity(&self) -> OriginIdentity {
+        self.facts.identity()
+    }
+}
+
+/// Opens the origin image, and locks it against becoming a COW file or being written by whoever takes locks.
+pub(crate) fn open_origin<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    options: &CowOptions,
+) -> Result<Backing<'a, H::File>> {
+    let origin = open_locked_origin(host, path, false)?;
+    check_identity(
+        path,
+        origin.identity(),
+        options.expected_origin,
+        options.any_origin,
+    )?;
+    Ok(origin)
+}
+
+/// Opens the origin image, with a shared lock, or writable with an exclusive one: against that stands the lock of every
+/// snapshot over it.
+pub(crate) fn open_locked_origin<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    writable: bool,
+) -> Result<Backing<'a, H::File>> {
+    let in_use_by = || Refusal::OriginInUse {
+        path: path.to_owned(),
+    };
+    let file = open(host, path, writable, in_use_by)?;
+    let locked = lock(host, path, &file, writable);
+    let origin = inspect(host, path, file)?;
+    let bytes = origin.facts.size_bytes;
+    if bytes < SECTOR_BYTES {
+        return Err(Refusal::OriginTooShort {
+            path: path.to_owned(),
+            bytes,
+        }
+        .into());
+    }
+    in_use(locked, in_use_by)?;
+    Ok(origin)
+}
+
+/// Opens a COW file that is only to be read, and locks it against becoming a snapshot's meanwhile.
+pub(crate) fn open_store<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    let in_use_by = || Refusal::CowInUse {
+        path: path.to_owned(),
+    };
+    let file = open(host, path, false, in_use_by)?;
+    let locked = lock(host, path, &file, false);
+    let cow = inspect(host, path, file)?;
+    in_use(locked, in_use_by)?;
+    Ok(cow)
+}
+
+/// Opens a COW file that a snapshot has locked, only to read it.
+pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    let in_use_by = || Refusal::CowInUse {
+        path: path.to_owned(),
+    };
+    inspect(host, path, open(host, path, false, in_use_by)?)
+}
+
+pub(super) fn open<H: Host>(
+    host: &H,
+    path: &Path,
+    writable: bool,
+    in_use: impl FnOnce() -> Refusal,
+) -> Result<H::File> {
+    match ask(Step::OpenFile, path, || host.open_file(path, writable)) {
+        Err(error) if error.verdict() == Some(Verdict::NotAFile) => Err(Refusal::NotAFile {
+            path: path.to_owned(),
+            kind: "a directory",
+        }
+        .into()),
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(in_use().into()),
+        opened => opened,
+    }
+}
+
+pub(super) fn inspect<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    file: H::File,
+) -> Result<Backing<'a, H::File>> {
+    let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
+    match facts.kind {
+        FileKind::Other(kind) => Err(Refusal::NotAFile {
+            path: path.to_owned(),
+            kind,
+        }
+        .into()),
+        _ => Ok(Backing { path, file, facts }),
+    }
+}
+
+/// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
+/// same file, gets a COW file that a snapshot has. What is inspected afterwards is not changed by who takes locks.
+pub(crate) fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Result<()> {
+    patiently(host, &LOCK_RETRY, Verdict::InUse, || {
+        ask(Step::LockFile, path, || host.lock_file(file, exclusive))
+    })
+}
+
+/// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is gone:
+/// the kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node.
+const LOCK_RETRY: Retry = Retry::until(Duration::from_secs(1));
+
+pub(crate) fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
+    match locked {
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(refusal().into()),
+        locked => locked,
+    }
+}

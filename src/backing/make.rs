@@ -1,0 +1,109 @@
+//! The COW file that is made for the caller, and unmade again.
+
+use std::path::Path;
+
+use super::cow::{admit_file, open_made_cow};
+use super::file::{in_use, lock};
+use super::{Backing, CowOptions, CowSize};
+use crate::base::Sectors;
+use crate::call::{absent, ask};
+use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
+use crate::kernel::{FileKind, Host};
+use crate::store;
+
+/// Makes the COW file, locked against a second snapshot, or takes an existing one in its place if that was asked for.
+pub(crate) fn make<'a, H: Host, O>(
+    host: &H,
+    path: &'a Path,
+    size: CowSize,
+    origin: &Backing<'_, O>,
+    options: &CowOptions,
+) -> Result<Backing<'a, H::File>> {
+    let bytes = made_bytes(path, size, origin, options)?;
+    let file = match ask(Step::MakeFile, path, || host.make_file(path)) {
+        Err(error) if options.replace && error.verdict() == Some(Verdict::NameTaken) => {
+            empty(host, path, origin)?
+        }
+        made => lock_made(host, path, made?)?,
+    };
+    let sized = ask(Step::SizeFile, path, || {
+        host.size_file(&file, bytes, options.reserve)
+    });
+    let inspected = ask(Step::InspectFile, path, || host.inspect_file(&file));
+    let facts = sized
+        .and(inspected)
+        .map_err(|error| unmake(host, error, path))?;
+    Ok(Backing { path, file, facts })
+}
+
+fn lock_made<H: Host>(host: &H, path: &Path, file: H::File) -> Result<H::File> {
+    match lock(host, path, &file, true) {
+        Ok(()) => Ok(file),
+        // Another snapshot may be given the path before we have the lock: then the file is that one's, and stays.
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Err(Refusal::CowInUse {
+            path: path.to_owned(),
+        }
+        .into()),
+        Err(error) => Err(unmake(host, error, path)),
+    }
+}
+
+/// Takes the file that is there, and all that it holds out of it: nobody's COW file, and not the image.
+fn empty<H: Host, O>(host: &H, path: &Path, origin: &Backing<'_, O>) -> Result<H::File> {
+    let (found, locked) = open_made_cow(host, path)?;
+    let path = || path.to_owned();
+    admit_file(&found, origin)?;
+    in_use(locked, || Refusal::CowInUse { path: path() })?;
+    let refusal = match found.facts.kind {
+        FileKind::Regular if found.facts.links > 0 => None,
+        FileKind::Regular => Some(Refusal::CowUnlinked { path: path() }),
+        _ => Some(Refusal::NotAFile {
+            path: path(),
+            kind: "a block device",
+        }),
+    };
+    match refusal {
+        Some(refusal) => Err(refusal.into()),
+        None => ask(Step::SizeFile, found.path, || {
+            host.size_file(&found.file, 0, false)
+        })
+        .map(|()| found.file),
+    }
+}
+
+/// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
+/// path, nobody would know what fills the disk. To be called while the file is open, and with it locked.
+pub(crate) fn unmake<H: Host>(host: &H, error: Error, path: &Path) -> Error {
+    let kept_by = error.left().first().map(|leftover| leftover.error.clone());
+    let unlink = || absent(ask(Step::Unlink, path, || host.unlink(path))).err();
+    match kept_by.or_else(unlink) {
+        None => error,
+        Some(why) => error.leaving(vec![Leftover::new(path, why)]),
+    }
+}
+
+fn made_bytes<F>(
+    path: &Path,
+    size: CowSize,
+    origin: &Backing<'_, F>,
+    options: &CowOptions,
+) -> Result<u64> {
+    let (store, chunk, origin_bytes) = (options.store, options.chunk, origin.facts.size_bytes);
+    let asked = match size {
+        CowSize::Bytes(bytes) => Some(bytes),
+        CowSize::Percent(percent) => {
+            u64::try_from(u128::from(origin_bytes) * u128::from(percent) / 100).ok()
+        }
+        CowSize::WorstCase => {
+            store::worst_case(Sectors::from_bytes_floor(origin_bytes), store, chunk)
+        }
+    };
+    asked
+        .and_then(|bytes| store::sound(bytes, store, chunk))
+        .ok_or_else(|| {
+            Refusal::CowTooLarge {
+                path: path.to_owned(),
+            }
+            .into()
+        })
+}

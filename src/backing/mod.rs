@@ -1,0 +1,24 @@
+//! The files behind a snapshot and the loop devices that carry them: opened, locked and judged, then attached.
+
+mod attach;
+mod binding;
+mod check;
+mod cow;
+mod file;
+mod half_merged;
+mod make;
+mod options;
+mod reader;
+mod warning;
+
+pub(crate) use attach::{Attached, attach, loop_length};
+pub(crate) use binding::{Binding, binding, diskseq};
+pub(crate) use check::{check_header, check_identity, unsound};
+pub(crate) use cow::{Cow, open_cow, open_merged_cow};
+pub(crate) use file::{Backing, open_locked_origin, open_origin, open_store, open_unlocked};
+pub(crate) use make::unmake;
+pub(crate) use options::CowOptions;
+pub use options::CowSize;
+pub(crate) use reader::Reader;
+pub use warning::Warning;
+pub(crate) use warning::note_sizes;

@@ -1,0 +1,33 @@
+//! What a COW file is to be.
+
+use crate::base::{ChunkSize, OriginIdentity, Store};
+
+/// How large a COW file is to be made. Rounded up to whole chunks, and by one more where the kernel would invalidate
+/// the full store instead of only filling it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum CowSize {
+    /// This many bytes.
+    Bytes(u64),
+    /// This share of the origin's size, in percent; more than 100 is allowed.
+    Percent(u32),
+    /// As much as overwriting the whole origin takes: slightly more than its size.
+    WorstCase,
+}
+
+/// What a COW file is to be, whether it is there already or made.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct CowOptions {
+    pub(crate) store: Store,
+    pub(crate) chunk: ChunkSize,
+    /// The origin that the store has to be over.
+    pub(crate) expected_origin: Option<OriginIdentity>,
+    /// Takes any origin.
+    pub(crate) any_origin: bool,
+    /// Makes the COW file, of this size.
+    pub(crate) make: Option<CowSize>,
+    /// Makes it over a file that is there.
+    pub(crate) replace: bool,
+    /// Sets its space aside.
+    pub(crate) reserve: bool,
+}

@@ -1,0 +1,88 @@
+//! What is worth knowing about a snapshot that was made.
+
+use super::CowOptions;
+use crate::base::{SECTOR_BYTES, Sectors};
+use crate::kernel::FileFacts;
+use crate::store;
+
+/// Something that is worth knowing about a snapshot that was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Warning {
+    /// The image is no multiple of 512 bytes: its last bytes are not visible through the snapshot.
+    OriginTail {
+        /// How many bytes.
+        bytes: u64,
+    },
+    /// The COW file cannot hold an overwrite of the whole origin: a guest that writes enough fills it.
+    CowBelowWorstCase {
+        /// The COW file's size.
+        bytes: u64,
+        /// The size at which a full overwrite fits.
+        worst_case_bytes: u64,
+    },
+    /// The COW file was made a chunk longer. At its old size the kernel invalidates a full `PO` store instead of only
+    /// stopping its writes: there is no room for the metadata area behind the last full one.
+    CowLengthened {
+        /// The size it had.
+        bytes: u64,
+        /// The size it has now.
+        sound_bytes: u64,
+    },
+    /// Direct I/O was asked for, and the COW file's file system cannot do it.
+    DirectIoUnavailable,
+}
+
+impl std::fmt::Display for Warning {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::OriginTail { bytes } => {
+                write!(
+                    f,
+                    "the last {bytes} bytes of the origin image are no whole sector and not visible"
+                )
+            }
+            Self::CowBelowWorstCase {
+                bytes,
+                worst_case_bytes,
+            } => {
+                write!(
+                    f,
+                    "the COW file has {bytes} bytes; overwriting the whole origin takes {worst_case_bytes}"
+                )
+            }
+            Self::CowLengthened { bytes, sound_bytes } => {
+                write!(
+                    f,
+                    "the COW file was made {sound_bytes} bytes long: one of {bytes} ends invalid when full"
+                )
+            }
+            Self::DirectIoUnavailable => {
+                f.write_str("the COW file's file system cannot do direct I/O")
+            }
+        }
+    }
+}
+
+/// What the files' sizes are worth a warning for.
+pub(crate) fn note_sizes(
+    options: &CowOptions,
+    length: Sectors,
+    origin: &FileFacts,
+    cow: &FileFacts,
+) -> Vec<Warning> {
+    let mut warnings = Vec::new();
+    if !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
+        warnings.push(Warning::OriginTail {
+            bytes: origin.size_bytes % SECTOR_BYTES,
+        });
+    }
+    let worst_case = store::worst_case(length, options.store, options.chunk).unwrap_or(u64::MAX);
+    if cow.size_bytes < worst_case {
+        warnings.push(Warning::CowBelowWorstCase {
+            bytes: cow.size_bytes,
+            worst_case_bytes: worst_case,
+        });
+    }
+    warnings
+}

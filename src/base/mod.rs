@@ -1,0 +1,21 @@
+//! The nouns: units, names, numbers, uuids, identities, handles. They ask nothing of the kernel.
+
+mod handles;
+mod identity;
+mod name;
+mod number;
+mod store;
+mod units;
+mod uuid;
+
+pub use handles::{FileId, Handles, LoopHandle};
+pub use identity::OriginIdentity;
+pub use name::{DeviceName, InvalidName, NameFault};
+pub(crate) use name::{KEPT, MAPPER_DIR, POOLED};
+pub(crate) use number::loop_node;
+pub use number::{DeviceNumber, InvalidNumber};
+pub use store::Store;
+pub(crate) use units::SECTOR_BYTES;
+pub use units::{ChunkSize, InvalidChunkSize, Sectors};
+pub(crate) use uuid::Kind;
+pub use uuid::{DeviceUuid, InvalidUuid};

@@ -1,0 +1,143 @@
+//! The number of a block device, and the nodes that the kernel gives devices of that number.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// The number of a block device, written `major:minor` as the kernel writes it in tables and in sysfs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "String", into = "String")
+)]
+pub struct DeviceNumber {
+    /// Major number: which driver.
+    pub major: u32,
+    /// Minor number: which of its devices.
+    pub minor: u32,
+}
+
+impl DeviceNumber {
+    /// From the `dev_t` of user space (`st_dev`, `st_rdev`).
+    #[must_use]
+    pub fn from_dev_t(dev: u64) -> Self {
+        Self {
+            major: libc::major(dev),
+            minor: libc::minor(dev),
+        }
+    }
+
+    /// As the `dev_t` of user space.
+    #[must_use]
+    pub fn to_dev_t(self) -> u64 {
+        libc::makedev(self.major, self.minor)
+    }
+
+    /// From the encoding that ioctls use (`huge_encode_dev`): `mmmMMMmm`, 20 bits of minor, 12 of major.
+    pub(crate) fn from_kernel(dev: u64) -> Self {
+        let minor = (dev & 0xff) | ((dev >> 12) & 0xf_ff00);
+        let major = (dev >> 8) & 0xfff;
+        let low = |bits: u64| u32::try_from(bits).unwrap_or(u32::MAX);
+        Self {
+            major: low(major),
+            minor: low(minor),
+        }
+    }
+
+    /// In the encoding that ioctls use.
+    pub(crate) fn to_kernel(self) -> u64 {
+        let (major, minor) = (u64::from(self.major), u64::from(self.minor));
+        (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+    }
+
+    /// `/dev/dm-<minor>`, the node that devtmpfs gives a dm device.
+    pub(crate) fn dm_node(self) -> PathBuf {
+        PathBuf::from(format!("/dev/dm-{}", self.minor))
+    }
+}
+
+/// Not a `major:minor` pair within the kernel's bounds: a major of at most 4095, a minor of at most 1048575.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a device number (major:minor)")]
+pub struct InvalidNumber {
+    /// The text as given.
+    pub text: String,
+}
+
+impl fmt::Display for DeviceNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.major, self.minor)
+    }
+}
+
+impl FromStr for DeviceNumber {
+    type Err = InvalidNumber;
+
+    fn from_str(text: &str) -> Result<Self, InvalidNumber> {
+        let refused = || InvalidNumber {
+            text: text.to_owned(),
+        };
+        let (major, minor) = text.split_once(':').ok_or_else(refused)?;
+        let number = |digits: &str, max: u32| {
+            let plain = !digits.is_empty() && digits.bytes().all(|byte| byte.is_ascii_digit());
+            plain
+                .then(|| digits.parse().ok())
+                .flatten()
+                .filter(|number| *number <= max)
+        };
+        match (number(major, 0xfff), number(minor, 0xf_ffff)) {
+            (Some(major), Some(minor)) => Ok(Self { major, minor }),
+            _ => Err(refused()),
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceNumber {
+    type Error = InvalidNumber;
+
+    fn try_from(text: String) -> Result<Self, InvalidNumber> {
+        text.parse()
+    }
+}
+
+impl From<DeviceNumber> for String {
+    fn from(number: DeviceNumber) -> String {
+        number.to_string()
+    }
+}
+
+/// `/dev/loopN`, the node that devtmpfs gives loop device N (where the `loop` module has no `max_part`).
+pub(crate) fn loop_node(number: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/loop{number}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_survive_every_encoding() {
+        for (major, minor) in [(0, 0), (7, 0), (254, 255), (254, 256), (4095, 0xf_ffff)] {
+            let number = DeviceNumber { major, minor };
+            assert_eq!(DeviceNumber::from_kernel(number.to_kernel()), number);
+            assert_eq!(DeviceNumber::from_dev_t(number.to_dev_t()), number);
+            assert_eq!(number.to_string().parse(), Ok(number));
+        }
+        for bad in [
+            "",
+            ":",
+            "7",
+            "7:",
+            ":7",
+            "7:-1",
+            "+7:1",
+            "7:1:2",
+            " 7:1",
+            "4096:0",
+            "0:1048576",
+        ] {
+            assert!(bad.parse::<DeviceNumber>().is_err(), "{bad}");
+        }
+    }
+}

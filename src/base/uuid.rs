@@ -1,0 +1,210 @@
+//! The uuid of our dm devices, and what is written into it.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::OriginIdentity;
+
+/// The longest uuid, in bytes: `DM_UUID_LEN` is 129 with its NUL.
+const UUID_MAX: usize = 128;
+
+/// The uuid of one of our dm devices: `DMSNAP-` and what makes it unique, at most 128 bytes.
+///
+/// A uuid is given once and stays for the device's life, through every rename, and no two devices share one: an
+/// ioctl addressed by uuid reaches the device it means or none. The prefix is how we find our own.
+///
+/// It is also the one place in the kernel where a snapshot can carry what later processes need to know: behind 128
+/// random bits stand the origin's size and modification time, and the number of the loop device that the maker
+/// holds a lock on while it is at work, all in hexadecimal; then what is special about its devices, if anything is.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(try_from = "String", into = "String")
+)]
+pub struct DeviceUuid(String);
+
+/// A text that is not the uuid of a dmsnap device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{uuid:?} is not a uuid of a dmsnap device (DMSNAP-..., at most 128 bytes)")]
+pub struct InvalidUuid {
+    /// The uuid as given.
+    pub uuid: String,
+}
+
+/// Whose a device's origin loop device is, and how long the uuid means one snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Both loop devices were attached for this snapshot alone.
+    Own,
+    /// The origin's loop device is shared: it goes with its last user, and no snapshot's removal waits for it.
+    Shared,
+    /// As `Shared`, and the dm device serves one snapshot after another.
+    Pooled,
+}
+
+impl Kind {
+    const fn suffix(self) -> &'static str {
+        match self {
+            Self::Own => "",
+            Self::Shared => "-shared",
+            Self::Pooled => "-pool",
+        }
+    }
+}
+
+impl DeviceUuid {
+    /// What every uuid of ours begins with.
+    pub const PREFIX: &str = "DMSNAP-";
+
+    /// Checks a uuid read from elsewhere.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidUuid`] unless it begins with [`DeviceUuid::PREFIX`], fits 128 bytes and is printable ASCII.
+    pub fn new(uuid: impl Into<String>) -> Result<Self, InvalidUuid> {
+        let uuid = uuid.into();
+        let ours = uuid.starts_with(Self::PREFIX);
+        if ours && uuid.len() <= UUID_MAX && uuid.bytes().all(|byte| byte.is_ascii_graphic()) {
+            Ok(Self(uuid))
+        } else {
+            Err(InvalidUuid { uuid })
+        }
+    }
+
+    /// A uuid that nobody has, for a snapshot over `origin` whose maker holds loop device `cow_loop`. An origin of no
+    /// bytes is one that is not known.
+    pub(crate) fn fresh(random: u128, origin: OriginIdentity, cow_loop: u32, kind: Kind) -> Self {
+        let OriginIdentity {
+            size_bytes,
+            mtime_ns,
+        } = origin;
+        Self(format!(
+            "{}{random:032x}-{size_bytes:x}-{mtime_ns:x}-{cow_loop:x}{}",
+            Self::PREFIX,
+            kind.suffix()
+        ))
+    }
+
+    /// What the origin image was when the snapshot was made; `None` in a uuid of another form.
+    #[must_use]
+    pub fn origin(&self) -> Option<OriginIdentity> {
+        let [size_bytes, mtime_ns, _] = self.fields()?;
+        let mtime_ns = mtime_ns.cast_signed();
+        (size_bytes > 0).then_some(OriginIdentity {
+            size_bytes,
+            mtime_ns,
+        })
+    }
+
+    /// The loop device that the maker held while it was at work.
+    pub(crate) fn cow_loop(&self) -> Option<u32> {
+        let [_, _, number] = self.fields()?;
+        number.try_into().ok()
+    }
+
+    /// What is special about the device.
+    pub(crate) fn kind(&self) -> Kind {
+        let is = |kind: &Kind| self.0.ends_with(kind.suffix());
+        [Kind::Shared, Kind::Pooled]
+            .into_iter()
+            .find(is)
+            .unwrap_or(Kind::Own)
+    }
+
+    fn fields(&self) -> Option<[u64; 3]> {
+        let mut fields = self.0.strip_prefix(Self::PREFIX)?.split('-').skip(1);
+        let mut next = || {
+            let field = fields.next()?;
+            let digits = field.bytes().all(|byte| byte.is_ascii_hexdigit());
+            u64::from_str_radix(field, 16).ok().filter(|_| digits)
+        };
+        Some([next()?, next()?, next()?])
+    }
+
+    /// The uuid as text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for DeviceUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl AsRef<str> for DeviceUuid {
+    fn as_ref(&self) -> &str {
+        &self.0
+    }
+}
+
+impl FromStr for DeviceUuid {
+    type Err = InvalidUuid;
+
+    fn from_str(uuid: &str) -> Result<Self, InvalidUuid> {
+        Self::new(uuid)
+    }
+}
+
+impl TryFrom<String> for DeviceUuid {
+    type Error = InvalidUuid;
+
+    fn try_from(uuid: String) -> Result<Self, InvalidUuid> {
+        Self::new(uuid)
+    }
+}
+
+impl From<DeviceUuid> for String {
+    fn from(uuid: DeviceUuid) -> String {
+        uuid.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn uuids_carry_what_they_were_made_with() {
+        let origin = OriginIdentity {
+            size_bytes: 1 << 30,
+            mtime_ns: -1,
+        };
+        let ours = DeviceUuid::fresh(7, origin, 300, Kind::Own);
+        assert_eq!(
+            ours.as_str(),
+            "DMSNAP-00000000000000000000000000000007-40000000-ffffffffffffffff-12c"
+        );
+        for kind in [Kind::Own, Kind::Shared, Kind::Pooled] {
+            let ours = DeviceUuid::fresh(7, origin, 300, kind);
+            assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
+            assert_eq!(ours.kind(), kind);
+        }
+        assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
+        let signed = DeviceUuid::new("DMSNAP-0-+5-0-0").expect("a uuid");
+        assert_eq!(signed.origin(), None, "not as it is printed");
+        let largest = OriginIdentity {
+            size_bytes: u64::MAX,
+            mtime_ns: -1,
+        };
+        assert!(
+            DeviceUuid::fresh(u128::MAX, largest, u32::MAX, Kind::Shared)
+                .as_str()
+                .len()
+                <= UUID_MAX
+        );
+    }
+
+    #[test]
+    fn uuids_are_ours_or_refused() {
+        let long = format!("DMSNAP-{}", "x".repeat(122));
+        for bad in ["", "LVM-abc", "dmsnap-1", "DMSNAP-a b", &long] {
+            assert!(DeviceUuid::new(bad).is_err(), "{bad}");
+        }
+        let plain = DeviceUuid::new("DMSNAP-made-elsewhere").expect("it has the prefix");
+        assert_eq!((plain.origin(), plain.cow_loop()), (None, None));
+    }
+}

@@ -1,0 +1,12 @@
+//! How every kernel call is made: asked for with a step and an object, waited for, recorded, or side by side.
+
+mod ask;
+mod side_by_side;
+pub(crate) mod spans;
+pub(crate) mod timings;
+mod wait;
+
+pub(crate) use ask::{absent, ask};
+pub(crate) use side_by_side::overlapped;
+pub use timings::{CallTiming, StepTiming, Timings};
+pub(crate) use wait::{Wait, patiently, watchfully};

@@ -1,0 +1,178 @@
+//! The errno policy: what an errno means at the step that met it.
+//!
+//! The one place that decides on an errno. It is pure: it asks nothing and waits for nothing.
+
+use nix::errno::Errno;
+
+use super::Step;
+
+/// What an errno means, given the step that met it.
+///
+/// Rows are tried from the top; the first that fits decides. `*` is any step, or any errno.
+///
+/// | step | errno | verdict |
+/// | --- | --- | --- |
+/// | FindLoop, OpenLoop, LockLoop, AttachLoop | EBUSY, EAGAIN | TakeAnother |
+/// | OpenLoop | ENXIO, ENOENT, ENODEV | TakeAnother |
+/// | LockFile, TestLock | EAGAIN | InUse |
+/// | * | EINTR, EAGAIN | Again |
+/// | Remove, DetachLoop | EBUSY | Busy |
+/// | Remove, Query, Status, Rename | ENXIO, ENOENT, ENODEV | Gone |
+/// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
+/// | FindData | ENXIO | Gone |
+/// | Unlink, MoveFile | ENOENT | Gone |
+/// | Create, SetUuid, Rename | EBUSY | NameTaken |
+/// | Link, MakeFile, MoveFile | EEXIST | NameTaken |
+/// | Load, OpenFile | EBUSY | InUse |
+/// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
+/// | OpenFile | EISDIR | NotAFile |
+/// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
+/// | AttachLoop, ReadDiskseq, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | * | EPERM, EACCES | NoPermission |
+/// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
+/// | * | * | Fatal |
+///
+/// Sources: `LOOP_CONFIGURE` answers EBUSY when another process took the device that `LOOP_CTL_GET_FREE` had
+/// named (`drivers/block/loop.c`, `loop_configure`), and opening a loop device that is being deleted answers ENXIO
+/// (`lo_open`, 5.14 and later). `DM_DEV_CREATE` answers EBUSY for a name or uuid that exists, `DM_DEV_REMOVE` for
+/// an open device, and every lookup answers ENXIO for one that is not there (`drivers/md/dm-ioctl.c`).
+/// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)).
+/// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// A race for a loop device was lost: take another one, and leave the lost one alone.
+    TakeAnother,
+    /// Nothing was done; ask again at once, a bounded number of times.
+    Again,
+    /// Somebody has the device open: worth waiting for.
+    Busy,
+    /// What was to be removed or asked about is not there.
+    Gone,
+    /// Another device, or another file, has the name.
+    NameTaken,
+    /// Somebody else holds the file or the loop device, and waiting will not help.
+    InUse,
+    /// The image, the COW file or its directory does not exist.
+    Missing,
+    /// It is a directory.
+    NotAFile,
+    /// This kernel, or this container, has no such thing.
+    Unsupported,
+    /// The caller lacks a capability or a permission.
+    NoPermission,
+    /// Out of memory, space or file descriptors.
+    Exhausted,
+    /// Anything else.
+    Fatal,
+}
+
+/// Judges `errno` at `step`, as the table of [`Verdict`] says.
+pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
+    use Errno as E;
+    use Step as S;
+    match (step, errno) {
+        (S::FindLoop | S::OpenLoop | S::LockLoop | S::AttachLoop, E::EBUSY | E::EAGAIN) => {
+            Verdict::TakeAnother
+        }
+        (S::OpenLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::TakeAnother,
+        (S::LockFile | S::TestLock, E::EAGAIN) => Verdict::InUse,
+        (_, E::EINTR | E::EAGAIN) => Verdict::Again,
+        (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
+        (S::Remove | S::Query | S::Status | S::Rename, E::ENXIO | E::ENOENT | E::ENODEV) => {
+            Verdict::Gone
+        }
+        (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
+        (S::FindData, E::ENXIO) => Verdict::Gone,
+        (S::Unlink | S::MoveFile, E::ENOENT) => Verdict::Gone,
+        (S::Create | S::SetUuid | S::Rename, E::EBUSY) => Verdict::NameTaken,
+        (S::Link | S::MakeFile | S::MoveFile, E::EEXIST) => Verdict::NameTaken,
+        (S::Load | S::OpenFile, E::EBUSY) => Verdict::InUse,
+        (S::OpenFile | S::MakeFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
+        (S::OpenFile, E::EISDIR) => Verdict::NotAFile,
+        (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
+            Verdict::Unsupported
+        }
+        (S::AttachLoop | S::ReadDiskseq | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
+            Verdict::Unsupported
+        }
+        (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
+        (_, E::ENOMEM | E::ENOSPC | E::ENFILE | E::EMFILE | E::EDQUOT) => Verdict::Exhausted,
+        _ => Verdict::Fatal,
+    }
+}
+
+/// What stands in a message for a device that was seen to be in use, so that the kernel was not even asked.
+pub(crate) const BUSY: Errno = Errno::EBUSY;
+
+/// What the kernel answers about a device that is not there, for one that is another snapshot's by now.
+pub(crate) const GONE: Errno = Errno::ENXIO;
+
+/// What stands in a message for a merge that the kernel gave up, which it says in a status line only.
+pub(crate) const MERGE_FAILED: Errno = Errno::EIO;
+
+/// How often a call is repeated at once on [`Verdict::Again`] before it counts as failed.
+///
+/// None of our ioctls sleeps interruptibly, so one repetition is already rare; the bound keeps a kernel or a
+/// sandbox that answers EINTR for ever from hanging the caller.
+pub(crate) const AT_ONCE: u32 = 16;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The rows of the table in [`Verdict`]'s documentation, read from this file.
+    fn documented() -> Vec<(Vec<String>, Vec<String>, String)> {
+        let names = |cell: &str| cell.split(',').map(|name| name.trim().to_owned()).collect();
+        include_str!("policy.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("/// | "))
+            .skip(2)
+            .map(|row| {
+                let mut cells = row.trim_end_matches(" |").split(" | ");
+                let mut next = || cells.next().expect("three cells");
+                (names(next()), names(next()), next().to_owned())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_documented_table_is_the_policy_for_every_step_and_errno() {
+        let rows = documented();
+        assert_eq!(rows.len(), 19);
+        let fits =
+            |names: &[String], name: &str| names.iter().any(|each| each == "*" || each == name);
+        for step in Step::ALL {
+            for errno in (1..=133).map(Errno::from_raw) {
+                let (step_name, errno_name) = (format!("{step:?}"), format!("{errno:?}"));
+                let row = rows
+                    .iter()
+                    .find(|row| fits(&row.0, &step_name) && fits(&row.1, &errno_name));
+                let expected = &row.expect("the last row fits all").2;
+                assert_eq!(
+                    &format!("{:?}", verdict(*step, errno)),
+                    expected,
+                    "{step_name} {errno_name}"
+                );
+            }
+        }
+        let guide = include_str!("../guide/errors.md");
+        let table = include_str!("policy.rs")
+            .lines()
+            .filter_map(|line| line.strip_prefix("/// | "));
+        for row in table {
+            assert!(
+                guide.contains(&format!("\n| {row}\n")),
+                "the guide lacks: {row}"
+            );
+        }
+        for row in &rows {
+            for step in row.0.iter().filter(|step| *step != "*") {
+                assert!(
+                    Step::ALL.iter().any(|each| format!("{each:?}") == *step),
+                    "no step {step}"
+                );
+            }
+        }
+    }
+}

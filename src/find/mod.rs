@@ -1,0 +1,10 @@
+//! What is there: one device by what a caller calls it, all of ours, and taking over what another program made.
+
+mod adopt;
+mod list;
+mod lookup;
+
+pub use adopt::adopt;
+pub use list::{LoopFacts, SnapshotInfo, State, list, status};
+pub(crate) use list::{ours as all, status_of};
+pub(crate) use lookup::{Bound, Live, bound, find, live, reach};

@@ -1,0 +1,44 @@
+//! Time on the fake machine, which passes only where somebody waits.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use super::Script;
+use crate::error::Step;
+use crate::kernel::Clock;
+
+impl Clock for Script {
+    type Watch = ();
+
+    fn now(&self) -> Duration {
+        self.clock.get()
+    }
+
+    fn sleep(&self, pause: Duration) {
+        self.clock.set(self.clock.get() + pause);
+        let mut world = self.world.borrow_mut();
+        if self.clock.get() >= world.dying_until {
+            world.dying.clear();
+            world.settle();
+        }
+    }
+
+    fn watch_closes(&self, _nodes: &[PathBuf]) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    /// The users' close is seen as it happens.
+    fn wait_for_close(&self, (): &(), pause: Duration) -> bool {
+        let left = self.world.borrow().busy_until.checked_sub(self.clock.get());
+        let seen = left.filter(|left| !left.is_zero() && *left <= pause);
+        self.sleep(seen.unwrap_or(pause));
+        seen.is_some()
+    }
+
+    fn random(&self) -> Result<u128, Errno> {
+        self.call(Step::Random)?;
+        Ok(42)
+    }
+}

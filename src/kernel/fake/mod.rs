@@ -1,0 +1,87 @@
+//! A scripted machine: it keeps loop and dm devices in memory as the kernel does, and fails the calls it is told to.
+//!
+//! What it proves is the order of steps and their undoing, for every step that can fail. What the kernel itself
+//! does is proved in tests/kernel.
+
+mod clock;
+mod files;
+mod loops;
+mod mapper;
+pub(crate) mod world;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use world::{ScriptDevice, World};
+
+use crate::dm::Address;
+use crate::error::Step;
+
+/// Whether the call made as `Step`, the n-th of all (from 1), is to fail, and how.
+type Fault = Box<dyn Fn(Step, usize) -> Option<Errno>>;
+
+pub(crate) struct Script {
+    fault: RefCell<Fault>,
+    /// Every call so far, in order.
+    pub(crate) calls: RefCell<Vec<Step>>,
+    pub(crate) world: Rc<RefCell<World>>,
+    clock: Cell<Duration>,
+}
+
+pub(crate) struct ScriptLoop {
+    world: Rc<RefCell<World>>,
+    number: u32,
+}
+
+impl Drop for ScriptLoop {
+    fn drop(&mut self) {
+        let mut world = self.world.borrow_mut();
+        if let Some(binding) = world.loops.get_mut(&self.number) {
+            binding.opens = binding.opens.saturating_sub(1);
+        }
+        world.settle();
+    }
+}
+
+impl Script {
+    pub(crate) fn new(fault: impl Fn(Step, usize) -> Option<Errno> + 'static) -> Self {
+        Self {
+            fault: RefCell::new(Box::new(fault)),
+            calls: RefCell::default(),
+            world: Rc::default(),
+            clock: Cell::default(),
+        }
+    }
+
+    /// From now on, faults are these, and calls are counted from 1 again.
+    pub(crate) fn restart(&self, fault: impl Fn(Step, usize) -> Option<Errno> + 'static) {
+        *self.fault.borrow_mut() = Box::new(fault);
+        self.calls.borrow_mut().clear();
+    }
+
+    fn call(&self, step: Step) -> Result<(), Errno> {
+        self.calls.borrow_mut().push(step);
+        let nth = self.calls.borrow().len();
+        (self.fault.borrow())(step, nth).map_or(Ok(()), Err)
+    }
+
+    fn find(&self, address: Address<'_>) -> Result<String, Errno> {
+        let world = self.world.borrow();
+        let fits = |uuid: &str, device: &ScriptDevice| match address {
+            Address::Name(name) => device.name == name,
+            Address::Uuid(wanted) => uuid == wanted,
+            Address::Number(number) => device.number == number,
+        };
+        let found = world
+            .devices
+            .iter()
+            .find(|(uuid, device)| fits(uuid, device));
+        found.map(|(uuid, _)| uuid.clone()).ok_or(Errno::ENXIO)
+    }
+
+    fn open_count(&self) -> u32 {
+        u32::from(self.clock.get() < self.world.borrow().busy_until)
+    }
+}

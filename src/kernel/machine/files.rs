@@ -1,0 +1,163 @@
+//! Files of the machine.
+
+use std::fs;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, OFlag, open};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens};
+use nix::sys::time::TimeSpec;
+
+use super::Machine;
+use crate::base::{DeviceNumber, FileId};
+use crate::kernel::seam::{FileFacts, FileKind, Files};
+use crate::kernel::sys;
+
+impl Files for Machine {
+    type File = OwnedFd;
+
+    /// `O_EXCL` without `O_CREAT` claims a block device against mounts and other exclusive users, for as long as the
+    /// loop device has it; it means nothing for a regular file. `O_NONBLOCK` keeps a FIFO from blocking the open; it
+    /// has no effect on regular files and block devices (open(2)).
+    fn open_file(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
+        let access = if writable {
+            OFlag::O_RDWR | OFlag::O_EXCL
+        } else {
+            OFlag::O_RDONLY
+        };
+        open(
+            path,
+            access | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY,
+            Mode::empty(),
+        )
+    }
+
+    /// Without `O_EXCL`: a block device is claimed by the loop device over it.
+    fn open_backing(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
+        let access = if writable {
+            OFlag::O_RDWR
+        } else {
+            OFlag::O_RDONLY
+        };
+        let flags = OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        open(path, access | flags, Mode::empty())
+    }
+
+    fn make_file(&self, path: &Path) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_RDWR | OFlag::O_CREAT | OFlag::O_EXCL | OFlag::O_CLOEXEC;
+        open(path, flags, Mode::S_IRUSR | Mode::S_IWUSR)
+    }
+
+    /// A file without a name, gone with its last user.
+    fn make_memory_file(&self) -> Result<OwnedFd, Errno> {
+        nix::sys::memfd::memfd_create(c"dmsnap", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+    }
+
+    fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        sys::move_file(from, to)
+    }
+
+    fn size_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
+        let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        if reserve {
+            nix::fcntl::fallocate(file, FallocateFlags::empty(), 0, length)
+        } else {
+            nix::unistd::ftruncate(file, length)
+        }
+    }
+
+    /// `fallocate` of the last byte alone, or of all: unlike `ftruncate` it never makes a file shorter that somebody
+    /// else has just made longer still, and it leaves what is there as it is.
+    fn lengthen_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
+        let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        let from = if reserve { 0 } else { (length - 1).max(0) };
+        nix::fcntl::fallocate(file, FallocateFlags::empty(), from, length - from)
+    }
+
+    fn inspect_file(&self, file: &OwnedFd) -> Result<FileFacts, Errno> {
+        let facts = facts(&fstat(file)?);
+        match facts.kind {
+            FileKind::BlockDevice(_) => {
+                let size_bytes = sys::block_size_bytes(file.as_fd())?;
+                // Writing through the node changes its time, whoever writes and whatever.
+                Ok(FileFacts {
+                    size_bytes,
+                    mtime_ns: 0,
+                    has_blocks: true,
+                    ..facts
+                })
+            }
+            _ => Ok(facts),
+        }
+    }
+
+    fn lock_file(&self, file: &OwnedFd, exclusive: bool) -> Result<(), Errno> {
+        sys::lock(file.as_fd(), exclusive)
+    }
+
+    fn read_at(&self, file: &OwnedFd, buffer: &mut [u8], at: usize) -> Result<usize, Errno> {
+        nix::sys::uio::pread(file, buffer, offset(at)?)
+    }
+
+    fn write_at(&self, file: &OwnedFd, bytes: &[u8], at: usize) -> Result<(), Errno> {
+        let written = nix::sys::uio::pwrite(file, bytes, offset(at)?)?;
+        if written == bytes.len() {
+            Ok(())
+        } else {
+            Err(Errno::EIO)
+        }
+    }
+
+    fn sync_file(&self, file: &OwnedFd) -> Result<(), Errno> {
+        nix::unistd::fsync(file)
+    }
+
+    /// `None` is now. The access time stays.
+    fn date_file(&self, file: &OwnedFd, mtime_ns: Option<i64>) -> Result<(), Errno> {
+        let time = mtime_ns.map_or(TimeSpec::UTIME_NOW, |ns| {
+            TimeSpec::new(ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000))
+        });
+        futimens(file, &TimeSpec::UTIME_OMIT, &time)
+    }
+
+    fn unlink(&self, path: &Path) -> Result<(), Errno> {
+        nix::unistd::unlink(path)
+    }
+
+    fn entries(&self, directory: &Path) -> Vec<PathBuf> {
+        let entries = fs::read_dir(directory).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    }
+}
+
+fn offset(at: usize) -> Result<libc::off_t, Errno> {
+    libc::off_t::try_from(at).map_err(|_| Errno::EOVERFLOW)
+}
+
+pub(super) fn facts(stat: &FileStat) -> FileFacts {
+    let format = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+    let kind = match format {
+        SFlag::S_IFREG => FileKind::Regular,
+        SFlag::S_IFBLK => FileKind::BlockDevice(DeviceNumber::from_dev_t(stat.st_rdev)),
+        SFlag::S_IFDIR => FileKind::Other("a directory"),
+        SFlag::S_IFIFO => FileKind::Other("a FIFO"),
+        SFlag::S_IFCHR => FileKind::Other("a character device"),
+        _ => FileKind::Other("a socket"),
+    };
+    FileFacts {
+        id: FileId {
+            dev: DeviceNumber::from_dev_t(stat.st_dev),
+            inode: stat.st_ino,
+        },
+        kind,
+        mode: stat.st_mode & 0o7777,
+        size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
+        mtime_ns: stat
+            .st_mtime
+            .saturating_mul(1_000_000_000)
+            .saturating_add(stat.st_mtime_nsec),
+        links: stat.st_nlink,
+        has_blocks: stat.st_blocks != 0,
+    }
+}

@@ -1,0 +1,91 @@
+//! Who holds a block device, as far as /proc and /sys show it. For messages: nothing is decided by it.
+
+use std::ffi::CString;
+use std::fs::{self, DirEntry};
+use std::path::Path;
+
+use crate::base::DeviceNumber;
+use crate::kernel::sys;
+
+/// How many holders a message names; one is enough to go on with, and a message is one line.
+const NAMED: usize = 4;
+
+/// Each holder in words, such as `mounted at /mnt` or `firecracker (pid 812)`.
+pub(crate) fn holders(number: DeviceNumber) -> Vec<String> {
+    let mut found: Vec<_> = stacked(number)
+        .iter()
+        .map(|entry| format!("in use by /dev/{}", entry.file_name().to_string_lossy()))
+        .collect();
+    found.extend(mounts(number));
+    found.extend(swaps(number));
+    found.extend(processes(number));
+    found.truncate(NAMED);
+    found
+}
+
+/// The dm devices and other block devices that stand on this one.
+pub(crate) fn stacked_on(number: DeviceNumber) -> Vec<DeviceNumber> {
+    let of = |entry: &DirEntry| fs::read_to_string(entry.path().join("dev")).ok();
+    stacked(number)
+        .iter()
+        .filter_map(|entry| of(entry)?.trim_end().parse().ok())
+        .collect()
+}
+
+fn stacked(number: DeviceNumber) -> Vec<DirEntry> {
+    let devices = fs::read_dir(format!("/sys/dev/block/{number}/holders"));
+    devices.into_iter().flatten().flatten().collect()
+}
+
+/// `/proc/self/mountinfo`: the third word is the device, the fifth the mount point with its blanks escaped.
+fn mounts(number: DeviceNumber) -> Vec<String> {
+    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let number = number.to_string();
+    let mounted = |line: &str| {
+        let words: Vec<_> = line.split(' ').collect();
+        (*words.get(2)? == number).then_some(())?;
+        words.get(4).map(|path| format!("mounted at {path}"))
+    };
+    text.lines().filter_map(mounted).collect()
+}
+
+fn swaps(number: DeviceNumber) -> Vec<String> {
+    let text = fs::read_to_string("/proc/swaps").unwrap_or_default();
+    let paths = text
+        .lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next());
+    paths
+        .filter(|path| is_device(Path::new(path), number))
+        .map(|_| "used as swap".to_owned())
+        .collect()
+}
+
+fn processes(number: DeviceNumber) -> Vec<String> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_string_lossy().parse::<u32>().ok())
+        .filter(|pid| {
+            let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))
+                .into_iter()
+                .flatten();
+            descriptors
+                .flatten()
+                .any(|descriptor| is_device(&descriptor.path(), number))
+        })
+        .map(|pid| {
+            let comm = fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+            let command = String::from_utf8_lossy(&comm)
+                .trim_end()
+                .escape_debug()
+                .to_string();
+            format!("{command} (pid {pid})")
+        })
+        .take(NAMED)
+        .collect()
+}
+
+fn is_device(path: &Path, number: DeviceNumber) -> bool {
+    let path = CString::new(path.as_os_str().as_encoded_bytes());
+    path.is_ok_and(|path| sys::cached_block_number(&path) == Ok(Some(number.to_dev_t())))
+}

@@ -1,0 +1,184 @@
+//! Loop devices: the control node, attaching, inspecting, detaching.
+//!
+//! The only importer of `loopdev`, which opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
+//! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds. So does
+//! `LOOP_SET_CAPACITY`, which the crate asks for through a node that is open for writing: its close wakes udev's watch.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
+use nix::sys::stat::{Mode, fstat};
+
+use crate::base::{DeviceNumber, FileId};
+use crate::error::errno_of;
+use crate::kernel::seam::{Label, LoopStatus};
+use crate::kernel::sys;
+
+/// The node of the loop device of that number; ENOTBLK for a device that is no loop device.
+pub(crate) fn node_of(number: DeviceNumber) -> Result<PathBuf, Errno> {
+    let sysfs = PathBuf::from(format!("/sys/dev/block/{number}"));
+    let leads_to = fs::read_link(&sysfs).map_err(|error| errno_of(&error))?;
+    let bound = |_: &&OsStr| sysfs.join("loop").exists();
+    let name = leads_to.file_name().filter(bound);
+    Ok(Path::new("/dev").join(name.ok_or(Errno::ENOTBLK)?))
+}
+
+/// The path of the file behind it, as sysfs prints it: raw bytes and a newline, with ` (deleted)` behind the path once
+/// the file is unlinked.
+pub(crate) fn backing_path(number: DeviceNumber) -> Result<PathBuf, Errno> {
+    let read = fs::read(format!("/sys/dev/block/{number}/loop/backing_file"));
+    let mut bytes = read.map_err(|error| errno_of(&error))?;
+    bytes.pop_if(|last| *last == b'\n');
+    Ok(PathBuf::from(OsString::from_vec(bytes)))
+}
+
+/// The numbers of the loop devices that are bound read-only, from sysfs alone: none of them is opened for it.
+pub(crate) fn read_only() -> Vec<u32> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let number = |entry: fs::DirEntry| {
+        let name = entry.file_name();
+        let number = name.to_str()?.strip_prefix("loop")?.parse().ok()?;
+        let bound = entry.path().join("loop").exists();
+        let read_only = || fs::read_to_string(entry.path().join("ro")).is_ok_and(|ro| ro == "1\n");
+        (bound && read_only()).then_some(number)
+    };
+    entries.filter_map(number).collect()
+}
+
+/// `/dev/loop-control`, open.
+#[derive(Debug)]
+pub(crate) struct LoopControl(loopdev::LoopControl);
+
+impl LoopControl {
+    pub(crate) fn open() -> Result<Self, Errno> {
+        loopdev::LoopControl::open()
+            .map(Self)
+            .map_err(|error| errno_of(&error))
+    }
+
+    /// The number of a device that was free a moment ago.
+    pub(crate) fn find_free(&self) -> Result<u32, Errno> {
+        sys::loop_find_free(sys::borrow(&self.0))
+    }
+}
+
+/// A loop device's node, open. Closing it clears the device if it was attached with autoclear and nobody else
+/// holds it.
+#[derive(Debug)]
+pub(crate) enum LoopDevice {
+    /// Open for reading and writing, as an attached COW device must be.
+    Writable(loopdev::LoopDevice),
+    /// Open for reading: makes a device attached through it read-only, and its close wakes no udev watch.
+    ReadOnly(OwnedFd),
+}
+
+/// Of the whole node, which has no other locks of this kind.
+#[expect(
+    clippy::cast_possible_truncation,
+    reason = "the C library's own constants for these fields"
+)]
+const MARK: libc::flock = libc::flock {
+    l_type: libc::F_WRLCK as libc::c_short,
+    l_whence: libc::SEEK_SET as libc::c_short,
+    l_start: 0,
+    l_len: 0,
+    l_pid: 0,
+};
+
+impl LoopDevice {
+    pub(crate) fn open(path: &Path, writable: bool) -> Result<Self, Errno> {
+        if writable {
+            loopdev::LoopDevice::open(path)
+                .map(Self::Writable)
+                .map_err(|error| errno_of(&error))
+        } else {
+            open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Self::ReadOnly)
+        }
+    }
+
+    fn fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Writable(device) => sys::borrow(device),
+            Self::ReadOnly(fd) => fd.as_fd(),
+        }
+    }
+
+    /// Binds `backing` with `LO_FLAGS_*`, in one step.
+    pub(crate) fn attach(
+        &self,
+        backing: BorrowedFd<'_>,
+        flags: u32,
+        path: &Path,
+    ) -> Result<(), Errno> {
+        sys::loop_configure(
+            self.fd(),
+            backing,
+            flags,
+            path.as_os_str().as_encoded_bytes(),
+        )
+    }
+
+    /// Takes a `flock` on the node, as udev does before it probes one. Closing the node frees it.
+    pub(crate) fn lock(&self, exclusive: bool) -> Result<(), Errno> {
+        sys::lock(self.fd(), exclusive)
+    }
+
+    /// Takes a lock of another kind on the node (`F_OFD_SETLK`), which no probe takes and no `flock` is in the way of.
+    /// Closing the node frees it.
+    pub(crate) fn mark(&self) -> Result<(), Errno> {
+        fcntl(self.fd(), FcntlArg::F_OFD_SETLK(&MARK)).map(drop)
+    }
+
+    /// Whether somebody else has marked it.
+    pub(crate) fn is_marked(&self) -> Result<bool, Errno> {
+        let mut mark = MARK;
+        fcntl(self.fd(), FcntlArg::F_OFD_GETLK(&mut mark))?;
+        Ok(mark.l_type == MARK.l_type)
+    }
+
+    pub(crate) fn detach(&self) -> Result<(), Errno> {
+        match self {
+            Self::Writable(device) => device.detach().map_err(|error| errno_of(&error)),
+            Self::ReadOnly(_) => Err(Errno::EBADF),
+        }
+    }
+
+    /// Takes over the backing file's size as it is now.
+    pub(crate) fn resize(&self) -> Result<(), Errno> {
+        sys::loop_set_capacity(self.fd())
+    }
+
+    pub(crate) fn number(&self) -> Result<DeviceNumber, Errno> {
+        Ok(DeviceNumber::from_dev_t(fstat(self.fd())?.st_rdev))
+    }
+
+    pub(crate) fn status(&self) -> Result<LoopStatus, Errno> {
+        let info = sys::loop_status(self.fd())?;
+        Ok(LoopStatus {
+            backing: FileId {
+                dev: DeviceNumber::from_kernel(info.device),
+                inode: info.inode,
+            },
+            autoclear: info.flags & sys::LO_AUTOCLEAR != 0,
+            direct_io: info.flags & sys::LO_DIRECT_IO != 0,
+            label: Label(info.file_name),
+        })
+    }
+
+    /// The number of this binding (Linux 5.15 and later).
+    pub(crate) fn diskseq(&self) -> Result<u64, Errno> {
+        sys::block_diskseq(self.fd())
+    }
+
+    pub(crate) fn size_bytes(&self) -> Result<u64, Errno> {
+        sys::block_size_bytes(self.fd())
+    }
+}
+
+impl sys::OwnsFd for loopdev::LoopControl {}
+impl sys::OwnsFd for loopdev::LoopDevice {}

@@ -1,0 +1,97 @@
+//! Loop devices of the machine.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use super::loop_device::{self, LoopDevice};
+use super::{Machine, holders};
+use crate::base::DeviceNumber;
+use crate::kernel::seam::{DeviceMapper, LoopStatus, Loops};
+
+impl Loops for Machine {
+    type Loop = LoopDevice;
+
+    fn open_loop_control(&self) -> Result<(), Errno> {
+        self.loops().map(drop)
+    }
+
+    fn find_loop(&self) -> Result<u32, Errno> {
+        self.loops()?.find_free()
+    }
+
+    fn open_loop(&self, path: &Path, writable: bool) -> Result<LoopDevice, Errno> {
+        LoopDevice::open(path, writable)
+    }
+
+    fn attach_loop(
+        &self,
+        device: &LoopDevice,
+        backing: &OwnedFd,
+        flags: u32,
+        path: &Path,
+    ) -> Result<(), Errno> {
+        device.attach(backing.as_fd(), flags, path)
+    }
+
+    fn detach_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
+        device.detach()
+    }
+
+    fn resize_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
+        device.resize()
+    }
+
+    fn lock_loop(&self, device: &LoopDevice, exclusive: bool) -> Result<(), Errno> {
+        device.lock(exclusive)
+    }
+
+    fn mark_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
+        device.mark()
+    }
+
+    fn loop_is_marked(&self, device: &LoopDevice) -> Result<bool, Errno> {
+        device.is_marked()
+    }
+
+    fn loop_number(&self, device: &LoopDevice) -> Result<DeviceNumber, Errno> {
+        device.number()
+    }
+
+    fn loop_diskseq(&self, device: &LoopDevice) -> Result<u64, Errno> {
+        device.diskseq()
+    }
+
+    fn loop_status(&self, device: &LoopDevice) -> Result<LoopStatus, Errno> {
+        device.status()
+    }
+
+    fn loop_size_bytes(&self, device: &LoopDevice) -> Result<u64, Errno> {
+        device.size_bytes()
+    }
+
+    fn read_only_loops(&self) -> Vec<u32> {
+        loop_device::read_only()
+    }
+
+    fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
+        let number = self.device_number(path).ok().flatten();
+        number.map(holders::stacked_on).unwrap_or_default()
+    }
+
+    /// Whether sysfs names a backing file for the loop device: it does until the device has let go of it.
+    fn shows_backing(&self, path: &Path) -> bool {
+        let name = path.file_name().unwrap_or_default();
+        let attributes = Path::new("/sys/block").join(name).join("loop");
+        attributes.exists()
+    }
+
+    fn loop_node_of(&self, number: DeviceNumber) -> Result<PathBuf, Errno> {
+        loop_device::node_of(number)
+    }
+
+    fn backing_path(&self, number: DeviceNumber) -> Result<PathBuf, Errno> {
+        loop_device::backing_path(number)
+    }
+}

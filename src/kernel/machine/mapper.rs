@@ -1,0 +1,341 @@
+//! dm devices: create, load, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that has
+//! none.
+//!
+//! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
+//!
+//! | verb | through | why |
+//! | --- | --- | --- |
+//! | opening the node, long tables | `devicemapper` | it makes room for them, and parses them |
+//! | create, load, status, table | `sys.rs` | the crate clears and copies 16 KiB for each |
+//! | suspend, resume, rename, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
+//! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
+//! | a glance at the status | `sys.rs` | the crate allocates for it, and a watch glances often |
+//! | arming a poll | `sys.rs` | it is for each watch's own descriptor, not the shared one |
+//! | query | `sys.rs` | the crate finds no device by number, and fails on names that are not ASCII |
+//! | list | `sys.rs` | the crate returns no uuids, and one odd name hides every device |
+//! | target version | `sys.rs` | the crate has only the list of loaded targets, which loads no module |
+
+use std::fmt;
+use std::fs::File;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use devicemapper::{DM, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
+use nix::errno::Errno;
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout};
+use nix::sys::stat::Mode;
+
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Kind};
+use crate::dm::{Address, HEAD_BYTES, Head, Listed, Message, SnapshotStatus, TargetLine, message};
+use crate::error::{errno_of as io_errno, policy};
+use crate::kernel::seam::{DevId, Device, MAPPER_CONTROL, TargetVersion};
+use crate::kernel::sys;
+
+/// What resume and remove put into their uevents as `DM_COOKIE`, read by the udev rules of dm: make no link below
+/// /dev/mapper (1), run no subsystem (2), disk (4) or other (8) rules, no libdm fallback (0x20), and this event is
+/// the genuine one (0x40). Its low half, a semaphore's id, is 0: nobody waits, and nobody is told.
+///
+/// With it udev never opens a guest's disk (no blkid, no watch) and never owns `/dev/mapper/<name>`: a udevd that
+/// lags behind cannot take away the link of a new device because an old one of that name is gone.
+const QUIET_COOKIE: u32 = 0x6f << 16;
+
+const LIST_DEVICES: u8 = 2;
+const DEV_CREATE: u8 = 3;
+const DEV_REMOVE: u8 = 4;
+const DEV_RENAME: u8 = 5;
+const DEV_SUSPEND: u8 = 6;
+const DEV_STATUS: u8 = 7;
+const TABLE_LOAD: u8 = 9;
+const TABLE_STATUS: u8 = 12;
+const ARM_POLL: u8 = 16;
+const GET_TARGET_VERSION: u8 = 17;
+
+/// From this minor version of the dm interface on, the list of devices has their uuids.
+const LIST_HAS_UUIDS: u32 = 45;
+
+/// `/dev/mapper/control`, open.
+pub(crate) struct Mapper(DM);
+
+impl fmt::Debug for Mapper {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.file().fmt(f)
+    }
+}
+
+impl sys::OwnsFd for DM {}
+
+impl Mapper {
+    pub(crate) fn open() -> Result<Self, Errno> {
+        DM::new().map(Self).map_err(|_| why_not_open())
+    }
+
+    fn send<B: AsRef<[u8]> + AsMut<[u8]>>(
+        &self,
+        command: u8,
+        message: &mut Message<B>,
+    ) -> Result<(), Errno> {
+        sys::dm_ioctl(sys::borrow(&self.0), command, message.bytes_mut())
+    }
+
+    pub(crate) fn create(
+        &self,
+        name: &DeviceName,
+        uuid: &DeviceUuid,
+    ) -> Result<DeviceNumber, Errno> {
+        let head = Head::to(Address::Uuid(uuid.as_str()));
+        let mut message = head.with_name(name.as_str());
+        self.send(DEV_CREATE, &mut message)?;
+        Ok(message.number())
+    }
+
+    pub(crate) fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
+        // The longest line of ours has 86 bytes: two device numbers, a store, a chunk size and two features.
+        const ROOM: usize = 256;
+        let mut buffer = [0; HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]);
+        let message = message.with_address(Address::Uuid(uuid.as_str()));
+        let (kind, params) = (line.target.kind(), line.target.params());
+        let (start, length) = (line.start.count(), line.length.count());
+        self.send(
+            TABLE_LOAD,
+            &mut message.with_target(start, length, kind, &params),
+        )
+    }
+
+    /// Makes the loaded table live, or ends a suspension. Nothing is mounted or queued when there is a loaded table, so
+    /// there is nothing to freeze or to flush; without one the flags mean nothing.
+    /// Says how many have the device open.
+    pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
+        let head = Head::to(Address::Uuid(uuid.as_str()));
+        let flags = message::SKIP_LOCKFS | message::NOFLUSH;
+        let mut message = head.with_flags(flags).with_cookie(QUIET_COOKIE);
+        self.send(DEV_SUSPEND, &mut message)?;
+        Ok(message.open_count())
+    }
+
+    /// Holds back all I/O and waits for what is in flight. Without `DM_SKIP_LOCKFS_FLAG`, on purpose: the kernel then
+    /// writes out what it has cached of the device (`freeze_bdev`), where a VMM without O_DIRECT has its guest's
+    /// writes, and freezes a file system that is mounted on this host until the resume.
+    pub(crate) fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        let head = Head::to(Address::Uuid(uuid.as_str()));
+        self.send(DEV_SUSPEND, &mut head.with_flags(message::SUSPEND))
+    }
+
+    /// Removes the device, or has the kernel do so at the last close; says whether that is still to come.
+    pub(crate) fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
+        let flags = if deferred {
+            message::DEFERRED_REMOVE
+        } else {
+            0
+        };
+        let mut message = Head::to(address)
+            .with_flags(flags)
+            .with_cookie(QUIET_COOKIE);
+        self.send(DEV_REMOVE, &mut message)?;
+        Ok(deferred && message.flags() & message::DEFERRED_REMOVE != 0)
+    }
+
+    /// Gives its first and only uuid to a device that has none. The name stays, and so do udev's rules for it: its link
+    /// may be udev's, which takes it away on a cookie that says to make none.
+    pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.change(name, uuid.as_str(), message::UUID, 0)
+    }
+
+    /// Gives the device another name. The kernel finds it by the old one alone, so that of two who do so one fails.
+    pub(crate) fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno> {
+        self.change(from, to.as_str(), 0, QUIET_COOKIE)
+    }
+
+    fn change(&self, name: &DeviceName, to: &str, flags: u32, cookie: u32) -> Result<(), Errno> {
+        const ROOM: usize = 136;
+        let mut buffer = [0; HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_name(name.as_str());
+        let message = message.with_flags(flags).with_cookie(cookie);
+        self.send(DEV_RENAME, &mut message.with_text(to))
+    }
+
+    pub(crate) fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
+        let mut message = Head::to(address);
+        self.send(DEV_STATUS, &mut message)?;
+        let has = |flag| message.flags() & flag != 0;
+        Ok(Device {
+            name: message.name(),
+            uuid: message.uuid(),
+            number: message.number(),
+            open_count: message.open_count(),
+            live_table: has(message::ACTIVE_PRESENT),
+            inactive_table: has(message::INACTIVE_PRESENT),
+            suspended: has(message::SUSPEND),
+            deferred_remove: has(message::DEFERRED_REMOVE),
+        })
+    }
+
+    /// The first line of the device's table: its target and parameters, as the live or the inactive table has
+    /// them; `None` without such a table.
+    pub(crate) fn table(
+        &self,
+        id: DevId<'_>,
+        inactive: bool,
+    ) -> Result<Option<(String, String)>, Errno> {
+        let slot = if inactive {
+            DmFlags::DM_QUERY_INACTIVE_TABLE
+        } else {
+            DmFlags::empty()
+        };
+        self.first_line(id, slot | DmFlags::DM_STATUS_TABLE)
+    }
+
+    /// The first line of the device's status: its target and what that says of itself.
+    pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
+        self.first_line(DevId::Uuid(uuid), DmFlags::DM_NOFLUSH)
+    }
+
+    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target.
+    /// A pool's device by another name is another snapshot, and this one is gone.
+    pub(crate) fn glance(
+        &self,
+        uuid: &DeviceUuid,
+        name: &str,
+    ) -> Result<Option<SnapshotStatus>, Errno> {
+        const ROOM: usize = 200;
+        let mut buffer = [0; HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_flags(message::NOFLUSH);
+        let mut message = message.with_address(Address::Uuid(uuid.as_str()));
+        self.send(TABLE_STATUS, &mut message)?;
+        if uuid.kind() == Kind::Pooled && !message.is_named(name) {
+            return Err(policy::GONE);
+        }
+        if message.flags() & message::ACTIVE_PRESENT == 0 {
+            return Ok(None);
+        }
+        let line = if message.flags() & message::BUFFER_FULL != 0 {
+            self.status(uuid)?
+        } else {
+            None
+        };
+        let owned = line
+            .as_ref()
+            .map(|(kind, text)| (kind.as_str(), text.as_str()));
+        let seen = owned.or_else(|| message::first_target(message.payload()));
+        Ok(seen.and_then(|(kind, text)| {
+            let Ok(status) = text.parse();
+            matches!(kind, "snapshot" | "snapshot-merge").then_some(status)
+        }))
+    }
+
+    fn first_line(&self, id: DevId<'_>, flags: DmFlags) -> Result<Option<(String, String)>, Errno> {
+        const ROOM: usize = 512;
+        let mut buffer = [0; HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_flags(flags.bits());
+        let mut message = message.with_address(match id {
+            DevId::Name(name) => Address::Name(name.as_str()),
+            DevId::Uuid(uuid) => Address::Uuid(uuid.as_str()),
+        });
+        self.send(TABLE_STATUS, &mut message)?;
+        if message.flags() & message::BUFFER_FULL != 0 {
+            return self.long_first_line(id, flags);
+        }
+        let line = message::first_target(message.payload());
+        let line = line.filter(|(kind, _)| !kind.is_empty());
+        Ok(line.map(|(kind, text)| (kind.to_owned(), text.to_owned())))
+    }
+
+    /// Of a table with many lines, or one with a long one: none of ours.
+    fn long_first_line(
+        &self,
+        id: DevId<'_>,
+        flags: DmFlags,
+    ) -> Result<Option<(String, String)>, Errno> {
+        let options = DmOptions::default().set_flags(flags);
+        let id = match id {
+            DevId::Name(name) => {
+                devicemapper::DevId::Name(DmName::new(name.as_str()).map_err(errno_of)?)
+            }
+            DevId::Uuid(uuid) => {
+                devicemapper::DevId::Uuid(DmUuid::new(uuid.as_str()).map_err(errno_of)?)
+            }
+        };
+        let (_, lines) = self.0.table_status(&id, options).map_err(errno_of)?;
+        Ok(lines
+            .into_iter()
+            .next()
+            .map(|(_, _, target, params)| (target, params)))
+    }
+
+    /// Every dm device there is, foreign ones included.
+    pub(crate) fn list(&self) -> Result<Vec<Listed>, Errno> {
+        let mut room = 64 << 10;
+        loop {
+            let mut message = Message::new(vec![0; HEAD_BYTES + room]).with_flags(message::UUID);
+            self.send(LIST_DEVICES, &mut message)?;
+            if message.flags() & message::BUFFER_FULL == 0 {
+                return Ok(message::listed(
+                    message.payload(),
+                    message.minor_version() >= LIST_HAS_UUIDS,
+                ));
+            }
+            room *= 4;
+        }
+    }
+
+    /// The snapshot target's version; has the kernel load the module if need be.
+    pub(crate) fn target_version(&self) -> Result<TargetVersion, Errno> {
+        const ROOM: usize = 64;
+        let mut buffer = [0; HEAD_BYTES + ROOM];
+        let head = Message::new(&mut buffer[..]);
+        let mut message = head.with_name("snapshot");
+        self.send(GET_TARGET_VERSION, &mut message)?;
+        let target = message::target_version(message.payload()).ok_or(Errno::EPROTO)?;
+        Ok(TargetVersion {
+            target,
+            interface_minor: message.minor_version(),
+        })
+    }
+}
+
+/// `/dev/mapper/control`, open once more: readable from the first dm event on that follows the last arming, whichever
+/// device it is of. Each open file has an event number of its own (`dm_poll`, `drivers/md/dm-ioctl.c`).
+#[derive(Debug)]
+pub(crate) struct EventFd(OwnedFd);
+
+impl EventFd {
+    pub(crate) fn open() -> Result<Self, Errno> {
+        let flags = OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        nix::fcntl::open(MAPPER_CONTROL, flags, Mode::empty()).map(Self)
+    }
+
+    pub(crate) fn arm(&self) -> Result<(), Errno> {
+        let mut message = Head::new([0; HEAD_BYTES]);
+        sys::dm_ioctl(self.0.as_fd(), ARM_POLL, message.bytes_mut())
+    }
+
+    /// Waits in whole milliseconds, rounded up: a wait that ends too early would be repeated at once.
+    pub(crate) fn poll(&self, at_most: Duration) -> Result<bool, Errno> {
+        let millis = at_most.as_micros().div_ceil(1000);
+        let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
+        let mut fds = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
+        nix::poll::poll(&mut fds, timeout).map(|ready| ready > 0)
+    }
+}
+
+impl AsFd for EventFd {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// `devicemapper` drops the errno of a failed open; asking again brings it back.
+fn why_not_open() -> Errno {
+    match File::open(MAPPER_CONTROL) {
+        Err(found) => io_errno(&found),
+        Ok(_) => Errno::EAGAIN,
+    }
+}
+
+fn errno_of(error: DmError) -> Errno {
+    match error {
+        DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => *errno,
+        _ => Errno::EPROTO,
+    }
+}

@@ -1,0 +1,11 @@
+//! The one way to the kernel: the unsafe calls, the seam that stories talk to, the real machine behind it, and in tests
+//! a fake one.
+
+#[cfg(test)]
+pub(crate) mod fake;
+mod machine;
+mod seam;
+pub(crate) mod sys;
+
+pub(crate) use machine::{LoopDevice, MACHINE, Machine};
+pub(crate) use seam::*;

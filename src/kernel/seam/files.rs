@@ -1,0 +1,62 @@
+//! Files: images, COW files, exports and their directories.
+
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+
+use crate::base::{DeviceNumber, FileId, OriginIdentity};
+
+/// What `fstat` says of an image or a COW file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct FileFacts {
+    pub(crate) id: FileId,
+    pub(crate) kind: FileKind,
+    pub(crate) mode: u32,
+    pub(crate) size_bytes: u64,
+    pub(crate) mtime_ns: i64,
+    /// How many paths lead to it; 0 once it is unlinked.
+    pub(crate) links: u64,
+    /// Whether anything was ever written to it.
+    pub(crate) has_blocks: bool,
+}
+
+impl FileFacts {
+    pub(crate) fn identity(&self) -> OriginIdentity {
+        OriginIdentity {
+            size_bytes: self.size_bytes,
+            mtime_ns: self.mtime_ns,
+        }
+    }
+}
+
+/// What kind of file it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FileKind {
+    Regular,
+    BlockDevice(DeviceNumber),
+    Other(&'static str),
+}
+
+/// Calls on files.
+pub(crate) trait Files {
+    type File;
+
+    /// Opens an image or a COW file for a loop device; a writable block device is claimed exclusively.
+    fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
+    /// Opens the file behind a loop device, which claims it.
+    fn open_backing(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
+    fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
+    fn make_memory_file(&self) -> Result<Self::File, Errno>;
+    fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno>;
+    fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
+    fn lengthen_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
+    fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
+    fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
+    fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
+    fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;
+    fn sync_file(&self, file: &Self::File) -> Result<(), Errno>;
+    fn date_file(&self, file: &Self::File, mtime_ns: Option<i64>) -> Result<(), Errno>;
+    fn unlink(&self, path: &Path) -> Result<(), Errno>;
+    /// The paths of a directory's entries; none of one that cannot be read.
+    fn entries(&self, directory: &Path) -> Vec<PathBuf>;
+}

@@ -1,0 +1,83 @@
+//! dm devices, their nodes and their aliases.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use nix::errno::Errno;
+
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
+
+/// The node that takes dm ioctls.
+pub(crate) const MAPPER_CONTROL: &str = "/dev/mapper/control";
+
+/// How old the kernel's snapshot target is, and the interface it is reached by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TargetVersion {
+    pub(crate) target: [u32; 3],
+    /// 48 in Linux 6.4 to 6.12, 50 in 6.18 and 7.3.
+    pub(crate) interface_minor: u32,
+}
+
+/// What the kernel says of a dm device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Device {
+    pub(crate) name: String,
+    /// Empty for a device without one.
+    pub(crate) uuid: String,
+    pub(crate) number: DeviceNumber,
+    pub(crate) open_count: u32,
+    pub(crate) live_table: bool,
+    pub(crate) inactive_table: bool,
+    pub(crate) suspended: bool,
+    pub(crate) deferred_remove: bool,
+}
+
+/// A device by one of the two texts that it can be asked for its table by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum DevId<'a> {
+    Name(&'a DeviceName),
+    Uuid(&'a DeviceUuid),
+}
+
+/// Calls on dm devices.
+pub(crate) trait DeviceMapper {
+    /// The control node, open once more, to wait for dm events.
+    type Events;
+
+    fn open_mapper(&self) -> Result<(), Errno>;
+    fn target_version(&self) -> Result<TargetVersion, Errno>;
+    fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
+    fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
+    fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno>;
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno>;
+    fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno>;
+    fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno>;
+    fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
+    fn table(&self, id: DevId<'_>, inactive: bool) -> Result<Option<(String, String)>, Errno>;
+    fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
+    /// The status alone, without allocating.
+    fn glance(&self, uuid: &DeviceUuid, name: &str) -> Result<Option<SnapshotStatus>, Errno>;
+    fn list(&self) -> Result<Vec<Listed>, Errno>;
+
+    fn open_events(&self) -> Result<Self::Events, Errno>;
+    /// From here on the first dm event makes the descriptor readable.
+    fn arm(&self, events: &Self::Events) -> Result<(), Errno>;
+    /// Waits for an event; says whether there was one.
+    fn poll(&self, events: &Self::Events, at_most: Duration) -> Result<bool, Errno>;
+
+    fn find_node(&self, number: DeviceNumber) -> Option<PathBuf>;
+    fn make_alias(
+        &self,
+        path: &Path,
+        number: DeviceNumber,
+        node: Option<&Path>,
+    ) -> Result<(), Errno>;
+    fn remove_alias(&self, path: &Path, number: DeviceNumber) -> Result<bool, Errno>;
+    fn is_our_alias(&self, path: &Path) -> bool;
+    fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno>;
+    fn is_present(&self, number: DeviceNumber) -> bool;
+    /// Who has the device open, in words.
+    fn holders(&self, number: DeviceNumber) -> Vec<String>;
+}

@@ -1,0 +1,372 @@
+//! The story of a merge: a COW file's changes are folded into its origin image by the kernel's snapshot-merge target.
+//!
+//! The kernel merges by itself once the device is resumed: it copies a stretch of chunks to the image, flushes that,
+//! and only then takes their exceptions out of the store. So whatever is cut off, and when, the pair still makes the
+//! same disk. What is ours to keep is that the pair is known for one: the mark in the COW file.
+
+#[cfg(test)]
+mod tests;
+
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::backing::{Backing, Reader, attach, open_locked_origin, open_merged_cow, unsound};
+use crate::base::{ChunkSize, DeviceName, Handles, Kind, OriginIdentity, Sectors, Store};
+use crate::call::{absent, ask, timings};
+use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
+use crate::error::{Error, Refusal, Result, Retry, Step, policy};
+use crate::kernel::sys::LO_AUTOCLEAR;
+use crate::kernel::{FileKind, Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
+use crate::snapshot::{Made, make_device, undone};
+use crate::store::{ExceptionStore, MARK_AT};
+use crate::{store, teardown};
+
+/// How a COW file's changes are to be merged into the image that it was made over.
+///
+/// ```no_run
+/// use std::ops::ControlFlow;
+///
+/// let outcome = dmsnap::MergeOptions::new().merge("/images/base.ext4", "/run/vm-42.cow", |progress| {
+///     println!("{} of {} sectors", progress.merged, progress.total);
+///     ControlFlow::Continue(())
+/// })?;
+/// println!("{outcome:?}");
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct MergeOptions {
+    any_origin: bool,
+    name: Option<String>,
+}
+
+/// How far a merge has got. Lengths count the changed chunks only, in 512-byte sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct MergeProgress {
+    /// What this call has merged.
+    pub merged: Sectors,
+    /// What there was to merge when it began.
+    pub total: Sectors,
+}
+
+/// How a merge ended. Lengths count the changed chunks only, in 512-byte sectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a merge that was stopped is still to be finished"]
+#[non_exhaustive]
+pub enum MergeOutcome {
+    /// All of it is in the image. The store is empty and tied to the image as it is now: the COW file may be used for a
+    /// new snapshot over it, or be deleted.
+    Complete {
+        /// What this call merged.
+        merged: Sectors,
+    },
+    /// It was stopped. The COW file has the rest: a later merge goes on, and a snapshot over the two shows the same
+    /// disk as before.
+    Stopped {
+        /// What this call merged.
+        merged: Sectors,
+        /// What is left.
+        left: Sectors,
+    },
+}
+
+impl MergeOptions {
+    /// Into the image that the COW file is marked with, by a dm device named after the COW file's device and inode.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Takes the image as it is, whatever the COW file was made over, as
+    /// [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does. Into a changed image it merges
+    /// garbage.
+    pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
+        self.any_origin = any_origin;
+        self
+    }
+
+    /// Names the dm device that exists while the kernel merges: `dmsnap-merge-<major>:<minor>-<inode>` otherwise.
+    pub fn name(&mut self, name: impl Into<String>) -> &mut Self {
+        self.name = Some(name.into());
+        self
+    }
+
+    /// Merges the changes that `cow` holds into `origin`, and returns when all are there or `progress` breaks off.
+    ///
+    /// Offline: nobody may use either file. Both are locked exclusively, and every snapshot of ours keeps a lock on its
+    /// image, so that one that is live, on this COW file or on any other over this image, refuses the merge. A live
+    /// snapshot cannot be merged, as its image is attached read-only: clean it up first.
+    ///
+    /// The image changes, so every other COW file made over it is refused from then on, whether the merge ends or not
+    /// (an image that is a block device has no modification time to know that by).
+    ///
+    /// `progress` is called at first and then every 50 ms or more often. When it breaks off, the device is removed as
+    /// soon as the kernel has finished the stretch that it is at, of at most a metadata area.
+    ///
+    /// Cut off by a kill, the kernel goes on by itself: the device stays, [`list`](crate::list) shows it as
+    /// [`merging`](crate::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
+    /// moment without loss. Then, as after a power cut, a merge of the same two files goes on, and a snapshot over them
+    /// shows the disk as it was. They are known by the image's inode and size, and by its modification time, which must
+    /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name
+    /// the image as it was: [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) refuses it by
+    /// them.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`], before anything is touched: [`Refusal::OriginInUse`] for an image with live snapshots,
+    /// [`Refusal::CowInUse`], [`Refusal::OriginChanged`], [`Refusal::OriginReadOnly`], and for
+    /// a COW file that has no valid store [`Refusal::CowBlank`], [`Refusal::CowForeign`], [`Refusal::CowInvalid`],
+    /// [`Refusal::CowDamaged`] or [`Refusal::CowUnsound`].
+    /// [`Error::Failed`] names the first step that failed; no device is left, and what was merged stays merged.
+    /// [`Step::Merge`] is the kernel's own: the image or the COW file could not be written, for lack of space perhaps.
+    /// [`Error::Debris`] says what is left, when undoing failed too.
+    pub fn merge(
+        &self,
+        origin: impl AsRef<Path>,
+        cow: impl AsRef<Path>,
+        mut progress: impl FnMut(MergeProgress) -> ControlFlow<()>,
+    ) -> Result<MergeOutcome> {
+        merge(&MACHINE, self, origin.as_ref(), cow.as_ref(), &mut progress)
+    }
+}
+
+type Progress<'a> = dyn FnMut(MergeProgress) -> ControlFlow<()> + 'a;
+
+pub(crate) fn merge<H: Host>(
+    host: &H,
+    options: &MergeOptions,
+    origin: &Path,
+    cow: &Path,
+    progress: &mut Progress<'_>,
+) -> Result<MergeOutcome> {
+    let name = options.name.as_deref().map(DeviceName::new).transpose()?;
+    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
+        host.open_mapper()
+    })?;
+    ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
+        host.open_loop_control()
+    })?;
+    let origin = open_locked_origin(host, origin, true)?;
+    let (kind, mode) = (origin.facts.kind, origin.facts.mode);
+    if kind == FileKind::Regular && mode & 0o222 == 0 {
+        let path = origin.path.to_owned();
+        return Err(Refusal::OriginReadOnly { path, mode }.into());
+    }
+    let (cow, header) = open_merged_cow(host, cow, &origin, options.any_origin)?;
+    let name = name.map_or_else(|| name_after(&cow), Ok)?;
+    let pair = Pair {
+        host,
+        origin,
+        cow,
+        chunk: header.chunk,
+    };
+    let total = pair.left()?;
+
+    let mut handles = Handles::default();
+    let mut stage = Stage::Untouched;
+    let ran = pair.run(&name, total, &mut handles, &mut stage, progress);
+    let ran = match ran {
+        Ok(()) => teardown::clean(host, &handles, &Retry::default()),
+        Err(error) => Err(undone(host, error, &handles)),
+    };
+    let ran = match ran {
+        // The kernel may be at it still, and the mark says so.
+        Err(debris @ Error::Debris { .. }) => return Err(debris),
+        ran => ran,
+    };
+    let left = match stage {
+        Stage::Untouched => Ok(total),
+        Stage::Announced => pair.take_back(),
+        Stage::Begun => pair.settle(),
+    };
+    ran?;
+    let left = left?;
+    let merged = Sectors::new(total.count().saturating_sub(left.count()));
+    Ok(match left.count() {
+        0 => MergeOutcome::Complete { merged },
+        _ => MergeOutcome::Stopped { merged, left },
+    })
+}
+
+/// What of a merge lasts beyond its devices.
+enum Stage {
+    /// Nothing yet.
+    Untouched,
+    /// The mark says that a merge has begun, and the image has another modification time.
+    Announced,
+    /// The kernel was told to merge.
+    Begun,
+}
+
+fn name_after<F>(cow: &Backing<'_, F>) -> Result<DeviceName> {
+    let id = cow.facts.id;
+    Ok(DeviceName::new(format!(
+        "dmsnap-merge-{}-{}",
+        id.dev, id.inode
+    ))?)
+}
+
+/// The two files of a merge, open and locked from its beginning to its end.
+struct Pair<'a, H: Host> {
+    host: &'a H,
+    origin: Backing<'a, H::File>,
+    cow: Backing<'a, H::File>,
+    chunk: ChunkSize,
+}
+
+impl<H: Host> Pair<'_, H> {
+    /// What the store holds. In a store that is not sound, or reaches behind the image, the kernel would fail half-way,
+    /// or write behind the image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
+    fn left(&self) -> Result<Sectors> {
+        let unsound = |error| unsound(self.cow.path, error);
+        let origin = Sectors::from_bytes_floor(self.origin.facts.size_bytes);
+        let store = ExceptionStore::open(Reader::of(self.host, &self.cow));
+        let mut store = store.map_err(unsound)?.over(origin);
+        store.changed_extents().map_err(unsound)?;
+        let exceptions = store.summary().map_err(unsound)?.exceptions;
+        let chunk = self.chunk.sectors().count();
+        Ok(Sectors::new(exceptions.saturating_mul(chunk)))
+    }
+
+    /// From inspected files to the end of the merge. The loop devices are open until this returns: until then `reap`
+    /// takes the merge for one in progress, and leaves it alone.
+    fn run(
+        &self,
+        name: &DeviceName,
+        total: Sectors,
+        handles: &mut Handles,
+        stage: &mut Stage,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
+        let host = self.host;
+        let origin_loop = attach(
+            host,
+            &self.origin,
+            LO_AUTOCLEAR,
+            self.origin.path,
+            &mut handles.origin_loop,
+        )?;
+        let cow_loop = attach(
+            host,
+            &self.cow,
+            LO_AUTOCLEAR,
+            self.cow.path,
+            &mut handles.cow_loop,
+        )?;
+        let bytes = ask(Step::SizeLoop, &origin_loop.path, || {
+            host.loop_size_bytes(&origin_loop.device)
+        })?;
+        let line = TargetLine {
+            start: Sectors::default(),
+            length: Sectors::from_bytes_floor(bytes),
+            target: Target::SnapshotMerge(SnapshotParams {
+                origin: origin_loop.dev,
+                cow: cow_loop.dev,
+                // What a full store does is of no account: a merge takes no room.
+                store: Store::Persistent,
+                chunk: self.chunk,
+                discard: Discard::Unsupported,
+            }),
+        };
+        let origin = self.origin.identity();
+        let made = make_device(host, name, origin, Kind::Own, &cow_loop, &line, handles)?;
+        *stage = Stage::Announced;
+        self.announce()?;
+        ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+        *stage = Stage::Begun;
+        self.watch(&made, total, progress)
+    }
+
+    /// Says in the COW file that the image is about to change, then changes its modification time, each on stable
+    /// storage before the next: no power cut leaves a changed image that another COW file takes for its own, nor one
+    /// that this one does not know. The time that it was given then counts as the earliest: from the second mark on, an
+    /// older copy of the image is refused, for it lacks what the store no longer holds.
+    fn announce(&self) -> Result<()> {
+        let inode = Some(self.origin.facts.id.inode);
+        self.mark(self.origin.identity(), inode)?;
+        if self.origin.facts.kind == FileKind::Regular {
+            self.date_origin(None)?;
+        }
+        self.sync(&self.origin)?;
+        self.mark(self.identity_now()?, inode)
+    }
+
+    /// Undoes [`Self::announce`], as far as it got.
+    fn take_back(&self) -> Result<Sectors> {
+        if self.origin.facts.kind == FileKind::Regular {
+            self.date_origin(Some(self.origin.facts.mtime_ns))?;
+        }
+        self.settle()
+    }
+
+    /// With the devices gone, ties the store to the image as it is now. Returns what the store still holds.
+    fn settle(&self) -> Result<Sectors> {
+        self.sync(&self.origin)?;
+        let left = self.left()?;
+        self.mark(self.identity_now()?, None)?;
+        Ok(left)
+    }
+
+    fn mark(&self, origin: OriginIdentity, merging_into: Option<u64>) -> Result<()> {
+        let mark = store::mark(origin, merging_into);
+        ask(Step::MarkFile, self.cow.path, || {
+            self.host.write_at(&self.cow.file, &mark, MARK_AT)
+        })?;
+        self.sync(&self.cow)
+    }
+
+    fn sync(&self, backing: &Backing<'_, H::File>) -> Result<()> {
+        ask(Step::SyncFile, backing.path, || {
+            self.host.sync_file(&backing.file)
+        })
+    }
+
+    fn date_origin(&self, mtime_ns: Option<i64>) -> Result<()> {
+        ask(Step::DateFile, self.origin.path, || {
+            self.host.date_file(&self.origin.file, mtime_ns)
+        })
+    }
+
+    fn identity_now(&self) -> Result<OriginIdentity> {
+        let facts = ask(Step::InspectFile, self.origin.path, || {
+            self.host.inspect_file(&self.origin.file)
+        })?;
+        Ok(facts.identity())
+    }
+
+    /// Looks until nothing is left, or `progress` has seen enough. The kernel raises no event at the end of a merge.
+    fn watch(&self, made: &Made, total: Sectors, progress: &mut Progress<'_>) -> Result<()> {
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let asked = ask(Step::Status, &made.mapper, || self.host.status(&made.uuid));
+            // Removed by somebody: what it did is in the files.
+            let Some(line) = absent(asked)? else {
+                return Ok(());
+            };
+            let line = line.map(|(_, text)| text).unwrap_or_default();
+            let Ok(status) = line.parse();
+            let SnapshotStatus::Usage(usage) = status else {
+                let failed = Error::failed(Step::Merge, &made.mapper, policy::MERGE_FAILED);
+                return Err(failed.noted(format!("{line:?}, the kernel log has the reason")));
+            };
+            // Data chunks alone: the metadata is that of the area in hand and those before it.
+            let left = usage
+                .allocated
+                .count()
+                .saturating_sub(usage.metadata.count());
+            let merged = Sectors::new(total.count().saturating_sub(left));
+            if progress(MergeProgress { merged, total }).is_break() || left == 0 {
+                return Ok(());
+            }
+            timings::pause(|| self.host.sleep(pause));
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+}
+
+/// A small merge is over by then.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+
+/// Each look takes the snapshot's lock for a moment; twenty in a second do not slow the merge down.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);

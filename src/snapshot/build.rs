@@ -1,0 +1,246 @@
+//! A dm device of ours from its attached parts: made, loaded and resumed.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::SnapshotOptions;
+use crate::backing::{Attached, Cow, Warning, attach, note_sizes};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, Sectors};
+use crate::call::{ask, patiently};
+use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
+use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
+use crate::kernel::sys::{LO_AUTOCLEAR, LO_DIRECT_IO};
+use crate::kernel::{FileFacts, Host, MAPPER_CONTROL, TargetVersion};
+use crate::store::{self, MARK_AT};
+use crate::teardown;
+
+/// What a snapshot is made over: the image, and the loop device that has it.
+pub(crate) struct Over<'a> {
+    /// The image as it was inspected.
+    pub(crate) facts: &'a FileFacts,
+    pub(crate) device: DeviceNumber,
+    pub(crate) length: Sectors,
+}
+
+/// Which dm device a snapshot becomes.
+pub(crate) enum Onto<'a> {
+    New {
+        name: &'a DeviceName,
+        kind: Kind,
+    },
+    /// One that is there and has a table that nobody uses.
+    Recycled(&'a Made),
+}
+
+/// A live device, still without its alias.
+pub(crate) struct Built<L> {
+    pub(crate) made: Made,
+    pub(crate) warnings: Vec<Warning>,
+    /// The COW file's, locked while this is there: a sweep by another process takes the device for abandoned without
+    /// it.
+    _at_work: Attached<L>,
+}
+
+/// From an attached image and an inspected COW file to a live device. `handles` names at any moment what there is to
+/// undo.
+pub(crate) fn build<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    over: &Over<'_>,
+    cow: &Cow<'_, H::File>,
+    onto: &Onto<'_>,
+    handles: &mut Handles,
+) -> Result<Built<H::Loop>> {
+    let Cow {
+        backing: cow,
+        mark,
+        warning,
+    } = cow;
+    if let Onto::Recycled(made) = onto {
+        made.note(handles);
+    }
+    let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
+    let flags = LO_AUTOCLEAR | direct_io;
+    let cow_loop = attach(host, cow, flags, cow.path, &mut handles.cow_loop)?;
+    let mut warnings = note_sizes(&options.cow, over.length, over.facts, &cow.facts);
+    warnings.extend(warning.clone());
+    if options.direct_io {
+        let status = || host.loop_status(&cow_loop.device);
+        if !ask(Step::InspectLoop, &cow_loop.path, status)?.direct_io {
+            warnings.push(Warning::DirectIoUnavailable);
+        }
+    }
+
+    let discard = if options.discard {
+        Discard::ZeroesCow
+    } else {
+        Discard::Unsupported
+    };
+    let params = SnapshotParams {
+        origin: over.device,
+        cow: cow_loop.dev,
+        store: options.cow.store,
+        chunk: options.cow.chunk,
+        discard,
+    };
+    let line = TargetLine {
+        start: Sectors::default(),
+        length: over.length,
+        target: Target::Snapshot(params),
+    };
+
+    let identity = over.facts.identity();
+    let made = match onto {
+        Onto::New { name, kind } => {
+            make_device(host, name, identity, *kind, &cow_loop, &line, handles)?
+        }
+        Onto::Recycled(made) => {
+            load(host, made, &line)?;
+            (*made).clone()
+        }
+    };
+    if *mark {
+        // The kernel has written the header by now, and does not write it again while the store is valid.
+        let mark = store::mark(identity, None);
+        ask(Step::MarkFile, cow.path, || {
+            host.write_at(&cow.file, &mark, MARK_AT)
+        })?;
+    }
+    ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+    Ok(Built {
+        made,
+        warnings,
+        _at_work: cow_loop,
+    })
+}
+
+/// A dm device of ours.
+#[derive(Clone, Debug)]
+pub(crate) struct Made {
+    pub(crate) name: DeviceName,
+    pub(crate) uuid: DeviceUuid,
+    /// `/dev/mapper/<name>`, there or not.
+    pub(crate) mapper: PathBuf,
+    pub(crate) dev: DeviceNumber,
+}
+
+impl Made {
+    /// The same device after a rename.
+    pub(crate) fn named(self, name: &DeviceName) -> Self {
+        Self {
+            mapper: name.mapper_path(),
+            name: name.clone(),
+            ..self
+        }
+    }
+
+    pub(crate) fn handles(&self) -> Handles {
+        let mut handles = Handles::default();
+        self.note(&mut handles);
+        handles
+    }
+
+    fn note(&self, handles: &mut Handles) {
+        handles.name = Some(self.name.clone());
+        handles.dev = Some(self.dev);
+        handles.mapper = Some(self.mapper.clone());
+        handles.uuid = Some(self.uuid.clone());
+    }
+}
+
+/// Makes the dm device and loads its one line.
+pub(crate) fn make_device<H: Host>(
+    host: &H,
+    name: &DeviceName,
+    origin: OriginIdentity,
+    kind: Kind,
+    cow_loop: &Attached<H::Loop>,
+    line: &TargetLine,
+    handles: &mut Handles,
+) -> Result<Made> {
+    let mapper = name.mapper_path();
+    let random = ask(Step::Random, &mapper, || host.random())?;
+    let uuid = DeviceUuid::fresh(random, origin, cow_loop.number, kind);
+    let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
+    let made = Made {
+        name: name.clone(),
+        uuid,
+        mapper,
+        dev,
+    };
+    made.note(handles);
+    load(host, &made, line)?;
+    Ok(made)
+}
+
+/// Loads a line into the device's inactive slot.
+pub(crate) fn load<H: Host>(host: &H, made: &Made, line: &TargetLine) -> Result<()> {
+    patiently(host, &LOAD_RETRY, Verdict::Exhausted, || {
+        ask(Step::Load, &made.mapper, || host.load(&made.uuid, line))
+    })
+    .map_err(|error| explain_load(host, error))
+}
+
+/// A failure, with what undoing the steps before it leaves.
+pub(crate) fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
+    match teardown::clean(host, handles, &UNDO_RETRY) {
+        Err(Error::Debris { left, .. }) => error.leaving(left),
+        _ => error,
+    }
+}
+
+/// A refused table may mean that the kernel has no snapshot target; otherwise only the kernel log knows more.
+fn explain_load<H: Host>(host: &H, error: Error) -> Error {
+    match target_version(host) {
+        Err(missing) if missing.verdict() == Some(Verdict::Unsupported) => missing,
+        _ => error.noted("the kernel log has the target's reason"),
+    }
+}
+
+/// Nobody knows the device yet, so only a probe can hold it, and not for long.
+const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
+
+/// Reading several stores back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its
+/// buffers while another one destroys it. Real shortage of memory lasts longer.
+const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
+
+/// Refuses what this kernel's snapshot target cannot do.
+pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
+    if !options.discard {
+        return Ok(());
+    }
+    let version = target_version(host)?;
+    if version.target < [1, 16, 0] {
+        let [major, minor, patch] = version.target;
+        let version = format!("{major}.{minor}.{patch}");
+        let feature = "discard_zeroes_cow (1.16.0)";
+        return Err(Refusal::TargetLacks { version, feature }.into());
+    }
+    if version.interface_minor > LAST_SOUND_DISCARD
+        && options.cow.chunk.sectors() < SOUND_DISCARD_CHUNK
+    {
+        return Err(Refusal::DiscardChunk {
+            chunk: options.cow.chunk,
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// The last dm interface seen to take discards with chunks of any size. Linux 7.3.4 (interface 50) divides by zero in
+/// `blk_stack_limits` when such a table is loaded, whoever loads it: the snapshot target states its discard granularity
+/// in sectors where the block layer reads bytes. What lies between was not tried.
+const LAST_SOUND_DISCARD: u32 = 48;
+
+/// The least chunk at which 7.3.4 was seen to survive: its number of sectors, read as bytes, is a whole sector.
+const SOUND_DISCARD_CHUNK: Sectors = Sectors::new(512);
+
+fn target_version<H: Host>(host: &H) -> Result<TargetVersion> {
+    let asked = ask(Step::TargetVersion, Path::new(MAPPER_CONTROL), || {
+        host.target_version()
+    });
+    asked.map_err(|error| match error.verdict() {
+        Some(Verdict::Unsupported) => error.noted("dm-snapshot is neither loaded nor loadable"),
+        _ => error,
+    })
+}

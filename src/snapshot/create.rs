@@ -1,0 +1,189 @@
+//! The story of a snapshot: the order of its steps, and their undoing.
+//!
+//! Undoing is short by construction. Loop devices are attached with autoclear in the same call that binds them,
+//! so closing a descriptor detaches them, and so does a SIGKILL; only the dm device has to be removed.
+
+use std::path::{Path, PathBuf};
+
+use super::build::{Made, Onto, Over, build, check_target, undone};
+use super::{Base, Origin, Snapshot, SnapshotOptions};
+use crate::backing::{
+    Cow, Warning, attach, check_identity, loop_length, open_cow, open_origin, unmake,
+};
+use crate::base::{DeviceName, Handles, Kind};
+use crate::call::{ask, spans};
+use crate::error::{Error, Result, Step};
+use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
+use crate::kernel::{Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
+
+impl SnapshotOptions {
+    /// Makes the snapshot `name` over `origin`, with its writes in `cow`, and brings it live.
+    ///
+    /// `origin` is attached read-only and `cow` read-write, each to a free loop device that clears itself when its
+    /// last user is gone. Both may be regular files or block devices. Bytes of the image behind its last whole
+    /// 512-byte sector are not visible to the guest ([`Warning::OriginTail`](crate::Warning::OriginTail)).
+    ///
+    /// A COW file of a size at which the kernel invalidates a full `PO` store is made a chunk longer, and stays so
+    /// ([`Warning::CowLengthened`](crate::Warning::CowLengthened)); a block device of such a size is refused.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched. A file that somebody else
+    /// has locked is tried again for a second: a lock that is being dropped may take that long.
+    /// [`Error::Failed`](crate::Error::Failed) names the first step that failed; nothing is left behind.
+    /// [`Error::Debris`](crate::Error::Debris) says what is, when undoing failed too.
+    pub fn create(
+        &self,
+        origin: impl AsRef<Path>,
+        cow: impl AsRef<Path>,
+        name: &str,
+    ) -> Result<Snapshot> {
+        let name = DeviceName::given(name)?;
+        create(&MACHINE, self, origin.as_ref(), cow.as_ref(), &name)
+    }
+
+    /// As [`create`](Self::create), over an image that is attached already: for a boot path that makes one disk after
+    /// the other. The origin's loop device is nobody's to detach; [`cleanup`](crate::cleanup) leaves it to the kernel.
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Self::create).
+    pub fn create_on(
+        &self,
+        origin: &Origin,
+        cow: impl AsRef<Path>,
+        name: &str,
+    ) -> Result<Snapshot> {
+        let name = DeviceName::given(name)?;
+        create_on(&MACHINE, self, &origin.0, cow.as_ref(), &name)
+    }
+}
+
+/// Makes a snapshot over an image of its own and brings it live, or leaves nothing.
+pub(crate) fn create<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    origin: &Path,
+    cow: &Path,
+    name: &DeviceName,
+) -> Result<Snapshot> {
+    let _span = spans::create(origin, cow, name);
+    open_controls(host)?;
+    check_target(host, options)?;
+    let origin = open_origin(host, origin, &options.cow)?;
+    let cow = open_cow(host, cow, &origin, &options.cow)?;
+
+    let mut handles = Handles {
+        origin: Some(origin.identity()),
+        ..Handles::default()
+    };
+    let mut attached = || -> Result<_> {
+        let flags = LO_READ_ONLY | LO_AUTOCLEAR;
+        let origin_loop = attach(host, &origin, flags, origin.path, &mut handles.origin_loop)?;
+        let length = loop_length(host, &origin_loop)?;
+        let over = Over {
+            facts: &origin.facts,
+            device: origin_loop.dev,
+            length,
+        };
+        let kind = Kind::Own;
+        let onto = Onto::New { name, kind };
+        let built = build(host, options, &over, &cow, &onto, &mut handles)?;
+        Ok((link(host, &built.made)?, built.warnings))
+    };
+    let built = attached();
+    finish(host, options, &cow, built, handles)
+}
+
+/// Makes a snapshot over an image that is attached already.
+pub(crate) fn create_on<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    base: &Base<H::Loop>,
+    cow: &Path,
+    name: &DeviceName,
+) -> Result<Snapshot> {
+    let _span = spans::create(base.image().path, cow, name);
+    open_controls(host)?;
+    let (cow, mut handles) = prepare(host, options, base, cow)?;
+    let mut live = || -> Result<_> {
+        let kind = Kind::Shared;
+        let onto = Onto::New { name, kind };
+        let built = build(host, options, &base.over(), &cow, &onto, &mut handles)?;
+        Ok((link(host, &built.made)?, built.warnings))
+    };
+    let built = live();
+    if built.is_ok() {
+        handles.origin_loop = Some(base.handle.clone());
+    }
+    finish(host, options, &cow, built, handles)
+}
+
+/// The COW file of a snapshot over an attached image, and the handles to fill.
+pub(crate) fn prepare<'a, H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    base: &Base<H::Loop>,
+    cow: &'a Path,
+) -> Result<(Cow<'a, H::File>, Handles)> {
+    check_target(host, options)?;
+    let image = base.image();
+    let (expected, any) = (options.cow.expected_origin, options.cow.any_origin);
+    check_identity(image.path, image.identity(), expected, any)?;
+    let handles = Handles {
+        origin: Some(image.identity()),
+        ..Handles::default()
+    };
+    Ok((open_cow(host, cow, &image, &options.cow)?, handles))
+}
+
+pub(crate) fn open_controls<H: Host>(host: &H) -> Result<()> {
+    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
+        host.open_mapper()
+    })?;
+    ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
+        host.open_loop_control()
+    })
+}
+
+/// Makes the device's alias. The path that leads to it without that, where /dev has one.
+pub(crate) fn link<H: Host>(host: &H, made: &Made) -> Result<PathBuf> {
+    let node = host.find_node(made.dev);
+    ask(Step::Link, &made.mapper, || {
+        host.make_alias(&made.mapper, made.dev, node.as_deref())
+    })?;
+    Ok(node.unwrap_or_else(|| made.mapper.clone()))
+}
+
+/// A snapshot, or what undoing it left.
+fn finish<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    cow: &Cow<'_, H::File>,
+    built: Result<(PathBuf, Vec<Warning>)>,
+    mut handles: Handles,
+) -> Result<Snapshot> {
+    match built {
+        Ok((device, warnings)) => {
+            handles.device = Some(device);
+            Ok(Snapshot::of(handles, warnings))
+        }
+        Err(error) => Err(unbuilt(host, options, cow, error, &handles)),
+    }
+}
+
+/// A failure after the COW file was opened or made, with what undoing left.
+pub(crate) fn unbuilt<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    cow: &Cow<'_, H::File>,
+    error: Error,
+    handles: &Handles,
+) -> Error {
+    let error = undone(host, error, handles);
+    if options.cow.make.is_some() {
+        unmake(host, error, cow.backing.path)
+    } else {
+        error
+    }
+}

@@ -1,0 +1,75 @@
+//! A live snapshot, as the caller has it.
+
+use std::path::Path;
+
+use crate::backing::Warning;
+use crate::base::{DeviceName, DeviceUuid, Handles, Kind};
+use crate::dm::SnapshotStatus;
+use crate::error::Result;
+use crate::teardown;
+
+/// A live snapshot.
+///
+/// It belongs to the kernel, not to this process: dropping this value leaves it alone, so that a restarted control
+/// plane finds its VMs' disks as they were. Take it down with [`Snapshot::cleanup`], or from any process with
+/// [`cleanup`](crate::cleanup) and the [`Handles`].
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[must_use = "a snapshot stays until it is cleaned up"]
+pub struct Snapshot {
+    handles: Handles,
+    warnings: Vec<Warning>,
+}
+
+impl Snapshot {
+    pub(crate) fn of(handles: Handles, warnings: Vec<Warning>) -> Self {
+        Self { handles, warnings }
+    }
+
+    /// The path for the hypervisor: `/dev/dm-N`, or where /dev is no devtmpfs, `/dev/mapper/<name>`. It can be
+    /// opened at once.
+    #[must_use]
+    pub fn device(&self) -> &Path {
+        self.handles.device.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// What to keep of it.
+    #[must_use]
+    pub fn handles(&self) -> &Handles {
+        &self.handles
+    }
+
+    /// What to keep of it, without the rest.
+    #[must_use]
+    pub fn into_handles(self) -> Handles {
+        self.handles
+    }
+
+    /// What is worth knowing about it.
+    #[must_use]
+    pub fn warnings(&self) -> &[Warning] {
+        &self.warnings
+    }
+
+    /// Makes its COW file at least `bytes` long while it works, as [`grow`](crate::grow()) does.
+    ///
+    /// # Errors
+    ///
+    /// As [`grow`](crate::grow()).
+    pub fn grow(&self, bytes: u64) -> Result<SnapshotStatus> {
+        // A pool's device keeps its uuid for another snapshot.
+        let lasting = self.handles.uuid.as_ref();
+        let lasting = lasting.filter(|uuid| uuid.kind() != Kind::Pooled);
+        let name = self.handles.name.as_ref().map(DeviceName::as_str);
+        let device = lasting.map(DeviceUuid::as_str).or(name);
+        crate::snapshot::grow(device.unwrap_or_default(), bytes)
+    }
+
+    /// Takes it down, as [`cleanup`](crate::cleanup) does. The COW file stays.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Debris`](crate::Error::Debris) names everything that remains.
+    pub fn cleanup(self) -> Result<()> {
+        teardown::cleanup(&self.handles)
+    }
+}

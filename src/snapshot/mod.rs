@@ -1,0 +1,23 @@
+//! The main job: a snapshot made, kept and made longer.
+
+mod build;
+mod create;
+mod grow;
+#[cfg(test)]
+mod grow_tests;
+mod handle;
+mod options;
+mod origin;
+mod recover;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use build::{Built, Made, Onto, build, load, make_device, undone};
+pub(crate) use create::{create_on, link, open_controls, prepare, unbuilt};
+pub use grow::{GrowOptions, grow, recover};
+pub use handle::Snapshot;
+pub use options::SnapshotOptions;
+pub(crate) use origin::Base;
+pub use origin::Origin;
+#[cfg(test)]
+pub(crate) use origin::open as open_origin;

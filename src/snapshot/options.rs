@@ -1,0 +1,102 @@
+//! How a snapshot is to be made.
+
+use crate::backing::{CowOptions, CowSize};
+use crate::base::{ChunkSize, OriginIdentity, Store};
+
+/// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
+///
+/// ```no_run
+/// use dmsnap::{ChunkSize, SnapshotOptions, Store};
+///
+/// let snapshot = SnapshotOptions::new()
+///     .store(Store::Transient)
+///     .chunk_size(ChunkSize::new(32)?)
+///     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
+/// println!("{}", snapshot.device().display());
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct SnapshotOptions {
+    pub(crate) cow: CowOptions,
+    pub(crate) direct_io: bool,
+    pub(crate) discard: bool,
+}
+
+impl SnapshotOptions {
+    /// A persistent store (`P`) with chunks of 8 sectors (4 KiB), buffered, without discard.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets the kind of exception store.
+    pub fn store(&mut self, store: Store) -> &mut Self {
+        self.cow.store = store;
+        self
+    }
+
+    /// Sets the unit of copying.
+    pub fn chunk_size(&mut self, chunk: ChunkSize) -> &mut Self {
+        self.cow.chunk = chunk;
+        self
+    }
+
+    /// Has the COW file's loop device bypass the page cache where its file system can
+    /// (otherwise [`Warning::DirectIoUnavailable`](crate::Warning::DirectIoUnavailable)). The origin is always
+    /// read through the page cache, which all snapshots over it share.
+    pub fn direct_io(&mut self, direct_io: bool) -> &mut Self {
+        self.direct_io = direct_io;
+        self
+    }
+
+    /// Lets a guest's discard of whole written chunks zero them and give their space back to the COW file's file
+    /// system (`discard_zeroes_cow`). A discarded chunk that was never written goes on reading the origin. Without the
+    /// option the disk says that it takes no discards, and one that a guest sends all the same, as `fstrim` does, fails
+    /// with EOPNOTSUPP; no harm is done, and a hypervisor may have to be told not to offer it.
+    ///
+    /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::Discard::Passdown) says why.
+    ///
+    /// Refused with chunks under 512 sectors on kernels newer than 6.12: loading such a table crashes Linux 7.3.4.
+    pub fn discard(&mut self, discard: bool) -> &mut Self {
+        self.discard = discard;
+        self
+    }
+
+    /// Refuses the origin image unless it is this one: pass [`Handles::origin`](crate::Handles::origin) of the first
+    /// snapshot when its COW file is used again.
+    ///
+    /// A COW file that this library made carries the same in its header, and is held against the image without being
+    /// asked; this is for COW files made elsewhere.
+    pub fn expect_origin(&mut self, origin: OriginIdentity) -> &mut Self {
+        self.cow.expected_origin = Some(origin);
+        self
+    }
+
+    /// Takes the image as it is, whatever the COW file was made over. Right when the image is the same and only its
+    /// modification time is not, as after a copy to another host; over a changed image the snapshot is garbage.
+    pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
+        self.cow.any_origin = any_origin;
+        self
+    }
+
+    /// Makes the COW file too: mode 0600, sparse, and never over an existing one unless
+    /// [`replace_cow`](Self::replace_cow) says so. If the snapshot then fails, the file is removed again.
+    pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
+        self.cow.make = Some(size);
+        self
+    }
+
+    /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it,
+    /// whatever it is. A file that a snapshot has, the image itself and a block device are refused.
+    pub fn replace_cow(&mut self, replace_cow: bool) -> &mut Self {
+        self.cow.replace = replace_cow;
+        self
+    }
+
+    /// Has the COW file's space set aside when it is made (`fallocate`), so that a file system that has not enough says
+    /// so now, and the snapshot does not die of it later.
+    pub fn reserve(&mut self, reserve: bool) -> &mut Self {
+        self.cow.reserve = reserve;
+        self
+    }
+}

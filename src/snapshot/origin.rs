@@ -1,0 +1,154 @@
+//! An origin image that is attached once for many snapshots.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::build::Over;
+use crate::backing::{Attached, Backing, attach, diskseq, loop_length, open_locked_origin};
+use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, Sectors, loop_node};
+use crate::call::ask;
+use crate::error::{Result, Step};
+use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
+use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, MACHINE, SHARED_ORIGIN};
+
+/// An origin image on a loop device that any number of snapshots share.
+///
+/// Open it before the boot path: attaching the image, and on Linux 6.17 and later an `fsync` of it, are then done
+/// once and not for each VM. The loop device belongs to the kernel: it goes with its last user, be that a snapshot or a
+/// value of this type, also when the process is killed. Another process that opens the same image, by whatever path,
+/// shares it.
+///
+/// ```no_run
+/// use dmsnap::{Origin, SnapshotOptions};
+///
+/// let origin = Origin::open("/images/base.ext4")?;
+/// let snapshot = SnapshotOptions::new().create_on(&origin, "/run/vm-42.cow", "vm-42")?;
+/// # snapshot.cleanup()?;
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Origin(pub(crate) Arc<Base<LoopDevice>>);
+
+/// An image and the loop device that it is attached to.
+#[derive(Debug)]
+pub(crate) struct Base<L> {
+    path: PathBuf,
+    facts: FileFacts,
+    length: Sectors,
+    device: Attached<L>,
+    pub(crate) handle: LoopHandle,
+}
+
+impl<L> Base<L> {
+    /// The image, which is not open any more: the loop device has it.
+    pub(crate) fn image(&self) -> Backing<'_, ()> {
+        Backing {
+            path: &self.path,
+            file: (),
+            facts: self.facts,
+        }
+    }
+
+    pub(crate) fn over(&self) -> Over<'_> {
+        Over {
+            facts: &self.facts,
+            device: self.device.dev,
+            length: self.length,
+        }
+    }
+}
+
+impl Origin {
+    /// Attaches the image read-only, or joins whoever has: a loop device that this function attached, in any process,
+    /// to the same file in the same size. Two who do so at the same instant may get a loop device each.
+    ///
+    /// The image is written out first (`fsync`).
+    ///
+    /// # Errors
+    ///
+    /// As [`SnapshotOptions::create`](crate::SnapshotOptions::create), for what concerns the image.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        open(&MACHINE, path.as_ref()).map(Arc::new).map(Self)
+    }
+
+    /// The image, as it was opened.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0.path
+    }
+
+    /// `/dev/loopN`.
+    #[must_use]
+    pub fn device(&self) -> &Path {
+        &self.0.device.path
+    }
+
+    /// What the image was when it was opened.
+    #[must_use]
+    pub fn identity(&self) -> OriginIdentity {
+        self.0.facts.identity()
+    }
+}
+
+pub(crate) fn open<H: Host>(host: &H, path: &Path) -> Result<Base<H::Loop>> {
+    ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
+        host.open_loop_control()
+    })?;
+    let origin = open_locked_origin(host, path, false)?;
+    ask(Step::SyncFile, path, || host.sync_file(&origin.file))?;
+    let found = host.read_only_loops().into_iter();
+    let (device, handle) = match found
+        .filter_map(|number| join(host, &origin, number))
+        .next()
+    {
+        Some(found) => found,
+        None => {
+            let mut label = PathBuf::from(SHARED_ORIGIN).into_os_string();
+            label.push(path);
+            let (mut handle, flags) = (None, LO_READ_ONLY | LO_AUTOCLEAR);
+            let device = attach(host, &origin, flags, Path::new(&label), &mut handle)?;
+            let handle = handle.unwrap_or_else(|| LoopHandle::at(&device.path));
+            (device, handle)
+        }
+    };
+    Ok(Base {
+        length: loop_length(host, &device)?,
+        path: path.to_owned(),
+        facts: origin.facts,
+        device,
+        handle,
+    })
+}
+
+/// The loop device of that number, if it is a shared one over this image, as long as the image is. From the moment that
+/// it is open it cannot change hands. One that cannot be looked at is somebody else's.
+fn join<H: Host>(
+    host: &H,
+    origin: &Backing<'_, H::File>,
+    number: u32,
+) -> Option<(Attached<H::Loop>, LoopHandle)> {
+    let path = loop_node(number);
+    let device = ask(Step::InspectLoop, &path, || host.open_loop(&path, false)).ok()?;
+    let status = ask(Step::InspectLoop, &path, || host.loop_status(&device)).ok()?;
+    let bytes = ask(Step::SizeLoop, &path, || host.loop_size_bytes(&device)).ok()?;
+    let whole = origin.facts.size_bytes - origin.facts.size_bytes % SECTOR_BYTES;
+    let same = status.backing == origin.facts.id && status.autoclear && bytes == whole;
+    if !status.label.is_shared() || !same {
+        return None;
+    }
+    let diskseq = diskseq(host, &device, &path).ok()?;
+    let dev = ask(Step::InspectLoop, &path, || host.loop_number(&device)).ok()?;
+    let backing = Some(status.backing);
+    let handle = LoopHandle {
+        path: path.clone(),
+        diskseq,
+        backing,
+    };
+    let device = Attached {
+        path,
+        number,
+        dev,
+        device,
+    };
+    Some((device, handle))
+}

@@ -1,0 +1,55 @@
+//! An overflowed snapshot that is made anew over a longer COW file.
+
+use super::build::check_target;
+use super::create::create;
+use super::grow::lengthen;
+use super::{GrowOptions, Snapshot, SnapshotOptions};
+use crate::backing::check_identity;
+use crate::base::DeviceName;
+use crate::dm::{Discard, SnapshotStatus};
+use crate::error::{Refusal, Result};
+use crate::find::{bound, live, reach};
+use crate::kernel::Host;
+use crate::teardown::{Subject, When, remove_subject};
+
+/// Everything that can be known to fail is asked for while the old device is still there.
+pub(crate) fn recover_on<H: Host>(
+    host: &H,
+    options: &GrowOptions,
+    device: &str,
+    bytes: u64,
+) -> Result<Snapshot> {
+    let live = live(host, device)?;
+    let name = DeviceName::new(live.device.name.as_str())?;
+    let text = || name.to_string();
+    match live.status {
+        SnapshotStatus::Overflow => (),
+        SnapshotStatus::Invalid => return Err(Refusal::Invalid { name: text() }.into()),
+        _ => return Err(Refusal::NotOverflowed { name: text() }.into()),
+    }
+    let mut anew = SnapshotOptions::new();
+    anew.store(live.params.store)
+        .chunk_size(live.params.chunk)
+        .direct_io(live.cow.status.direct_io)
+        .discard(live.params.discard != Discard::Unsupported);
+    anew.cow.expected_origin = live.uuid.origin();
+    check_target(host, &anew)?;
+    let origin = bound(host, live.params.origin)?;
+    let (_, facts) = reach(host, &origin, name.as_str(), false)?;
+    check_identity(
+        &origin.path,
+        facts.identity(),
+        anew.cow.expected_origin,
+        anew.cow.any_origin,
+    )?;
+    lengthen(host, options, &live, bytes)?;
+
+    // Open, the loop devices would outlive the dm device, and with them the COW file's lock.
+    drop((origin.device, live.cow.device));
+    let (origin, cow) = (origin.path, live.cow.path);
+    let subject = Subject::ours(live.uuid, &name);
+    remove_subject(host, &subject, &options.retry, When::Now)?;
+    create(host, &anew, &origin, &cow, &name).map_err(|error| {
+        error.noted("the overflowed device is removed, and its COW file has everything")
+    })
+}

@@ -1,0 +1,219 @@
+//! The persistent store's header, in chunk 0 (`struct disk_header`, `drivers/md/dm-snap-persistent.c`).
+
+use crate::base::{ChunkSize, OriginIdentity};
+
+/// How much of a COW file is read before it is used. The header needs 16 bytes; the rest tells a blank file from
+/// a disk image whose boot block happens to be zero.
+pub(crate) const PROBE_BYTES: usize = 4096;
+
+/// `SnAp`, little-endian.
+const MAGIC: u32 = 0x7041_6e53;
+
+/// The one version there is.
+const VERSION: u32 = 1;
+
+/// What a COW file begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Probe {
+    /// Zeroes: the kernel will write a new store.
+    Blank,
+    /// A store.
+    Store(Header),
+    /// A store whose header no kernel writes.
+    Damaged(HeaderFault),
+    /// Something else.
+    Foreign,
+}
+
+/// A well-formed header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    /// Cleared by the kernel when the snapshot overflows or its writes fail.
+    pub(crate) valid: bool,
+    /// The chunk size it was made with, which wins over the table's.
+    pub(crate) chunk: ChunkSize,
+    /// What the origin was, if we made the store.
+    pub(crate) origin: Option<OriginIdentity>,
+    /// The inode of the image that it is being merged into, or was when a merge was cut off.
+    pub(crate) merging_into: Option<u64>,
+}
+
+/// Where our mark stands: in the part of the header's sector that the kernel zeroes when it writes a new header and
+/// never reads.
+pub(crate) const MARK_AT: usize = 64;
+
+/// What our mark begins with; the origin's size and modification time follow, 64 bits each.
+const MARK: [u8; 16] = *b"dmsnap origin 1\0";
+
+/// What the second half of the mark begins with while the store is merged; the image's inode follows, 64 bits.
+const MERGING: [u8; 16] = *b"dmsnap merging 1";
+
+/// The mark that ties a store to its origin: over any other image its exceptions are garbage, and nothing that the
+/// kernel writes could tell.
+///
+/// A merge changes the image's modification time until its last write, so that nothing which is written before can name
+/// it: `merging_into` says that such a merge has begun, and into which file. Every mark without it takes that back.
+pub(crate) fn mark(origin: OriginIdentity, merging_into: Option<u64>) -> [u8; 64] {
+    let mut mark = [0; 64];
+    mark[..16].copy_from_slice(&MARK);
+    mark[16..24].copy_from_slice(&origin.size_bytes.to_le_bytes());
+    mark[24..32].copy_from_slice(&origin.mtime_ns.to_le_bytes());
+    if let Some(inode) = merging_into {
+        mark[32..48].copy_from_slice(&MERGING);
+        mark[48..56].copy_from_slice(&inode.to_le_bytes());
+    }
+    mark
+}
+
+fn merging_into(start: &[u8]) -> Option<u64> {
+    let mark = start.get(MARK_AT + 32..MARK_AT + 56)?;
+    let inode = mark.strip_prefix(&MERGING)?;
+    inode.try_into().ok().map(u64::from_le_bytes)
+}
+
+fn marked(start: &[u8]) -> Option<OriginIdentity> {
+    let mark = start.get(MARK_AT..MARK_AT + 32)?.strip_prefix(&MARK)?;
+    let (size, mtime) = mark.split_at_checked(8)?;
+    Some(OriginIdentity {
+        size_bytes: u64::from_le_bytes(size.try_into().ok()?),
+        mtime_ns: i64::from_le_bytes(mtime.try_into().ok()?),
+    })
+}
+
+/// A header field with a value that no kernel writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct HeaderFault {
+    pub(crate) field: &'static str,
+    pub(crate) value: u32,
+}
+
+impl HeaderFault {
+    /// Where the field is, in bytes.
+    pub(crate) fn offset(&self) -> u64 {
+        match self.field {
+            "valid" => 4,
+            "version" => 8,
+            _ => 12,
+        }
+    }
+}
+
+/// Judges the first bytes of a COW file, up to [`PROBE_BYTES`] of them.
+///
+/// The kernel itself looks at the magic alone: zero there means "write a new store", whatever follows.
+pub(crate) fn probe(start: &[u8]) -> Probe {
+    // Compared as a whole: byte by byte this took 20,000 instructions of a create's 1.7 million.
+    if [0; PROBE_BYTES].starts_with(start) {
+        return Probe::Blank;
+    }
+    let Some([magic, valid, version, chunk]) = fields(start) else {
+        return Probe::Foreign;
+    };
+    if magic != MAGIC {
+        return Probe::Foreign;
+    }
+    let damaged = |field, value| Probe::Damaged(HeaderFault { field, value });
+    match (version, valid, ChunkSize::new(u64::from(chunk))) {
+        (VERSION, 0 | 1, Ok(chunk)) => Probe::Store(Header {
+            valid: valid == 1,
+            chunk,
+            origin: marked(start),
+            merging_into: merging_into(start),
+        }),
+        (VERSION, 0 | 1, Err(_)) => damaged("chunk_size", chunk),
+        (VERSION, _, _) => damaged("valid", valid),
+        (_, _, _) => damaged("version", version),
+    }
+}
+
+fn fields(start: &[u8]) -> Option<[u32; 4]> {
+    let word = |nth: usize| {
+        Some(u32::from_le_bytes(
+            start.get(nth * 4..nth * 4 + 4)?.try_into().ok()?,
+        ))
+    };
+    Some([word(0)?, word(1)?, word(2)?, word(3)?])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn header(fields: [u32; 4]) -> Vec<u8> {
+        let mut start: Vec<u8> = fields
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect();
+        start.resize(PROBE_BYTES, 0);
+        start
+    }
+
+    #[test]
+    fn only_zeroes_are_blank() {
+        assert_eq!(probe(&[0; PROBE_BYTES]), Probe::Blank);
+        assert_eq!(probe(&[]), Probe::Blank);
+        let mut image = vec![0; PROBE_BYTES];
+        image[0x438] = 0x53;
+        assert_eq!(
+            probe(&image),
+            Probe::Foreign,
+            "an ext4 superblock behind an empty boot block"
+        );
+        assert_eq!(probe(&[1]), Probe::Foreign);
+    }
+
+    #[test]
+    fn a_store_is_known_by_magic_version_and_chunk_size() {
+        let chunk = ChunkSize::DEFAULT;
+        assert_eq!(&header([MAGIC, 1, 1, 8])[..4], b"SnAp");
+        assert_eq!(
+            probe(&header([MAGIC, 1, 1, 8])),
+            Probe::Store(Header {
+                valid: true,
+                chunk,
+                origin: None,
+                merging_into: None
+            })
+        );
+        assert_eq!(
+            probe(&header([MAGIC, 0, 1, 8])),
+            Probe::Store(Header {
+                valid: false,
+                chunk,
+                origin: None,
+                merging_into: None
+            })
+        );
+        for (fields, field, value) in [
+            ([MAGIC, 1, 2, 8], "version", 2),
+            ([MAGIC, 1, 1, 24], "chunk_size", 24),
+            ([MAGIC, 7, 1, 8], "valid", 7),
+        ] {
+            assert_eq!(
+                probe(&header(fields)),
+                Probe::Damaged(HeaderFault { field, value })
+            );
+        }
+        assert_eq!(probe(&header([MAGIC, 1, 1, 8])[..15]), Probe::Foreign);
+        assert_eq!(probe(&header([MAGIC + 1, 1, 1, 8])), Probe::Foreign);
+    }
+
+    #[test]
+    fn a_marked_store_tells_its_origin() {
+        let origin = OriginIdentity {
+            size_bytes: 1 << 40,
+            mtime_ns: -5,
+        };
+        for merging in [None, Some(u64::MAX), None] {
+            let mut start = header([MAGIC, 1, 1, 1]);
+            start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(origin, merging));
+            let Probe::Store(header) = probe(&start[..512]) else {
+                panic!("a store of the least chunk size")
+            };
+            assert_eq!(
+                (header.origin, header.merging_into),
+                (Some(origin), merging)
+            );
+        }
+    }
+}

@@ -1,0 +1,16 @@
+//! The COW file: the exception store's on-disk format and its sizes.
+//!
+//! Files only, no ioctl. A COW file may come from anywhere: nothing read from it is trusted.
+
+mod extents;
+mod fault;
+mod header;
+mod reader;
+mod sizing;
+
+pub use extents::{Extent, Extents};
+pub use fault::{StoreError, StoreFault};
+pub(crate) use header::{Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe, mark, probe};
+pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
+pub(crate) use sizing::{grown, sound_from};
+pub use sizing::{least_bytes, sound, worst_case};

@@ -1,0 +1,17 @@
+//! Taking down: one dm device, all that handles name, many at once, and what nobody claims.
+
+mod cleanup;
+mod many;
+mod pool_mark;
+mod reap;
+mod remove;
+
+pub(crate) use cleanup::clean;
+pub use cleanup::{cleanup, cleanup_deferred, cleanup_with, wait_gone};
+pub use many::{cleanup_all, cleanup_all_with};
+#[cfg(test)]
+pub(crate) use pool_mark::forget_cow;
+pub(crate) use pool_mark::is_alive;
+pub use reap::{Fate, ReapOptions, Reaped};
+pub use remove::{Outcome, remove, remove_deferred, remove_with, try_remove};
+pub(crate) use remove::{Subject, When, remove_subject};

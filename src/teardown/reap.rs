@@ -1,0 +1,229 @@
+//! The story of a sweep: what of ours nobody claims any more is taken down, item by item.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::remove::{self, Outcome};
+use super::{cleanup, pool_mark};
+use crate::base::{DeviceUuid, MAPPER_DIR, loop_node};
+use crate::call::{absent, ask, overlapped, patiently};
+use crate::error::{Result, Retry, Step, Verdict};
+use crate::find;
+use crate::find::SnapshotInfo;
+use crate::kernel::{Host, MACHINE};
+
+/// How to sweep up snapshots that nobody claims: those of a control plane that died, half-built ones included.
+///
+/// Only devices whose uuid is ours are looked at. A snapshot that another process is making at this moment is left
+/// alone: its maker holds a lock that the kernel frees when the maker is done or dead.
+///
+/// ```no_run
+/// use dmsnap::ReapOptions;
+///
+/// let living = ["vm-1", "vm-2"];
+/// for item in ReapOptions::new().reap(|snapshot| living.contains(&snapshot.name.as_str()))? {
+///     println!("{}: {:?}", item.name, item.fate);
+/// }
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct ReapOptions {
+    defer: bool,
+    dry_run: bool,
+}
+
+/// One thing that a sweep came by.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Reaped {
+    /// The dm device's name.
+    pub name: String,
+    /// What was known of it before; `None` when it could not be read, or was an alias alone.
+    pub snapshot: Option<SnapshotInfo>,
+    /// What became of it, or why that failed. A failure does not stop the sweep.
+    pub fate: Result<Fate>,
+}
+
+/// What became of a snapshot in a sweep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(rename_all = "kebab-case")
+)]
+#[non_exhaustive]
+pub enum Fate {
+    /// The caller claims it.
+    Kept,
+    /// Its maker is at work on it, or it became another snapshot during the sweep.
+    InProgress,
+    /// Somebody has it open; it was left alone.
+    Busy {
+        /// How many users have it open.
+        open_count: u32,
+    },
+    /// It would have been removed, or deferred, but this was a dry run.
+    Due,
+    /// It is gone, and its loop devices too.
+    Removed,
+    /// The kernel removes it when its last user closes it.
+    Deferred {
+        /// How many users have it open.
+        open_count: u32,
+    },
+    /// It waits in a [`Pool`](crate::Pool) whose process is alive.
+    Pooled,
+    /// It was an alias of ours below /dev/mapper whose device was gone; it is gone too.
+    AliasRemoved,
+}
+
+/// Beside a busy udevd, exclusive locks for a moment were seen that were no maker's: systemd takes one around a new
+/// look at a partition table (`REREADPT_BSD_LOCK`). A maker at work is not waited for longer.
+const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
+
+/// For the loop devices behind a removed device, which a probe may have open for a moment.
+const LOOP_RETRY: Retry = Retry::until(Duration::from_secs(2));
+
+impl ReapOptions {
+    /// Removes what nobody has open, and leaves the rest.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has the kernel remove open devices at their last close.
+    pub fn defer(&mut self, defer: bool) -> &mut Self {
+        self.defer = defer;
+        self
+    }
+
+    /// Says what would be removed, and removes nothing.
+    pub fn dry_run(&mut self, dry_run: bool) -> &mut Self {
+        self.dry_run = dry_run;
+        self
+    }
+
+    /// Sweeps, keeping those that `keep` claims: it is asked about all of them first, and then the others are taken
+    /// down side by side, as [`cleanup_all`](crate::cleanup_all) does.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails
+    /// for one snapshot is in its [`Reaped::fate`].
+    pub fn reap(&self, keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
+        self.reap_on(&MACHINE, keep)
+    }
+
+    pub(crate) fn reap_on<H: Host + Sync>(
+        &self,
+        host: &H,
+        mut keep: impl FnMut(&SnapshotInfo) -> bool,
+    ) -> Result<Vec<Reaped>> {
+        let mut reaped: Vec<_> = find::all(host)?
+            .into_iter()
+            .map(|(name, info)| match info {
+                Ok(info) => Reaped {
+                    fate: Ok(if keep(&info) { Fate::Kept } else { Fate::Due }),
+                    snapshot: Some(info),
+                    name,
+                },
+                Err(error) => Reaped {
+                    fate: Err(error),
+                    snapshot: None,
+                    name,
+                },
+            })
+            .collect();
+        let due = reaped.iter_mut().filter(|item| item.fate == Ok(Fate::Due));
+        let (due, fates): (Vec<_>, Vec<_>) = due
+            .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
+            .unzip();
+        let became = overlapped(&due, |info| self.reap_one(host, info));
+        for (fate, became) in fates.into_iter().zip(became) {
+            *fate = became;
+        }
+        reaped.extend(self.sweep_aliases(host));
+        Ok(reaped)
+    }
+
+    fn reap_one<H: Host>(&self, host: &H, info: &SnapshotInfo) -> Result<Fate> {
+        if in_progress(host, &info.uuid)? {
+            return Ok(Fate::InProgress);
+        }
+        if pool_mark::is_alive(host, &info.name)? {
+            return Ok(Fate::Pooled);
+        }
+        // Its maker may have finished since it was looked at, or a pool's device may have become another snapshot, as
+        // by a claim: then it is no longer what `keep` was asked about.
+        let Some(now) = absent(find::status_of(host, info.uuid.as_str()))? else {
+            return Ok(Fate::Removed);
+        };
+        let open_count = now.open_count;
+        let same = (now.state, &now.name, &now.cow) == (info.state, &info.name, &info.cow);
+        if same && (open_count == 0 || self.defer) && !self.dry_run {
+            pool_mark::forget_cow(host, &now)?;
+        }
+        match (same, open_count > 0, self.defer) {
+            (false, _, _) => Ok(Fate::InProgress),
+            (true, true, false) => Ok(Fate::Busy { open_count }),
+            _ if self.dry_run => Ok(Fate::Due),
+            (true, _, true) => match cleanup::clean_deferred(host, &now.handles())? {
+                Outcome::Deferred { open_count } => Ok(Fate::Deferred { open_count }),
+                _ => Ok(Fate::Removed),
+            },
+            (true, false, false) => {
+                cleanup::clean(host, &now.handles(), &LOOP_RETRY).map(|()| Fate::Removed)
+            }
+        }
+    }
+
+    /// Links in our spelling whose device another program removed.
+    fn sweep_aliases<H: Host>(&self, host: &H) -> Vec<Reaped> {
+        let entries = host.entries(Path::new(MAPPER_DIR)).into_iter();
+        entries
+            .filter_map(|path| self.sweep_alias(host, &path))
+            .collect()
+    }
+
+    fn sweep_alias<H: Host>(&self, host: &H, path: &Path) -> Option<Reaped> {
+        let name = path.file_name()?.to_string_lossy().into_owned();
+        let fate = match remove::is_stale_alias(host, path) {
+            Ok(false) => return None,
+            Ok(true) if self.dry_run => Ok(Fate::Due),
+            Ok(true) => match remove::sweep_alias(host, path) {
+                Ok(false) => return None,
+                swept => swept.map(|_| Fate::AliasRemoved),
+            },
+            Err(error) => Err(error),
+        };
+        Some(Reaped {
+            name,
+            snapshot: None,
+            fate,
+        })
+    }
+}
+
+/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device, an exclusive one,
+/// or one beside a probe's (udev's, say) and a mark.
+///
+/// That device may serve somebody else by now, whose lock is taken for the maker's: then the snapshot stays until the
+/// next sweep.
+fn in_progress<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<bool> {
+    let Some(number) = uuid.cow_loop() else {
+        return Ok(false);
+    };
+    let path = loop_node(number);
+    let opened = ask(Step::InspectLoop, &path, || host.open_loop(&path, false));
+    let Some(device) = absent(opened)? else {
+        return Ok(false);
+    };
+    let beside = patiently(host, &MAKER_RETRY, Verdict::InUse, || {
+        ask(Step::TestLock, &path, || host.lock_loop(&device, false))
+    });
+    match beside {
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),
+        Err(error) => Err(error),
+        Ok(()) => ask(Step::TestLock, &path, || host.loop_is_marked(&device)),
+    }
+}

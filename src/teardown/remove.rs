@@ -1,0 +1,341 @@
+//! The story of one dm device's removal, with its alias.
+
+use std::path::{Path, PathBuf};
+
+use crate::backing::{Binding, binding};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, LoopHandle, MAPPER_DIR};
+use crate::call::{absent, ask, spans, watchfully};
+use crate::dm::Address;
+use crate::error::{Error, Refusal, Result, Retry, Step, Verdict, policy};
+use crate::kernel::{Device, Host, MACHINE, MAPPER_CONTROL};
+
+/// What became of a dm device that was to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It is gone, and with it its node and its alias.
+    Removed,
+    /// There was no such device.
+    AlreadyGone,
+    /// The kernel removes it when its last user closes it. Until then it works on and its name stays taken; its alias
+    /// below /dev/mapper is gone already.
+    Deferred {
+        /// How many users have it open.
+        open_count: u32,
+    },
+}
+
+/// Removes the dm device of that name, `/dev/mapper/<name>` path or other path to its node; waits up to 15 seconds
+/// while it is busy.
+///
+/// A device that is not there counts as success. Its loop devices go too if they were attached with autoclear, as
+/// ours are. Any dm device can be removed so, not only ours: the name is taken at its word.
+///
+/// # Errors
+///
+/// [`Error::Failed`] when it is still busy at the deadline, with its open count, or at once on anything else.
+/// [`Error::Refused`] for a name or path that no dm device can have, and for a device of another driver.
+pub fn remove(target: impl AsRef<Path>) -> Result<Outcome> {
+    remove_with(target, &Retry::default())
+}
+
+/// As [`remove`], waiting as `retry` says.
+///
+/// # Errors
+///
+/// As [`remove`].
+pub fn remove_with(target: impl AsRef<Path>, retry: &Retry) -> Result<Outcome> {
+    remove_path(&MACHINE, target.as_ref(), retry, When::Now)
+}
+
+/// As [`remove`], with one attempt and no waiting, for event loops.
+///
+/// # Errors
+///
+/// As [`remove`]; a busy device is [`Verdict::Busy`].
+pub fn try_remove(target: impl AsRef<Path>) -> Result<Outcome> {
+    remove_with(target, &Retry::ONCE)
+}
+
+/// Removes the device now if nobody has it open, and has the kernel remove it at the last close otherwise
+/// (`DM_DEFERRED_REMOVE`).
+///
+/// # Errors
+///
+/// As [`remove`], but never because the device is busy.
+#[must_use = "a deferred removal is still to come"]
+pub fn remove_deferred(target: impl AsRef<Path>) -> Result<Outcome> {
+    remove_path(&MACHINE, target.as_ref(), &Retry::ONCE, When::LastClose)
+}
+
+/// When a device is to go.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum When {
+    Now,
+    LastClose,
+}
+
+/// Which dm device, and the path that stands for it in messages.
+pub(crate) struct Subject {
+    key: Key,
+    pub(crate) path: PathBuf,
+}
+
+enum Key {
+    Uuid(DeviceUuid),
+    /// A pool's device, which serves one snapshot after another under one uuid: the handles' own one has their name.
+    Claimed(DeviceUuid, DeviceName),
+    Name(DeviceName),
+    Number(DeviceNumber),
+}
+
+impl Subject {
+    /// By uuid where there is one: then it is our device that is meant, or none. `None` when the handles name no
+    /// device, a path that leads nowhere any more, or a pool's device that has another COW file by now.
+    pub(crate) fn of<H: Host>(host: &H, handles: &Handles) -> Result<Option<Self>> {
+        let path = handles.path();
+        match (&handles.uuid, &handles.name) {
+            (Some(uuid), name) if uuid.kind() == Kind::Pooled => {
+                Self::claimed(host, uuid, name.as_ref(), handles.cow_loop.as_ref())
+            }
+            (Some(uuid), _) => {
+                let path = path.unwrap_or_else(|| PathBuf::from(uuid.as_str()));
+                Ok(Some(Self {
+                    key: Key::Uuid(uuid.clone()),
+                    path,
+                }))
+            }
+            (None, Some(name)) => Ok(Some(Self::named(name.clone()))),
+            (None, None) => match (path, handles.dev) {
+                (Some(path), _) => Self::at(host, &path),
+                (None, Some(number)) => Ok(Some(Self {
+                    key: Key::Number(number),
+                    path: number.dm_node(),
+                })),
+                (None, None) => Ok(None),
+            },
+        }
+    }
+
+    /// Our device of that uuid, and a pool's only by that name, or none.
+    pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
+        let key = match uuid.kind() {
+            Kind::Pooled => Key::Claimed(uuid, name.clone()),
+            Kind::Own | Kind::Shared => Key::Uuid(uuid),
+        };
+        let path = name.mapper_path();
+        Self { key, path }
+    }
+
+    /// The snapshot's COW file is bound for exactly as long as the device is that snapshot.
+    fn claimed<H: Host>(
+        host: &H,
+        uuid: &DeviceUuid,
+        name: Option<&DeviceName>,
+        cow_loop: Option<&LoopHandle>,
+    ) -> Result<Option<Self>> {
+        let subject = match name {
+            Some(name) => Self::ours(uuid.clone(), name),
+            None => Self {
+                path: PathBuf::from(uuid.as_str()),
+                key: Key::Uuid(uuid.clone()),
+            },
+        };
+        // Under a name of the pool's the device is meant, whatever it has: such handles are the pool's own, and a
+        // sweep's.
+        let changes = |handle: &&LoopHandle| {
+            handle.has_identity() && !name.is_some_and(DeviceName::is_pooled)
+        };
+        Ok(match cow_loop.filter(changes) {
+            Some(handle) if !matches!(binding(host, handle)?, Binding::Bound(..)) => None,
+            _ => Some(subject),
+        })
+    }
+
+    fn named(name: DeviceName) -> Self {
+        Self {
+            path: name.mapper_path(),
+            key: Key::Name(name),
+        }
+    }
+
+    /// A name, a path below /dev/mapper, which is a name too, or another path to a device's node.
+    fn at<H: Host>(host: &H, target: &Path) -> Result<Option<Self>> {
+        let bare = !target.has_root();
+        let below = target.strip_prefix(MAPPER_DIR).ok();
+        let name = match below.filter(|rest| rest.components().count() == 1) {
+            Some(rest) => Some(DeviceName::new(rest.to_string_lossy())),
+            None => bare.then(|| DeviceName::new(target.to_string_lossy())),
+        };
+        let refusal = match name {
+            Some(Ok(name)) => return Ok(Some(Self::named(name))),
+            Some(Err(refusal)) if bare => return Err(refusal.into()),
+            // udev and libdm spell other names' paths their own way; the node knows which device it is.
+            Some(Err(refusal)) => Some(refusal),
+            None => None,
+        };
+        match (
+            absent(ask(Step::Query, target, || host.device_number(target)))?,
+            refusal,
+        ) {
+            (Some(Some(number)), _) => Ok(Some(Self {
+                key: Key::Number(number),
+                path: target.to_owned(),
+            })),
+            (Some(None), _) => Err(Refusal::NotABlockDevice {
+                path: target.to_owned(),
+            }
+            .into()),
+            (None, Some(refusal)) => Err(refusal.into()),
+            (None, None) => Ok(None),
+        }
+    }
+
+    fn address(&self) -> Address<'_> {
+        match &self.key {
+            Key::Uuid(uuid) | Key::Claimed(uuid, _) => Address::Uuid(uuid.as_str()),
+            Key::Name(name) => Address::Name(name.as_str()),
+            Key::Number(number) => Address::Number(*number),
+        }
+    }
+
+    /// The device, if it is there.
+    pub(crate) fn query<H: Host>(&self, host: &H) -> Result<Option<Device>> {
+        let found = absent(ask(Step::Query, &self.path, || host.query(self.address())))?;
+        Ok(match &self.key {
+            Key::Claimed(_, name) => found.filter(|device| device.name == name.as_str()),
+            _ => found,
+        })
+    }
+}
+
+/// The dm device that the handles name, if it can be found.
+pub(crate) fn look<H: Host>(host: &H, handles: &Handles) -> Option<Device> {
+    let subject = Subject::of(host, handles).ok().flatten()?;
+    subject.query(host).ok().flatten()
+}
+
+fn remove_path<H: Host>(host: &H, target: &Path, retry: &Retry, when: When) -> Result<Outcome> {
+    let _span = spans::remove(target);
+    match Subject::at(host, target)? {
+        Some(subject) => remove_subject(host, &subject, retry, when),
+        None => Ok(Outcome::AlreadyGone),
+    }
+}
+
+pub(crate) fn remove_subject<H: Host>(
+    host: &H,
+    subject: &Subject,
+    retry: &Retry,
+    when: When,
+) -> Result<Outcome> {
+    ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
+        host.open_mapper()
+    })?;
+    let node = || {
+        let device = subject.query(host).ok().flatten();
+        device
+            .map(|device| device.number.dm_node())
+            .into_iter()
+            .collect()
+    };
+    let attempt = || try_once(host, subject, when);
+    let outcome = watchfully(host, retry, Verdict::Busy, node, attempt);
+    match outcome {
+        // Looking for holders takes far longer than an attempt: worth it for who has waited in vain, not for who asks
+        // from an event loop.
+        Err(error) if *retry != Retry::ONCE && error.verdict() == Some(Verdict::Busy) => {
+            let device = subject.query(host).ok().flatten();
+            let holders = device
+                .map(|device| host.holders(device.number))
+                .unwrap_or_default();
+            Err(holders.into_iter().fold(error, Error::noted))
+        }
+        outcome => outcome,
+    }
+}
+
+/// One attempt.
+///
+/// Our alias goes before the device: from the moment that removal begins, the kernel lets others have the name, and
+/// from then on the alias may be theirs. A foreign device's alias is udev's or libdm's to make, and goes after it.
+fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome> {
+    let path = &subject.path;
+    let Some(device) = subject.query(host)? else {
+        if let Key::Number(number) = subject.key
+            && host.is_present(number)
+        {
+            return Err(Refusal::NotADmDevice { path: path.clone() }.into());
+        }
+        sweep_alias(host, path)?;
+        return Ok(Outcome::AlreadyGone);
+    };
+    let open_count = device.open_count;
+    if open_count > 0 && when == When::Now {
+        let busy = Error::failed(Step::Remove, path, policy::BUSY);
+        return Err(busy.noted(format!("open count {open_count}")));
+    }
+    let alias = Path::new(MAPPER_DIR).join(&device.name);
+    let unlink = || {
+        ask(Step::Unlink, &alias, || {
+            host.remove_alias(&alias, device.number)
+        })
+    };
+    let is_ours = device.uuid.starts_with(DeviceUuid::PREFIX);
+    let unlinked = if is_ours { unlink()? } else { false };
+    let removed = ask(Step::Remove, path, || {
+        host.remove(unchanging(&device), when == When::LastClose)
+    });
+    match absent(removed) {
+        Ok(Some(true)) => Ok(Outcome::Deferred { open_count }),
+        Ok(gone) => {
+            if !is_ours {
+                unlink()?;
+            } else if alias != *path {
+                // Another program renamed it, and may have left the alias of its first name.
+                sweep_alias(host, path)?;
+            }
+            Ok(gone.map_or(Outcome::AlreadyGone, |_| Outcome::Removed))
+        }
+        Err(error) => {
+            if unlinked {
+                // The device stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads
+                // there.
+                let node = host.find_node(device.number);
+                let _ = host.make_alias(&alias, device.number, node.as_deref());
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Whether `path` is an alias of ours whose device is gone.
+pub(crate) fn is_stale_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
+    let Some(name) = path.strip_prefix(MAPPER_DIR).ok().and_then(Path::to_str) else {
+        return Ok(false);
+    };
+    let gone = || absent(ask(Step::Query, path, || host.query(Address::Name(name))));
+    Ok(host.is_our_alias(path) && gone()?.is_none())
+}
+
+/// Removes an alias of ours whose device is gone, as another program's removal leaves it. Says whether there was one.
+pub(crate) fn sweep_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
+    if !is_stale_alias(host, path)? {
+        return Ok(false);
+    }
+    absent(ask(Step::Unlink, path, || host.unlink(path))).map(|unlinked| unlinked.is_some())
+}
+
+/// The address that the device keeps for longest, of those that say it exactly: its uuid, if it has one. A pool's
+/// device keeps that for more than one snapshot, and its name for this one.
+fn unchanging(device: &Device) -> Address<'_> {
+    let pooled = |uuid: &DeviceUuid| uuid.kind() == Kind::Pooled;
+    if DeviceUuid::new(device.uuid.as_str()).is_ok_and(|uuid| pooled(&uuid)) {
+        Address::Name(&device.name)
+    } else if !device.uuid.is_empty() {
+        Address::Uuid(&device.uuid)
+    } else if device.name.contains(char::REPLACEMENT_CHARACTER) {
+        Address::Number(device.number)
+    } else {
+        Address::Name(&device.name)
+    }
+}

@@ -1,0 +1,306 @@
+//! Watching COW files fill up: a descriptor to poll, and a look at what has changed.
+
+mod track;
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use track::{Bounds, LONGEST, Track};
+
+use crate::base::{ChunkSize, DeviceUuid, MAPPER_DIR};
+use crate::call::ask;
+use crate::dm::{Target, Usage};
+use crate::error::{Error, Refusal, Result, Step, Verdict};
+use crate::find;
+use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine};
+
+/// Watches snapshots, without a thread of its own: [`Watch::check`] says what is new, and whoever calls it waits in
+/// between, until the descriptor is readable or [`Watch::pause`] has passed.
+///
+/// The descriptor (`DM_DEV_ARM_POLL`) wakes for removals and for stores that become invalid. It does not wake for the
+/// one thing that can still be helped: the kernel raises no event while a store fills up, and none when a `PO` store
+/// overflows. So there is the pause: half of what the room in the fullest store lasts at the peak rate, and no more
+/// than a second. Whoever is told that one is above the threshold has half of the room that was left above it to do
+/// something.
+///
+/// Nothing is missed: what happens between a check and the wait wakes the wait, and each check compares what it sees
+/// with what was told before. A process that starts anew is told everything anew.
+///
+/// ```no_run
+/// use dmsnap::{Change, Watch};
+///
+/// let mut watch = Watch::new()?;
+/// watch.threshold(80);
+/// watch.add("vm-42")?;
+/// while !watch.is_empty() {
+///     for event in watch.check()? {
+///         match event.change {
+///             Change::Above(usage) => {
+///                 let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
+///                 dmsnap::grow(&event.uuid, bytes.saturating_mul(2))?;
+///             }
+///             other => println!("{}: {other}", event.name),
+///         }
+///     }
+///     watch.wait()?;
+/// }
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Watch {
+    events: <Machine as DeviceMapper>::Events,
+    bounds: Bounds,
+    watched: Vec<Watched>,
+    /// Until when events do not have everything looked at.
+    rest: Duration,
+    /// When everything is to be looked at after a rest.
+    woken: bool,
+}
+
+#[derive(Debug)]
+struct Watched {
+    name: String,
+    uuid: DeviceUuid,
+    path: PathBuf,
+    track: Track,
+}
+
+/// Something new about a watched snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WatchEvent {
+    /// The dm device's name, as it was when the watch began.
+    pub name: String,
+    /// Its uuid.
+    pub uuid: DeviceUuid,
+    /// What is new.
+    pub change: Change,
+}
+
+/// What is new about a watched snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Change {
+    /// Its use has reached the threshold, or no chunk fits any more. Told again whenever half of the room that was left
+    /// is gone, and when it has become longer and is still above.
+    Above(Usage),
+    /// A `PO` store is full, and its writes fail: [`recover`](crate::recover).
+    Overflow,
+    /// A `P` or `N` store has overflowed, or the COW file's writes have failed: it is lost.
+    Invalid,
+    /// Merging failed: the origin could not be written.
+    MergeFailed,
+    /// The dm device was removed, or released to a pool. It is watched no more.
+    Gone,
+    /// Its status is a text that this version does not know.
+    Unknown(String),
+    /// Its status cannot be read for the moment.
+    Unreadable(Error),
+}
+
+impl std::fmt::Display for Change {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Above(usage) => write!(
+                f,
+                "{}% full, {} of {} sectors",
+                usage.percent(),
+                usage.allocated,
+                usage.total
+            ),
+            Self::Overflow => f.write_str("overflowed: its writes fail until it is recovered"),
+            Self::Invalid => f.write_str("invalid: it is lost"),
+            Self::MergeFailed => f.write_str("merging failed"),
+            Self::Gone => f.write_str("gone"),
+            Self::Unknown(text) => write!(f, "unknown status {text:?}"),
+            Self::Unreadable(error) => error.fmt(f),
+        }
+    }
+}
+
+impl Watch {
+    /// A watch over nothing yet, with a threshold of 80 % and a peak rate of 1 GiB/s.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] when device-mapper's control node cannot be opened.
+    pub fn new() -> Result<Self> {
+        let control = Path::new(MAPPER_CONTROL);
+        let events = ask(Step::OpenMapper, control, || MACHINE.open_events())?;
+        ask(Step::OpenMapper, control, || MACHINE.open_mapper())?;
+        Ok(Self {
+            events,
+            bounds: Bounds::default(),
+            watched: Vec::new(),
+            rest: Duration::ZERO,
+            woken: false,
+        })
+    }
+
+    /// Sets from how many percent on [`Change::Above`] is told. From 100 on it is when no chunk fits any more.
+    pub fn threshold(&mut self, percent: u8) -> &mut Self {
+        self.bounds.threshold = percent;
+        self
+    }
+
+    /// Sets how fast a guest can write to chunks that it has never written before, at most, in bytes per second. One
+    /// that is seen to be faster is looked at more often by itself; this is for a first burst out of the blue.
+    pub fn peak_rate(&mut self, bytes_per_second: u64) -> &mut Self {
+        self.bounds.peak_rate = bytes_per_second;
+        self
+    }
+
+    /// Watches the snapshot of that name or uuid too. One that is watched already is told of anew.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device; [`Refusal::NotOurs`],
+    /// [`Refusal::NotLive`].
+    pub fn add(&mut self, device: impl AsRef<str>) -> Result<()> {
+        let (device, uuid) = find::find(&MACHINE, device.as_ref())?;
+        let path = Path::new(MAPPER_DIR).join(&device.name);
+        let table = ask(Step::Status, &path, || {
+            MACHINE.table(DevId::Uuid(&uuid), false)
+        })?;
+        let chunk = table.and_then(|(kind, text)| chunk_of(&kind, &text));
+        let Some(chunk) = chunk else {
+            return Err(Refusal::NotLive { name: device.name }.into());
+        };
+        self.watched.retain(|watched| watched.uuid != uuid);
+        self.watched.push(Watched {
+            name: device.name,
+            uuid,
+            path,
+            track: Track::new(chunk),
+        });
+        Ok(())
+    }
+
+    /// How many snapshots are watched.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.watched.len()
+    }
+
+    /// Whether none is.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.watched.is_empty()
+    }
+
+    /// Watches that snapshot no more, by its name or uuid. Says whether it was watched.
+    pub fn forget(&mut self, device: impl AsRef<str>) -> bool {
+        let device = device.as_ref();
+        let before = self.watched.len();
+        let is_it = |each: &Watched| each.name == device || each.uuid.as_str() == device;
+        self.watched.retain(|watched| !is_it(watched));
+        self.watched.len() < before
+    }
+
+    /// Looks at what is due, or after a dm event at everything, and says what is new. Never waits.
+    ///
+    /// On a host where dm devices come and go all the time, events alone make it spend a quarter of its time at most.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] when the descriptor cannot be armed. A snapshot that cannot be read is
+    /// [`Change::Unreadable`] and hides no other.
+    pub fn check(&mut self) -> Result<Vec<WatchEvent>> {
+        // Armed before anything is read: what happens from here on wakes the next wait.
+        self.woken |= self.is_readable();
+        ask(Step::ArmPoll, Path::new(MAPPER_CONTROL), || {
+            MACHINE.arm(&self.events)
+        })?;
+        let begin = MACHINE.now();
+        let all = self.woken && begin >= self.rest;
+        let bounds = self.bounds;
+        let mut news = Vec::new();
+        self.watched.retain_mut(|watched| {
+            if !all && watched.track.due() > begin {
+                return true;
+            }
+            let (change, stays) = watched.look(bounds);
+            news.extend(change.map(|change| WatchEvent {
+                name: watched.name.clone(),
+                uuid: watched.uuid.clone(),
+                change,
+            }));
+            stays
+        });
+        if all {
+            let end = MACHINE.now();
+            self.rest = end + end.saturating_sub(begin) * 3;
+            self.woken = false;
+        }
+        Ok(news)
+    }
+
+    /// For how long the next check can wait if the descriptor stays unreadable; at most a second.
+    #[must_use]
+    pub fn pause(&self) -> Duration {
+        let due = self.watched.iter().map(|watched| watched.track.due());
+        let due = due.chain(self.woken.then_some(self.rest)).min();
+        let now = MACHINE.now();
+        due.map_or(LONGEST, |due| due.saturating_sub(now))
+    }
+
+    /// Waits until the next check is due, for who has nothing else to wait for. A signal that is caught ends it too.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Failed`] when the descriptor cannot be polled.
+    pub fn wait(&self) -> Result<()> {
+        self.poll(self.pause()).map(drop)
+    }
+}
+
+impl Watch {
+    fn is_readable(&self) -> bool {
+        self.poll(Duration::ZERO).unwrap_or(true)
+    }
+
+    fn poll(&self, at_most: Duration) -> Result<bool> {
+        match MACHINE.poll(&self.events, at_most) {
+            Ok(ready) => Ok(ready),
+            Err(errno) => {
+                let error = Error::failed(Step::ArmPoll, MAPPER_CONTROL, errno);
+                match error.verdict() {
+                    Some(Verdict::Again) => Ok(false),
+                    _ => Err(error),
+                }
+            }
+        }
+    }
+}
+
+impl AsFd for Watch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.events.as_fd()
+    }
+}
+
+impl Watched {
+    /// What is new, and whether it is to be watched on.
+    fn look(&mut self, bounds: Bounds) -> (Option<Change>, bool) {
+        let seen = ask(Step::Status, &self.path, || {
+            MACHINE.glance(&self.uuid, &self.name)
+        });
+        let now = MACHINE.now();
+        match seen {
+            Ok(status) => (self.track.see(now, status, bounds), true),
+            Err(error) if error.verdict() == Some(Verdict::Gone) => (Some(Change::Gone), false),
+            Err(error) => {
+                let news = self.track.miss(now);
+                (news.then_some(Change::Unreadable(error)), true)
+            }
+        }
+    }
+}
+
+fn chunk_of(kind: &str, params: &str) -> Option<ChunkSize> {
+    match Target::parse(kind, params) {
+        Ok(Target::Snapshot(params) | Target::SnapshotMerge(params)) => Some(params.chunk),
+        _ => None,
+    }
+}
