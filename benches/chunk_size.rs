@@ -20,7 +20,8 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use dmsnap::{ChunkSize, Snapshot, SnapshotOptions, SnapshotStatus};
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::{ChunkSize, Snapshot, SnapshotOptions};
 use origin::Origin;
 use serde_json::json;
 

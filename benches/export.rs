@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use dmsnap::ExportOptions;
+use dmsnap::export::ExportOptions;
 
 const CHUNK: u64 = 4096;
 const PER_AREA: u64 = CHUNK / 16;

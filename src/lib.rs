@@ -20,40 +20,26 @@
 mod readme {}
 
 mod backing;
-mod base;
+pub mod base;
 mod call;
-mod dm;
-mod error;
-mod export;
-mod find;
+pub mod dm;
+pub mod error;
+pub mod export;
+pub mod find;
 pub mod guide;
 mod kernel;
-mod merge;
-mod pool;
-mod snapshot;
-mod store;
-mod teardown;
-mod watch;
+pub mod merge;
+pub mod pool;
+pub mod snapshot;
+pub mod store;
+pub mod teardown;
+pub mod watch;
 
 pub use backing::{CowSize, Warning};
-pub use base::{
-    ChunkSize, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, InvalidChunkSize,
-    InvalidName, InvalidNumber, InvalidUuid, LoopHandle, NameFault, OriginIdentity, Sectors, Store,
-};
-pub use call::{CallTiming, StepTiming, Timings};
-pub use dm::{Discard, SnapshotParams, SnapshotStatus, TableError, Target, TargetLine, Usage};
-pub use error::{Cause, Error, Leftover, Refusal, Result, Retry, Step, Verdict};
-pub use export::{ExportOptions, ExportProgress, Exported};
-pub use find::{LoopFacts, SnapshotInfo, State, adopt, list, status};
-pub use merge::{MergeOptions, MergeOutcome, MergeProgress};
-pub use pool::{Claimed, CowFate, Pool, PoolOptions, PoolStatus, Released, WhenEmpty};
-pub use snapshot::{GrowOptions, Origin, Snapshot, SnapshotOptions, grow, recover};
-pub use store::{
-    Exception, ExceptionStore, Exceptions, Extent, Extents, StoreError, StoreFault, StoreSummary,
-    least_bytes as least_cow_bytes, sound as sound_cow_bytes, worst_case as worst_case_bytes,
-};
-pub use teardown::{
-    Fate, Outcome, ReapOptions, Reaped, cleanup, cleanup_all, cleanup_all_with, cleanup_deferred,
-    cleanup_with, remove, remove_deferred, remove_with, try_remove, wait_gone,
-};
-pub use watch::{Change, Watch, WatchEvent};
+pub use base::{ChunkSize, DeviceId, Handles, Store};
+pub use call::timings;
+pub use error::{Error, ErrorKind, Result};
+pub use find::{adopt, list, status};
+pub use pool::{Pool, PoolOptions};
+pub use snapshot::{Origin, Snapshot, SnapshotOptions};
+pub use teardown::{ReapOptions, Teardown, WhenBusy, cleanup, remove};

@@ -36,10 +36,11 @@ mod json;
 use std::error::Error;
 use std::path::Path;
 
-use dmsnap::{
-    ChunkSize, DeviceName, DeviceNumber, DeviceUuid, Discard, OriginIdentity, Outcome, Refusal,
-    Sectors, SnapshotParams, SnapshotStatus, Step, Store, TableError, Target, TargetLine, Usage,
-};
+use dmsnap::base::{DeviceName, DeviceNumber, DeviceUuid, OriginIdentity, Sectors};
+use dmsnap::dm::{Discard, SnapshotParams, SnapshotStatus, TableError, Target, TargetLine, Usage};
+use dmsnap::error::{Refusal, Step};
+use dmsnap::teardown::Outcome;
+use dmsnap::{ChunkSize, Store};
 use proptest::prelude::*;
 
 /// What a reporter prints: each level once, joined.

@@ -1,6 +1,6 @@
 //! This crate, with the teardowns of a turn side by side.
 
-use dmsnap::{Snapshot, cleanup_all};
+use dmsnap::{Snapshot, Teardown};
 
 use super::library::Library;
 use super::{Contestant, Job, Result, names};
@@ -24,7 +24,7 @@ impl Contestant for Fleet {
     fn remove_all(&mut self, jobs: &[Job<'_>]) -> Result<()> {
         let made = jobs.iter().map(|job| self.0.take(job));
         let made = made.collect::<Result<Vec<_>>>()?;
-        for result in cleanup_all(made.iter().map(Snapshot::handles)) {
+        for result in Teardown::new().cleanup_all(made.iter().map(Snapshot::handles)) {
             result?;
         }
         Ok(())

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use dmsnap::{Snapshot, SnapshotOptions, Step, Timings};
+use dmsnap::error::Step;
+use dmsnap::timings::Timings;
+use dmsnap::{Snapshot, SnapshotOptions};
 
 use super::{Contestant, Job, Made, Result, names};
 

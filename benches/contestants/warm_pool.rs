@@ -6,7 +6,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use dmsnap::{CowFate, CowSize, Handles, Origin, Pool, PoolOptions, SnapshotOptions};
+use dmsnap::pool::CowFate;
+use dmsnap::{CowSize, Handles, Origin, Pool, PoolOptions, SnapshotOptions};
 
 use super::{Contestant, Job, Made, Result, names};
 use crate::arena::place::COW_BYTES;

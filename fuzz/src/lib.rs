@@ -9,10 +9,9 @@ use std::fmt::{Debug, Display};
 use std::path::Path;
 use std::str::FromStr;
 
-use dmsnap::{
-    ChunkSize, DeviceName, DeviceNumber, DeviceUuid, Discard, Handles, Sectors,
-    SnapshotParams, SnapshotStatus, Store, Target, TargetLine, Usage,
-};
+use dmsnap::{ChunkSize, Handles, Store};
+use dmsnap::base::{DeviceName, DeviceNumber, DeviceUuid, Sectors};
+use dmsnap::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine, Usage};
 
 pub use store::{store_damage, store_reader};
 

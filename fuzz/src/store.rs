@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::io::{Cursor, Read, Result as IoResult, Seek, SeekFrom};
 
-use dmsnap::{Exception, ExceptionStore, Extent, StoreError, StoreFault};
+use dmsnap::store::{Exception, ExceptionStore, Extent, StoreError, StoreFault};
 
 use crate::made_store::{MadeStore, plain_reading};
 use crate::{Numbers, check_message};

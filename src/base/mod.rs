@@ -1,5 +1,6 @@
 //! The nouns: units, names, numbers, uuids, identities, handles. They ask nothing of the kernel.
 
+mod device_id;
 mod handles;
 mod identity;
 mod name;
@@ -8,6 +9,7 @@ mod store;
 mod units;
 mod uuid;
 
+pub use device_id::DeviceId;
 pub use handles::{FileId, Handles, LoopHandle};
 pub use identity::OriginIdentity;
 pub use name::{DeviceName, InvalidName, NameFault};

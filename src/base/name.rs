@@ -42,7 +42,7 @@ impl DeviceName {
     ///
     /// assert_eq!(DeviceName::new("vm-42")?.as_str(), "vm-42");
     /// assert!(DeviceName::new("a/b").is_err());
-    /// # Ok::<(), dmsnap::InvalidName>(())
+    /// # Ok::<(), dmsnap::base::InvalidName>(())
     /// ```
     pub fn new(name: impl Into<String>) -> Result<Self, InvalidName> {
         let name = name.into();

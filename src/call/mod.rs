@@ -3,10 +3,9 @@
 mod ask;
 mod side_by_side;
 pub(crate) mod spans;
-pub(crate) mod timings;
+pub mod timings;
 mod wait;
 
 pub(crate) use ask::{absent, ask};
 pub(crate) use side_by_side::overlapped;
-pub use timings::{CallTiming, StepTiming, Timings};
 pub(crate) use wait::{Wait, patiently, watchfully};

@@ -15,7 +15,7 @@ mod on {
     use tracing::span::EnteredSpan;
     use tracing::{Dispatch, Span, debug_span, dispatcher, field, trace_span};
 
-    use crate::base::{DeviceName, Handles};
+    use crate::base::{DeviceId, DeviceName, Handles};
     use crate::error::Step;
 
     pub(crate) fn create(origin: &Path, cow: &Path, name: &DeviceName) -> EnteredSpan {
@@ -33,8 +33,8 @@ mod on {
         span.entered()
     }
 
-    pub(crate) fn remove(target: &Path) -> EnteredSpan {
-        debug_span!("remove", on = %target.display()).entered()
+    pub(crate) fn remove(device: &DeviceId) -> EnteredSpan {
+        debug_span!("remove", on = %device).entered()
     }
 
     pub(crate) fn step(step: Step, on: &Path) -> EnteredSpan {
@@ -67,7 +67,7 @@ mod off {
 
     use nix::errno::Errno;
 
-    use crate::base::{DeviceName, Handles};
+    use crate::base::{DeviceId, DeviceName, Handles};
     use crate::error::Step;
 
     pub(crate) struct NoSpan;
@@ -80,7 +80,7 @@ mod off {
         NoSpan
     }
 
-    pub(crate) fn remove(_target: &Path) -> NoSpan {
+    pub(crate) fn remove(_device: &DeviceId) -> NoSpan {
         NoSpan
     }
 

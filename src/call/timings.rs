@@ -12,7 +12,8 @@ use crate::error::Step;
 /// How long each step of a create or a removal took.
 ///
 /// ```no_run
-/// use dmsnap::{SnapshotOptions, Timings};
+/// use dmsnap::SnapshotOptions;
+/// use dmsnap::timings::Timings;
 ///
 /// let options = SnapshotOptions::new();
 /// let (made, timings) = Timings::of(|| options.create("/images/base.ext4", "/run/vm-42.cow", "vm-42"));
@@ -77,7 +78,7 @@ pub struct StepTiming {
 impl Timings {
     /// Does `work`, and notes what this thread asks of the kernel meanwhile through this crate.
     ///
-    /// The threads of [`cleanup_all`](crate::cleanup_all) and of a sweep count as this one: their calls overlap, so
+    /// The threads of [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) and of a sweep count as this one: their calls overlap, so
     /// that together they can take longer than the whole. Within another `of`, both have the calls. Without any,
     /// nothing is kept and no clock is read.
     pub fn of<T>(work: impl FnOnce() -> T) -> (T, Self) {

@@ -9,7 +9,8 @@ use crate::base::{ChunkSize, Sectors};
 /// What the kernel says of a snapshot (`snapshot_status` in `drivers/md/dm-snap.c`).
 ///
 /// ```
-/// use dmsnap::{Sectors, SnapshotStatus};
+/// use dmsnap::base::Sectors;
+/// use dmsnap::dm::SnapshotStatus;
 ///
 /// let SnapshotStatus::Usage(usage) = "16/2048 16".parse()? else { unreachable!() };
 /// assert_eq!(usage.total, Sectors::new(2048));

@@ -8,11 +8,11 @@ use crate::base::{ChunkSize, DeviceNumber, Sectors, Store};
 /// One line of a dm table: `<start> <length> <target> <params>`.
 ///
 /// ```
-/// use dmsnap::TargetLine;
+/// use dmsnap::dm::TargetLine;
 ///
 /// let line: TargetLine = "0 2097152 snapshot 7:0 7:1 P 8".parse()?;
 /// assert_eq!(line.to_string(), "0 2097152 snapshot 7:0 7:1 P 8");
-/// # Ok::<(), dmsnap::TableError>(())
+/// # Ok::<(), dmsnap::dm::TableError>(())
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TargetLine {

@@ -1,5 +1,6 @@
 //! Errors, cut by what the caller can do about them.
 
+mod kind;
 pub(crate) mod policy;
 mod refusal;
 mod retry;
@@ -8,8 +9,9 @@ mod step;
 use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
+pub use kind::ErrorKind;
 use nix::errno::Errno;
-pub use policy::Verdict;
+pub(crate) use policy::Verdict;
 pub use refusal::Refusal;
 pub use retry::Retry;
 pub use step::Step;
@@ -82,9 +84,18 @@ impl Error {
         }
     }
 
-    /// What the first failure means, as [`Verdict`] has it; `None` for a refusal.
+    /// What the first failure means to the caller, through the chain.
     #[must_use]
-    pub fn verdict(&self) -> Option<Verdict> {
+    pub fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Refused(refusal) => refusal.into(),
+            Self::Failed { step, source, .. } => policy::verdict(*step, source.errno).into(),
+            Self::Debris { source, .. } => source.kind(),
+        }
+    }
+
+    /// What the first failure means, as [`Verdict`] has it; `None` for a refusal.
+    pub(crate) fn verdict(&self) -> Option<Verdict> {
         match self {
             Self::Refused(_) => None,
             Self::Failed { step, source, .. } => Some(policy::verdict(*step, source.errno)),
@@ -116,6 +127,26 @@ impl Error {
                 source: Box::new(first),
             },
         }
+    }
+}
+
+/// Keeps the whole error as the inner one.
+impl From<Error> for io::Error {
+    fn from(error: Error) -> Self {
+        let kind = match error.errno() {
+            Some(errno) => Self::from_raw_os_error(errno).kind(),
+            None => match error.kind() {
+                ErrorKind::Gone => io::ErrorKind::NotFound,
+                ErrorKind::Conflict => io::ErrorKind::AlreadyExists,
+                ErrorKind::Busy => io::ErrorKind::ResourceBusy,
+                ErrorKind::Unsupported => io::ErrorKind::Unsupported,
+                ErrorKind::NoPermission => io::ErrorKind::PermissionDenied,
+                ErrorKind::BadRequest => io::ErrorKind::InvalidInput,
+                ErrorKind::Lost => io::ErrorKind::InvalidData,
+                ErrorKind::Exhausted | ErrorKind::Other => io::ErrorKind::Other,
+            },
+        };
+        Self::new(kind, error)
     }
 }
 

@@ -39,8 +39,7 @@ use super::Step;
 /// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)).
 /// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// A race for a loop device was lost: take another one, and leave the lost one alone.
     TakeAnother,
     /// Nothing was done; ask again at once, a bounded number of times.

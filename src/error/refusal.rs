@@ -270,7 +270,7 @@ pub enum Refusal {
         path: PathBuf,
     },
     /// A longer COW file does not bring the device's writes back: it has to be removed and made again, which
-    /// [`recover`](crate::recover) does.
+    /// [`recover`](crate::snapshot::recover) does.
     #[error(
         "{name:?} has overflowed: its writes fail until it is removed and made again (recover)"
     )]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::{ExportOptions, ExportProgress, Exported, Source};
 use crate::backing::{Backing, open_origin, open_unlocked};
-use crate::base::{DeviceUuid, Kind, MAPPER_DIR};
+use crate::base::{DeviceId, DeviceUuid, Kind, MAPPER_DIR};
 use crate::call::{ask, patiently};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
 use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, errno_of, policy};
@@ -17,7 +17,7 @@ use crate::kernel::{DeviceMapper, Host, MACHINE};
 
 pub(super) fn export(
     options: &ExportOptions,
-    snapshot: &str,
+    snapshot: &DeviceId,
     output: &Path,
     progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
 ) -> Result<Option<Exported>> {

@@ -17,7 +17,7 @@ use output::Output;
 use crate::backing::{
     Backing, CowOptions, check_header, check_identity, open_origin, open_store, unsound,
 };
-use crate::base::{SECTOR_BYTES, Sectors};
+use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
 use crate::call::ask;
 use crate::error::{Refusal, Result, Step};
 use crate::kernel::{Files, MACHINE};
@@ -33,7 +33,7 @@ use crate::store::{ExceptionStore, Extent};
 /// is complete, and synced to disk with its directory. Its mode is 0600, as a COW file's.
 ///
 /// ```no_run
-/// let done = dmsnap::ExportOptions::new().export("/images/base.ext4", "/run/vm-42.cow", "/images/vm-42.ext4")?;
+/// let done = dmsnap::export::ExportOptions::new().export("/images/base.ext4", "/run/vm-42.cow", "/images/vm-42.ext4")?;
 /// println!("{} of {} bytes had changed", done.changed_bytes, done.bytes);
 /// # Ok::<(), dmsnap::Error>(())
 /// ```
@@ -162,7 +162,7 @@ impl ExportOptions {
         source.export(self, output, progress, || Ok(()))
     }
 
-    /// Exports a running snapshot, by its name or uuid: flushes it, then copies beside the guest, which goes on.
+    /// Exports a running snapshot: flushes it, then copies beside the guest, which goes on.
     ///
     /// The flush writes out what the host has cached of the device and suspends the snapshot for as long as the writes
     /// in flight take, a few milliseconds on an idle one. A file system of the snapshot that is mounted on this host is
@@ -176,7 +176,7 @@ impl ExportOptions {
     /// down and export the COW file.
     ///
     /// A process that is killed within the flush leaves the snapshot suspended, and its guest waiting:
-    /// [`State::Suspended`](crate::State::Suspended) in [`list`](crate::list). `dmsetup resume NAME` lets it go on.
+    /// [`State::Suspended`](crate::find::State::Suspended) in [`list`](crate::list). `dmsetup resume NAME` lets it go on.
     ///
     /// # Errors
     ///
@@ -185,7 +185,7 @@ impl ExportOptions {
     /// could not be resumed.
     pub fn export_live(
         &self,
-        snapshot: impl AsRef<str>,
+        snapshot: impl Into<DeviceId>,
         output: impl AsRef<Path>,
     ) -> Result<Exported> {
         let go_on = &mut |_| ControlFlow::Continue(());
@@ -200,11 +200,11 @@ impl ExportOptions {
     /// As [`export_live`](Self::export_live).
     pub fn export_live_with(
         &self,
-        snapshot: impl AsRef<str>,
+        snapshot: impl Into<DeviceId>,
         output: impl AsRef<Path>,
         progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
     ) -> Result<Option<Exported>> {
-        live::export(self, snapshot.as_ref(), output.as_ref(), progress)
+        live::export(self, &snapshot.into(), output.as_ref(), progress)
     }
 
     fn origin_options(&self) -> CowOptions {

@@ -1,7 +1,7 @@
 //! A snapshot that another program made, taken over.
 
 use super::list::{LoopFacts, loop_facts, status_of};
-use crate::base::{DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
+use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
 use crate::call::ask;
 use crate::dm::Target;
 use crate::error::{Error, Refusal, Result, Step};
@@ -16,11 +16,11 @@ use crate::kernel::{DevId, Host, MACHINE};
 ///
 /// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid, or is no snapshot over two loop
 /// devices.
-pub fn adopt(device: impl AsRef<str>) -> Result<Handles> {
-    adopt_on(&MACHINE, device.as_ref())
+pub fn adopt(device: impl Into<DeviceId>) -> Result<Handles> {
+    adopt_on(&MACHINE, &device.into())
 }
 
-pub(crate) fn adopt_on<H: Host>(host: &H, device: &str) -> Result<Handles> {
+pub(crate) fn adopt_on<H: Host>(host: &H, device: &DeviceId) -> Result<Handles> {
     match status_of(host, device) {
         Err(Error::Refused(Refusal::NotOurs { name, uuid })) if uuid.is_empty() => {
             take_over(host, &DeviceName::new(name)?)?;

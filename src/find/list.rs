@@ -3,7 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use super::lookup;
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, LoopHandle, MAPPER_DIR};
+use crate::base::{
+    DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, LoopHandle, MAPPER_DIR,
+};
 use crate::call::ask;
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target};
 use crate::error::{Error, Refusal, Result, Step, Verdict};
@@ -21,7 +23,7 @@ pub struct SnapshotInfo {
     pub dev: DeviceNumber,
     /// How far it got.
     pub state: State,
-    /// Whether it merges its COW file into its image: [`MergeOptions`](crate::MergeOptions) made it, and the kernel
+    /// Whether it merges its COW file into its image: [`MergeOptions`](crate::merge::MergeOptions) made it, and the kernel
     /// goes on even if the process that did is dead.
     pub merging: bool,
     /// Whether it goes at its last close.
@@ -113,17 +115,17 @@ pub fn list() -> Result<Vec<Result<SnapshotInfo>>> {
     Ok(ours(&MACHINE)?.into_iter().map(|(_, info)| info).collect())
 }
 
-/// The snapshot of that name or uuid.
+/// What there is of one snapshot.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device, [`Error::Refused`] when it is none of ours.
-pub fn status(device: impl AsRef<str>) -> Result<SnapshotInfo> {
-    status_of(&MACHINE, device.as_ref())
+/// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) when there is no such device, [`Error::Refused`] when it is none of ours.
+pub fn status(device: impl Into<DeviceId>) -> Result<SnapshotInfo> {
+    status_of(&MACHINE, &device.into())
 }
 
 /// As [`status`].
-pub(crate) fn status_of<H: Host>(host: &H, device: &str) -> Result<SnapshotInfo> {
+pub(crate) fn status_of<H: Host>(host: &H, device: &DeviceId) -> Result<SnapshotInfo> {
     let (device, uuid) = lookup::find(host, device)?;
     read(host, device, uuid)
 }
@@ -150,7 +152,8 @@ pub(crate) fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<SnapshotInfo
 }
 
 fn look<H: Host>(host: &H, address: Address<'_>, name: &str) -> Result<SnapshotInfo> {
-    let (device, uuid) = lookup::ours(host, address, name)?;
+    let path = Path::new(MAPPER_DIR).join(name);
+    let (device, uuid) = lookup::ours(host, address, &path)?;
     read(host, device, uuid)
 }
 

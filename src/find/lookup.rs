@@ -2,42 +2,39 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, MAPPER_DIR};
-use crate::call::{absent, ask};
+use super::select::select;
+use crate::base::{DeviceId, DeviceNumber, DeviceUuid, MAPPER_DIR};
+use crate::call::ask;
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target};
-use crate::error::{Refusal, Result, Step, Verdict};
+use crate::error::{Error, Refusal, Result, Step, Verdict, policy};
 use crate::kernel::{DevId, Device, FileFacts, Host, LoopStatus, MAPPER_CONTROL};
 
-/// Our device of that name or uuid.
+/// Our device that `id` means.
 ///
 /// # Errors
 ///
-/// [`Verdict::Gone`] when there is none, [`Refusal::NotOurs`] when the name is another program's device.
-pub(crate) fn find<H: Host>(host: &H, text: &str) -> Result<(Device, DeviceUuid)> {
-    let uuid = DeviceUuid::new(text).ok();
-    let name = DeviceName::new(text);
-    if let (None, Err(refusal)) = (&uuid, &name) {
-        return Err(refusal.clone().into());
-    }
+/// [`Verdict::Gone`] when there is none, [`Refusal::NotOurs`] when it is another program's device.
+pub(crate) fn find<H: Host>(host: &H, id: &DeviceId) -> Result<(Device, DeviceUuid)> {
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
-    if let Some(uuid) = uuid
-        && let Some(found) = absent(ours(host, Address::Uuid(uuid.as_str()), text))?
-    {
-        return Ok(found);
+    let path = match id {
+        DeviceId::Path(path) => path.clone(),
+        other => Path::new(MAPPER_DIR).join(other.to_string()),
+    };
+    match select(host, id)? {
+        Some(key) => ours(host, key.address(), &path),
+        None => Err(Error::failed(Step::Query, path, policy::GONE)),
     }
-    ours(host, Address::Name(name?.as_str()), text)
 }
 
-/// The device at `address`, which `name` stands for in messages, if it is ours.
+/// The device at `address`, which `path` stands for in messages, if it is ours.
 pub(crate) fn ours<H: Host>(
     host: &H,
     address: Address<'_>,
-    name: &str,
+    path: &Path,
 ) -> Result<(Device, DeviceUuid)> {
-    let path = Path::new(MAPPER_DIR).join(name);
-    let device = ask(Step::Query, &path, || host.query(address))?;
+    let device = ask(Step::Query, path, || host.query(address))?;
     match DeviceUuid::new(device.uuid.as_str()) {
         Ok(uuid) => Ok((device, uuid)),
         Err(_) => Err(Refusal::NotOurs {
@@ -66,9 +63,9 @@ pub(crate) struct Bound<L> {
     pub(crate) status: LoopStatus,
 }
 
-/// The live snapshot of that name or uuid.
-pub(crate) fn live<H: Host>(host: &H, text: &str) -> Result<Live<H::Loop>> {
-    let (device, uuid) = find(host, text)?;
+/// The live snapshot that `id` means.
+pub(crate) fn live<H: Host>(host: &H, id: &DeviceId) -> Result<Live<H::Loop>> {
+    let (device, uuid) = find(host, id)?;
     let path = Path::new(MAPPER_DIR).join(&device.name);
     let not_live = || Refusal::NotLive {
         name: device.name.clone(),

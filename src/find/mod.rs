@@ -3,8 +3,10 @@
 mod adopt;
 mod list;
 mod lookup;
+mod select;
 
 pub use adopt::adopt;
 pub use list::{LoopFacts, SnapshotInfo, State, list, status};
 pub(crate) use list::{ours as all, status_of};
 pub(crate) use lookup::{Bound, Live, bound, find, live, reach};
+pub(crate) use select::{Key, select};

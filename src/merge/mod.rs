@@ -27,7 +27,7 @@ use crate::{store, teardown};
 /// ```no_run
 /// use std::ops::ControlFlow;
 ///
-/// let outcome = dmsnap::MergeOptions::new().merge("/images/base.ext4", "/run/vm-42.cow", |progress| {
+/// let outcome = dmsnap::merge::MergeOptions::new().merge("/images/base.ext4", "/run/vm-42.cow", |progress| {
 ///     println!("{} of {} sectors", progress.merged, progress.total);
 ///     ControlFlow::Continue(())
 /// })?;
@@ -105,7 +105,7 @@ impl MergeOptions {
     /// soon as the kernel has finished the stretch that it is at, of at most a metadata area.
     ///
     /// Cut off by a kill, the kernel goes on by itself: the device stays, [`list`](crate::list) shows it as
-    /// [`merging`](crate::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
+    /// [`merging`](crate::find::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
     /// moment without loss. Then, as after a power cut, a merge of the same two files goes on, and a snapshot over them
     /// shows the disk as it was. They are known by the image's inode and size, and by its modification time, which must
     /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name

@@ -87,6 +87,6 @@ fn build<H: Host>(
 impl<H: Host> Keeper<H> {
     pub(crate) fn remove(self, host: &H) -> Result<()> {
         drop(self.open);
-        teardown::clean(host, &self.handles, &Retry::default())
+        teardown::clean(host, &self.handles, &Retry::default()).map(drop)
     }
 }

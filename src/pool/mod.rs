@@ -115,8 +115,8 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`](crate::Refusal::PoolEmpty) when none became ready in
-    /// the time that it was to wait. [`Verdict::NameTaken`] when there is such a device; the pool keeps what it had.
+    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`](crate::error::Refusal::PoolEmpty) when none became ready in
+    /// the time that it was to wait. [`ErrorKind::Conflict`](crate::ErrorKind::Conflict) when there is such a device; the pool keeps what it had.
     /// When it has to make one, as [`SnapshotOptions::create_on`](crate::SnapshotOptions::create_on).
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;

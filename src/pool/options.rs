@@ -17,7 +17,8 @@ use crate::snapshot::{Origin, SnapshotOptions};
 /// How a [`Pool`] is to be kept.
 ///
 /// ```no_run
-/// use dmsnap::{CowFate, Origin, PoolOptions};
+/// use dmsnap::{Origin, PoolOptions};
+/// use dmsnap::pool::CowFate;
 ///
 /// let origin = Origin::open("/images/base.ext4")?;
 /// let pool = PoolOptions::new().size(16).open(&origin, "/var/lib/vms")?;

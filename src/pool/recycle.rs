@@ -184,7 +184,7 @@ pub(crate) fn removed<H: Host>(host: &H, taken: &TakenBack, error: Error, retry:
 
 /// Removes a device that was taken back, and waits for its COW file's loop device.
 pub(crate) fn remove<H: Host>(host: &H, taken: &TakenBack, retry: &Retry) -> Result<()> {
-    teardown::clean(host, &taken.handles(), retry)
+    teardown::clean(host, &taken.handles(), retry).map(drop)
 }
 
 /// While the device is there: a sweep after a kill finds the file by the table alone.
@@ -292,5 +292,5 @@ fn expected<H: Host>(
 }
 
 pub(crate) fn remove_spare<H: Host>(host: &H, spare: &Made) -> Result<()> {
-    teardown::clean(host, &spare.handles(), &Retry::default())
+    teardown::clean(host, &spare.handles(), &Retry::default()).map(drop)
 }

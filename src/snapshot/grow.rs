@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::Snapshot;
 use super::recover::recover_on;
-use crate::base::MAPPER_DIR;
+use crate::base::{DeviceId, MAPPER_DIR};
 use crate::call::ask;
 use crate::dm::SnapshotStatus;
 use crate::error::{Refusal, Result, Retry, Step};
@@ -12,8 +12,8 @@ use crate::find::{Live, live, reach};
 use crate::kernel::{FileKind, Host, MACHINE};
 use crate::store;
 
-/// Makes the COW file of a live snapshot at least `bytes` long, and the snapshot use it at once. The device is named by
-/// its name or uuid; whoever has it open notices nothing.
+/// Makes the COW file of a live snapshot at least `bytes` long, and the snapshot use it at once. Whoever has
+/// it open notices nothing.
 ///
 /// Never makes it shorter, whoever else is at it. The size is rounded up to whole chunks, and by one more where the
 /// kernel would invalidate the full store instead of only filling it. Returns the status as the kernel gives it
@@ -21,9 +21,9 @@ use crate::store;
 /// its new size.
 ///
 /// ```no_run
-/// use dmsnap::SnapshotStatus;
+/// use dmsnap::dm::SnapshotStatus;
 ///
-/// if let SnapshotStatus::Usage(usage) = dmsnap::grow("vm-42", 2 << 30)? {
+/// if let SnapshotStatus::Usage(usage) = dmsnap::snapshot::grow("vm-42", 2 << 30)? {
 ///     println!("{}% of {} sectors", usage.percent(), usage.total);
 /// }
 /// # Ok::<(), dmsnap::Error>(())
@@ -35,7 +35,7 @@ use crate::store;
 /// snapshot has to be made anew ([`recover`]); [`Refusal::Invalid`] when it is lost; [`Refusal::NotLive`];
 /// [`Refusal::FileElsewhere`] when the file's path leads to it no more; [`Refusal::NotOurs`].
 /// [`Error::Failed`](crate::Error::Failed) otherwise. The file may be longer then; ask again.
-pub fn grow(device: impl AsRef<str>, bytes: u64) -> Result<SnapshotStatus> {
+pub fn grow(device: impl Into<DeviceId>, bytes: u64) -> Result<SnapshotStatus> {
     GrowOptions::new().grow(device, bytes)
 }
 
@@ -48,10 +48,10 @@ pub fn grow(device: impl AsRef<str>, bytes: u64) -> Result<SnapshotStatus> {
 /// # Errors
 ///
 /// As [`grow`], and [`Refusal::NotOverflowed`] when there is nothing to recover from.
-/// [`Error::Failed`](crate::Error::Failed) with [`Verdict::Busy`](crate::Verdict::Busy) while somebody has the device
+/// [`Error::Failed`](crate::Error::Failed) of kind [`Busy`](crate::ErrorKind::Busy) while somebody has the device
 /// open; it is as it was then, and the file longer. If making it anew fails, the old device is gone and the note says
 /// so: the COW file has everything, so `create` makes the snapshot once the reason is gone.
-pub fn recover(device: impl AsRef<str>, bytes: u64) -> Result<Snapshot> {
+pub fn recover(device: impl Into<DeviceId>, bytes: u64) -> Result<Snapshot> {
     GrowOptions::new().recover(device, bytes)
 }
 
@@ -86,8 +86,8 @@ impl GrowOptions {
     /// # Errors
     ///
     /// As [`grow`].
-    pub fn grow(&self, device: impl AsRef<str>, bytes: u64) -> Result<SnapshotStatus> {
-        grow_on(&MACHINE, self, device.as_ref(), bytes)
+    pub fn grow(&self, device: impl Into<DeviceId>, bytes: u64) -> Result<SnapshotStatus> {
+        grow_on(&MACHINE, self, &device.into(), bytes)
     }
 
     /// As [`recover`].
@@ -95,15 +95,15 @@ impl GrowOptions {
     /// # Errors
     ///
     /// As [`recover`].
-    pub fn recover(&self, device: impl AsRef<str>, bytes: u64) -> Result<Snapshot> {
-        recover_on(&MACHINE, self, device.as_ref(), bytes)
+    pub fn recover(&self, device: impl Into<DeviceId>, bytes: u64) -> Result<Snapshot> {
+        recover_on(&MACHINE, self, &device.into(), bytes)
     }
 }
 
 pub(crate) fn grow_on<H: Host>(
     host: &H,
     options: &GrowOptions,
-    device: &str,
+    device: &DeviceId,
     bytes: u64,
 ) -> Result<SnapshotStatus> {
     let live = live(host, device)?;

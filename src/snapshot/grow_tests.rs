@@ -38,11 +38,16 @@ fn machine(status: Option<&'static str>) -> (Script, Handles) {
 }
 
 fn grow(script: &Script) -> Result<SnapshotStatus> {
-    grow_on(script, &GrowOptions::new(), "vm", LONGER)
+    grow_on(script, &GrowOptions::new(), &"vm".into(), LONGER)
 }
 
 fn recover(script: &Script) -> Result<Snapshot> {
-    recover_on(script, GrowOptions::new().retry(Retry::ONCE), "vm", LONGER)
+    recover_on(
+        script,
+        GrowOptions::new().retry(Retry::ONCE),
+        &"vm".into(),
+        LONGER,
+    )
 }
 
 /// What a failure of that call is reported as: a loop device that is only looked at is inspected.
@@ -89,7 +94,7 @@ fn a_file_is_made_longer_only_and_the_loop_device_told_in_any_case() {
     let (script, _) = machine(None);
     grow(&script).expect("nothing fails");
     script.restart(never);
-    let less = grow_on(&script, &GrowOptions::new(), "vm", 1).map(total);
+    let less = grow_on(&script, &GrowOptions::new(), &"vm".into(), 1).map(total);
     assert_eq!((less, cow_bytes(&script)), (Ok(LONGER), LONGER));
     let calls = script.calls.take();
     assert!(!calls.contains(&Step::SizeFile) && calls.contains(&Step::ResizeLoop));

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::backing::Warning;
-use crate::base::{DeviceName, DeviceUuid, Handles, Kind};
+use crate::base::{DeviceId, Handles};
 use crate::dm::SnapshotStatus;
 use crate::error::Result;
 use crate::teardown;
@@ -50,18 +50,13 @@ impl Snapshot {
         &self.warnings
     }
 
-    /// Makes its COW file at least `bytes` long while it works, as [`grow`](crate::grow()) does.
+    /// Makes its COW file at least `bytes` long while it works, as [`grow`](crate::snapshot::grow()) does.
     ///
     /// # Errors
     ///
-    /// As [`grow`](crate::grow()).
+    /// As [`grow`](crate::snapshot::grow()).
     pub fn grow(&self, bytes: u64) -> Result<SnapshotStatus> {
-        // A pool's device keeps its uuid for another snapshot.
-        let lasting = self.handles.uuid.as_ref();
-        let lasting = lasting.filter(|uuid| uuid.kind() != Kind::Pooled);
-        let name = self.handles.name.as_ref().map(DeviceName::as_str);
-        let device = lasting.map(DeviceUuid::as_str).or(name);
-        crate::snapshot::grow(device.unwrap_or_default(), bytes)
+        crate::snapshot::grow(&self.handles, bytes)
     }
 
     /// Takes it down, as [`cleanup`](crate::cleanup) does. The COW file stays.
@@ -71,5 +66,11 @@ impl Snapshot {
     /// [`Error::Debris`](crate::Error::Debris) names everything that remains.
     pub fn cleanup(self) -> Result<()> {
         teardown::cleanup(&self.handles)
+    }
+}
+
+impl From<&Snapshot> for DeviceId {
+    fn from(snapshot: &Snapshot) -> Self {
+        Self::from(&snapshot.handles)
     }
 }

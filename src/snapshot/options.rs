@@ -54,7 +54,7 @@ impl SnapshotOptions {
     /// option the disk says that it takes no discards, and one that a guest sends all the same, as `fstrim` does, fails
     /// with EOPNOTSUPP; no harm is done, and a hypervisor may have to be told not to offer it.
     ///
-    /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::Discard::Passdown) says why.
+    /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::dm::Discard::Passdown) says why.
     ///
     /// Refused with chunks under 512 sectors on kernels newer than 6.12: loading such a table crashes Linux 7.3.4.
     pub fn discard(&mut self, discard: bool) -> &mut Self {

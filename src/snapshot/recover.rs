@@ -5,7 +5,7 @@ use super::create::create;
 use super::grow::lengthen;
 use super::{GrowOptions, Snapshot, SnapshotOptions};
 use crate::backing::check_identity;
-use crate::base::DeviceName;
+use crate::base::{DeviceId, DeviceName};
 use crate::dm::{Discard, SnapshotStatus};
 use crate::error::{Refusal, Result};
 use crate::find::{bound, live, reach};
@@ -16,7 +16,7 @@ use crate::teardown::{Subject, When, remove_subject};
 pub(crate) fn recover_on<H: Host>(
     host: &H,
     options: &GrowOptions,
-    device: &str,
+    device: &DeviceId,
     bytes: u64,
 ) -> Result<Snapshot> {
     let live = live(host, device)?;

@@ -11,12 +11,12 @@ use super::create::create;
 use super::{Snapshot, SnapshotOptions};
 use crate::backing::CowSize;
 use crate::base::{DeviceName, DeviceUuid, Handles, LoopHandle};
-use crate::call::Timings;
 use crate::error::policy::AT_ONCE;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::Clock;
 use crate::kernel::fake::Script;
 use crate::teardown::clean;
+use crate::timings::Timings;
 
 fn never(_: Step, _: usize) -> Option<Errno> {
     None
@@ -173,7 +173,10 @@ fn a_long_wait_asks_seldom_and_ends_with_the_close() {
     let closes = Duration::from_micros(14_123_456);
     let since = script.now();
     script.world.borrow_mut().busy_until = since + closes;
-    assert_eq!(clean(&script, &handles, &Retry::default()), Ok(()));
+    assert_eq!(
+        clean(&script, &handles, &Retry::default()).map(drop),
+        Ok(())
+    );
     let late = script.now() - since - closes;
     assert!(late < Duration::from_millis(1), "{late:?} late");
     let asked = script.calls.borrow().len();
@@ -186,7 +189,7 @@ fn a_long_wait_asks_seldom_and_ends_with_the_close() {
     script.world.borrow_mut().busy_until = since + closes;
     let ms = Duration::from_millis;
     let retry = Retry::default().pauses(ms(100), ms(100));
-    assert_eq!(clean(&script, &handles, &retry), Ok(()));
+    assert_eq!(clean(&script, &handles, &retry).map(drop), Ok(()));
     assert!(script.now() - since >= ms(14_200));
 }
 
@@ -196,7 +199,10 @@ fn cleanup_removes_everything_twice_over() {
     let handles = made(&script);
     assert_eq!(script.world.borrow().residue().len(), 3);
     for _ in 0..2 {
-        assert_eq!(clean(&script, &handles, &Retry::default()), Ok(()));
+        assert_eq!(
+            clean(&script, &handles, &Retry::default()).map(drop),
+            Ok(())
+        );
         assert_eq!(script.world.borrow().residue(), BTreeSet::new());
     }
 }
@@ -212,7 +218,7 @@ fn whichever_call_of_cleanup_fails_it_goes_on_and_names_what_stays() {
         let handles = made(&script);
         script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
         let left: BTreeSet<PathBuf> = match clean(&script, &handles, &Retry::ONCE) {
-            Ok(()) => BTreeSet::new(),
+            Ok(_) => BTreeSet::new(),
             Err(error) => error
                 .left()
                 .iter()

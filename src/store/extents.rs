@@ -37,7 +37,7 @@ impl Extent {
     }
 }
 
-/// The extents of a store in its own order: see [`ExceptionStore::extents`](crate::ExceptionStore::extents).
+/// The extents of a store in its own order: see [`ExceptionStore::extents`](crate::store::ExceptionStore::extents).
 #[derive(Debug)]
 pub struct Extents<'a, R> {
     exceptions: Exceptions<'a, R>,

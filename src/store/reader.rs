@@ -21,7 +21,7 @@ const WINDOW_BYTES: u64 = 64 << 10;
 ///
 /// ```
 /// use std::io::Cursor;
-/// use dmsnap::{ExceptionStore, Extent};
+/// use dmsnap::store::{ExceptionStore, Extent};
 ///
 /// // Chunks of one sector: a header, one metadata area, one chunk of data that stands for the origin's chunk 7.
 /// let mut file = vec![0u8; 3 * 512];
@@ -31,10 +31,10 @@ const WINDOW_BYTES: u64 = 64 << 10;
 /// let mut store = ExceptionStore::open(Cursor::new(file))?;
 /// let changed = store.changed_extents()?;
 /// assert_eq!(changed, [Extent { origin_offset: 7 * 512, length: 512, cow_offset: 2 * 512 }]);
-/// # Ok::<(), dmsnap::StoreError>(())
+/// # Ok::<(), dmsnap::store::StoreError>(())
 /// ```
 ///
-/// [`ExportOptions::export_live`]: crate::ExportOptions::export_live
+/// [`ExportOptions::export_live`]: crate::export::ExportOptions::export_live
 #[derive(Debug)]
 pub struct ExceptionStore<R> {
     reader: R,
@@ -127,7 +127,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
     /// Whether the kernel takes the store. It clears this when a `P` store overflows or a write to the COW file fails,
     /// and never sets it again. The exceptions are still there; see [`ExportOptions::invalid_store`].
     ///
-    /// [`ExportOptions::invalid_store`]: crate::ExportOptions::invalid_store
+    /// [`ExportOptions::invalid_store`]: crate::export::ExportOptions::invalid_store
     #[must_use]
     pub fn is_valid(&self) -> bool {
         self.header.valid

@@ -24,10 +24,11 @@ pub fn least_bytes(store: Store, chunk: ChunkSize) -> u64 {
 /// In bytes; `None` where that does not fit 64 bits.
 ///
 /// ```
-/// use dmsnap::{ChunkSize, Sectors, Store};
+/// use dmsnap::{ChunkSize, Store};
+/// use dmsnap::base::Sectors;
 ///
 /// let origin = Sectors::from_bytes_floor(8 << 20);
-/// let bytes = dmsnap::worst_case_bytes(origin, Store::PersistentOverflow, ChunkSize::DEFAULT);
+/// let bytes = dmsnap::store::worst_case_bytes(origin, Store::PersistentOverflow, ChunkSize::DEFAULT);
 /// assert_eq!(bytes, Some(2058 * 4096));
 /// ```
 #[must_use]

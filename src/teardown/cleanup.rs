@@ -19,41 +19,26 @@ use crate::kernel::{Host, MACHINE, MAPPER_CONTROL};
 ///
 /// [`Error::Debris`] names everything that remains, each with its reason; its source is the first one.
 pub fn cleanup(handles: &Handles) -> Result<()> {
-    cleanup_with(handles, &Retry::default())
+    clean(&MACHINE, handles, &Retry::default()).map(drop)
 }
 
-/// As [`cleanup`], waiting as `retry` says.
-///
-/// # Errors
-///
-/// As [`cleanup`].
-pub fn cleanup_with(handles: &Handles, retry: &Retry) -> Result<()> {
-    clean(&MACHINE, handles, retry)
-}
-
-/// As [`cleanup`], but a dm device that somebody has open is left to the kernel, which removes it at the last close and
-/// detaches its loop devices then.
-///
-/// # Errors
-///
-/// As [`cleanup`].
-#[must_use = "a deferred removal is still to come"]
-pub fn cleanup_deferred(handles: &Handles) -> Result<Outcome> {
-    clean_deferred(&MACHINE, handles)
-}
-
-pub(crate) fn clean_deferred<H: Host>(host: &H, handles: &Handles) -> Result<Outcome> {
+/// As [`clean`], but a dm device that somebody has open is left to the kernel.
+pub(crate) fn clean_deferred<H: Host>(
+    host: &H,
+    handles: &Handles,
+    retry: &Retry,
+) -> Result<Outcome> {
     let _span = spans::cleanup(handles);
     let Some(subject) = Subject::of(host, handles)? else {
-        return clean(host, handles, &Retry::default()).map(|()| Outcome::AlreadyGone);
+        return clean(host, handles, retry);
     };
     match remove::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)? {
         Outcome::Deferred { open_count } => Ok(Outcome::Deferred { open_count }),
-        settled => clean(host, handles, &Retry::default()).map(|()| settled),
+        settled => clean(host, handles, retry).map(|_| settled),
     }
 }
 
-pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<Outcome> {
     clean_claimed(host, handles, &claims(host, handles), retry)
 }
 
@@ -73,7 +58,7 @@ pub(crate) fn clean_claimed<H: Host>(
     handles: &Handles,
     claims: &Claims<'_>,
     retry: &Retry,
-) -> Result<()> {
+) -> Result<Outcome> {
     let _span = spans::cleanup(handles);
     let start = host.now();
     let removed = remove_device(host, handles, retry);
@@ -85,16 +70,17 @@ pub(crate) fn clean_claimed<H: Host>(
 pub(crate) fn release_loops<H: Host>(
     host: &H,
     handles: &Handles,
-    removed: Result<()>,
+    removed: Result<Outcome>,
     claims: &Claims<'_>,
     retry: &Retry,
-) -> Result<()> {
+) -> Result<Outcome> {
     let start = host.now();
     let mut left = Vec::new();
-    if let Err(error) = removed {
+    let outcome = removed.unwrap_or_else(|error| {
         let object = handles.path().unwrap_or_else(|| object_of(&error));
         left.push(Leftover::new(object, error));
-    }
+        Outcome::AlreadyGone
+    });
     // A device that stays holds its loops; waiting for them would be in vain.
     let removed = left.is_empty();
     for (handle, claim) in claims {
@@ -114,7 +100,7 @@ pub(crate) fn release_loops<H: Host>(
         }
     }
     match left.first() {
-        None => Ok(()),
+        None => Ok(outcome),
         Some(first) => Err(first.error.clone().leaving(left)),
     }
 }
@@ -127,10 +113,14 @@ fn own_loops(handles: &Handles) -> impl Iterator<Item = &LoopHandle> {
     handles.cow_loop.iter().chain(origin)
 }
 
-pub(crate) fn remove_device<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+pub(crate) fn remove_device<H: Host>(
+    host: &H,
+    handles: &Handles,
+    retry: &Retry,
+) -> Result<Outcome> {
     match Subject::of(host, handles)? {
-        Some(subject) => remove::remove_subject(host, &subject, retry, When::Now).map(drop),
-        None => Ok(()),
+        Some(subject) => remove::remove_subject(host, &subject, retry, When::Now),
+        None => Ok(Outcome::AlreadyGone),
     }
 }
 
@@ -236,19 +226,8 @@ fn is_shared<H: Host>(host: &H, gone: &Handles, path: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// Waits until nothing of what the handles name is left: for after a deferred removal, which takes the dm device
-/// away at its last close and its loop devices a little later. It removes nothing itself.
-///
-/// An origin loop device that other snapshots use as well is not waited for, nor is a loop device without identity.
-///
-/// # Errors
-///
-/// [`Error::Failed`] with [`Verdict::Busy`] names what is still there at `retry`'s deadline.
-pub fn wait_gone(handles: &Handles, retry: &Retry) -> Result<()> {
-    wait_gone_on(&MACHINE, handles, retry)
-}
-
-fn wait_gone_on<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
+/// Waits until nothing of what the handles name is left. It removes nothing itself.
+pub(super) fn wait_gone<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;

@@ -3,42 +3,11 @@
 use std::path::PathBuf;
 
 use super::cleanup::{self, Claims};
-use super::remove;
+use super::remove::{self, Outcome};
 use crate::base::Handles;
 use crate::call::{Wait, overlapped, spans};
 use crate::error::{Result, Retry, Verdict};
-use crate::kernel::{Host, MACHINE};
-
-/// Takes down what each of the handles names, as [`cleanup`](crate::cleanup) does; results in the order given.
-///
-/// A removal mostly waits for the kernel, so many are waited for side by side, by at most 16 threads, which end before
-/// this returns. One busy device keeps no other waiting: what can be removed is, and then all busy ones together are
-/// waited for, up to 15 seconds in all.
-///
-/// ```no_run
-/// # let fleet: Vec<dmsnap::Handles> = Vec::new();
-/// for (handles, result) in fleet.iter().zip(dmsnap::cleanup_all(&fleet)) {
-///     if let Err(error) = result {
-///         eprintln!("{:?}: {error}", handles.name);
-///     }
-/// }
-/// ```
-pub fn cleanup_all<'a>(handles: impl IntoIterator<Item = &'a Handles>) -> Vec<Result<()>> {
-    cleanup_all_with(handles, &Retry::default())
-}
-
-/// As [`cleanup_all`], waiting as `retry` says; its deadline is one for all.
-pub fn cleanup_all_with<'a>(
-    handles: impl IntoIterator<Item = &'a Handles>,
-    retry: &Retry,
-) -> Vec<Result<()>> {
-    let all: Vec<&Handles> = handles.into_iter().collect();
-    match all[..] {
-        [] => Vec::new(),
-        [one] => vec![cleanup::clean(&MACHINE, one, retry)],
-        _ => clean_all(&MACHINE, &all, retry),
-    }
-}
+use crate::kernel::Host;
 
 /// A snapshot that is still to be taken down.
 struct Due<'a> {
@@ -48,10 +17,15 @@ struct Due<'a> {
     claims: Claims<'a>,
 }
 
-fn clean_all<H: Host + Sync>(host: &H, all: &[&Handles], retry: &Retry) -> Vec<Result<()>> {
+/// Takes down what each of the handles names, side by side.
+pub(super) fn clean_all<H: Host + Sync>(
+    host: &H,
+    all: &[&Handles],
+    retry: &Retry,
+) -> Vec<Result<Outcome>> {
     let start = host.now();
     let left = || retry.less(host.now().saturating_sub(start));
-    let mut results = vec![Ok(()); all.len()];
+    let mut results = vec![Ok(Outcome::AlreadyGone); all.len()];
     let mut busy = Vec::new();
     let mut ready: Vec<_> = (0..)
         .zip(all)
@@ -97,7 +71,7 @@ fn clean_all<H: Host + Sync>(host: &H, all: &[&Handles], retry: &Retry) -> Vec<R
 
 impl Due<'_> {
     /// `None` when somebody has the dm device open.
-    fn attempt<H: Host>(&self, host: &H, retry: &Retry) -> Option<Result<()>> {
+    fn attempt<H: Host>(&self, host: &H, retry: &Retry) -> Option<Result<Outcome>> {
         let _span = spans::cleanup(self.handles);
         let removed = cleanup::remove_device(host, self.handles, &Retry::ONCE);
         match removed {

@@ -2,16 +2,17 @@
 
 mod cleanup;
 mod many;
+mod options;
 mod pool_mark;
 mod reap;
 mod remove;
 
 pub(crate) use cleanup::clean;
-pub use cleanup::{cleanup, cleanup_deferred, cleanup_with, wait_gone};
-pub use many::{cleanup_all, cleanup_all_with};
+pub use cleanup::cleanup;
+pub use options::{Teardown, WhenBusy};
 #[cfg(test)]
 pub(crate) use pool_mark::forget_cow;
 pub(crate) use pool_mark::is_alive;
 pub use reap::{Fate, ReapOptions, Reaped};
-pub use remove::{Outcome, remove, remove_deferred, remove_with, try_remove};
+pub use remove::{Outcome, remove};
 pub(crate) use remove::{Subject, When, remove_subject};

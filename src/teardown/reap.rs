@@ -104,7 +104,7 @@ impl ReapOptions {
     }
 
     /// Sweeps, keeping those that `keep` claims: it is asked about all of them first, and then the others are taken
-    /// down side by side, as [`cleanup_all`](crate::cleanup_all) does.
+    /// down side by side, as [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) does.
     ///
     /// # Errors
     ///
@@ -155,7 +155,7 @@ impl ReapOptions {
         }
         // Its maker may have finished since it was looked at, or a pool's device may have become another snapshot, as
         // by a claim: then it is no longer what `keep` was asked about.
-        let Some(now) = absent(find::status_of(host, info.uuid.as_str()))? else {
+        let Some(now) = absent(find::status_of(host, &(&info.uuid).into()))? else {
             return Ok(Fate::Removed);
         };
         let open_count = now.open_count;
@@ -167,12 +167,12 @@ impl ReapOptions {
             (false, _, _) => Ok(Fate::InProgress),
             (true, true, false) => Ok(Fate::Busy { open_count }),
             _ if self.dry_run => Ok(Fate::Due),
-            (true, _, true) => match cleanup::clean_deferred(host, &now.handles())? {
+            (true, _, true) => match cleanup::clean_deferred(host, &now.handles(), &LOOP_RETRY)? {
                 Outcome::Deferred { open_count } => Ok(Fate::Deferred { open_count }),
                 _ => Ok(Fate::Removed),
             },
             (true, false, false) => {
-                cleanup::clean(host, &now.handles(), &LOOP_RETRY).map(|()| Fate::Removed)
+                cleanup::clean(host, &now.handles(), &LOOP_RETRY).map(|_| Fate::Removed)
             }
         }
     }

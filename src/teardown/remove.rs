@@ -3,10 +3,11 @@
 use std::path::{Path, PathBuf};
 
 use crate::backing::{Binding, binding};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, LoopHandle, MAPPER_DIR};
+use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, LoopHandle, MAPPER_DIR};
 use crate::call::{absent, ask, spans, watchfully};
 use crate::dm::Address;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict, policy};
+use crate::find;
 use crate::kernel::{Device, Host, MACHINE, MAPPER_CONTROL};
 
 /// What became of a dm device that was to be removed.
@@ -24,47 +25,19 @@ pub enum Outcome {
     },
 }
 
-/// Removes the dm device of that name, `/dev/mapper/<name>` path or other path to its node; waits up to 15 seconds
-/// while it is busy.
+/// Removes a dm device; waits up to 15 seconds while it is busy. [`Teardown`](crate::Teardown) has the choices.
 ///
 /// A device that is not there counts as success. Its loop devices go too if they were attached with autoclear, as
-/// ours are. Any dm device can be removed so, not only ours: the name is taken at its word.
+/// dmsnap attaches them; the files stay. Any dm device can be removed so, not only a snapshot: the caller is taken at
+/// its word.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] when it is still busy at the deadline, with its open count, or at once on anything else.
-/// [`Error::Refused`] for a name or path that no dm device can have, and for a device of another driver.
-pub fn remove(target: impl AsRef<Path>) -> Result<Outcome> {
-    remove_with(target, &Retry::default())
-}
-
-/// As [`remove`], waiting as `retry` says.
-///
-/// # Errors
-///
-/// As [`remove`].
-pub fn remove_with(target: impl AsRef<Path>, retry: &Retry) -> Result<Outcome> {
-    remove_path(&MACHINE, target.as_ref(), retry, When::Now)
-}
-
-/// As [`remove`], with one attempt and no waiting, for event loops.
-///
-/// # Errors
-///
-/// As [`remove`]; a busy device is [`Verdict::Busy`].
-pub fn try_remove(target: impl AsRef<Path>) -> Result<Outcome> {
-    remove_with(target, &Retry::ONCE)
-}
-
-/// Removes the device now if nobody has it open, and has the kernel remove it at the last close otherwise
-/// (`DM_DEFERRED_REMOVE`).
-///
-/// # Errors
-///
-/// As [`remove`], but never because the device is busy.
-#[must_use = "a deferred removal is still to come"]
-pub fn remove_deferred(target: impl AsRef<Path>) -> Result<Outcome> {
-    remove_path(&MACHINE, target.as_ref(), &Retry::ONCE, When::LastClose)
+/// [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) at the deadline, with the open count and the holders, or
+/// at once on anything else. [`Error::Refused`] for a name or path that no dm device can have, and for a device of
+/// another driver.
+pub fn remove(device: impl Into<DeviceId>) -> Result<Outcome> {
+    remove_id(&MACHINE, &device.into(), &Retry::default(), When::Now)
 }
 
 /// When a device is to go.
@@ -81,11 +54,9 @@ pub(crate) struct Subject {
 }
 
 enum Key {
-    Uuid(DeviceUuid),
+    Plain(find::Key),
     /// A pool's device, which serves one snapshot after another under one uuid: the handles' own one has their name.
     Claimed(DeviceUuid, DeviceName),
-    Name(DeviceName),
-    Number(DeviceNumber),
 }
 
 impl Subject {
@@ -98,19 +69,15 @@ impl Subject {
                 Self::claimed(host, uuid, name.as_ref(), handles.cow_loop.as_ref())
             }
             (Some(uuid), _) => {
-                let path = path.unwrap_or_else(|| PathBuf::from(uuid.as_str()));
-                Ok(Some(Self {
-                    key: Key::Uuid(uuid.clone()),
-                    path,
-                }))
+                let key = find::Key::Uuid(uuid.to_string());
+                let path = path.unwrap_or_else(|| key.path());
+                let key = Key::Plain(key);
+                Ok(Some(Self { key, path }))
             }
-            (None, Some(name)) => Ok(Some(Self::named(name.clone()))),
+            (None, Some(name)) => Ok(Some(find::Key::Name(name.clone()).into())),
             (None, None) => match (path, handles.dev) {
-                (Some(path), _) => Self::at(host, &path),
-                (None, Some(number)) => Ok(Some(Self {
-                    key: Key::Number(number),
-                    path: number.dm_node(),
-                })),
+                (Some(path), _) => Self::select(host, &DeviceId::Path(path)),
+                (None, Some(number)) => Ok(Some(find::Key::Number(number).into())),
                 (None, None) => Ok(None),
             },
         }
@@ -120,7 +87,7 @@ impl Subject {
     pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
         let key = match uuid.kind() {
             Kind::Pooled => Key::Claimed(uuid, name.clone()),
-            Kind::Own | Kind::Shared => Key::Uuid(uuid),
+            Kind::Own | Kind::Shared => Key::Plain(find::Key::Uuid(uuid.into())),
         };
         let path = name.mapper_path();
         Self { key, path }
@@ -135,10 +102,7 @@ impl Subject {
     ) -> Result<Option<Self>> {
         let subject = match name {
             Some(name) => Self::ours(uuid.clone(), name),
-            None => Self {
-                path: PathBuf::from(uuid.as_str()),
-                key: Key::Uuid(uuid.clone()),
-            },
+            None => find::Key::Uuid(uuid.to_string()).into(),
         };
         // Under a name of the pool's the device is meant, whatever it has: such handles are the pool's own, and a
         // sweep's.
@@ -151,50 +115,22 @@ impl Subject {
         })
     }
 
-    fn named(name: DeviceName) -> Self {
-        Self {
-            path: name.mapper_path(),
-            key: Key::Name(name),
-        }
-    }
-
-    /// A name, a path below /dev/mapper, which is a name too, or another path to a device's node.
-    fn at<H: Host>(host: &H, target: &Path) -> Result<Option<Self>> {
-        let bare = !target.has_root();
-        let below = target.strip_prefix(MAPPER_DIR).ok();
-        let name = match below.filter(|rest| rest.components().count() == 1) {
-            Some(rest) => Some(DeviceName::new(rest.to_string_lossy())),
-            None => bare.then(|| DeviceName::new(target.to_string_lossy())),
-        };
-        let refusal = match name {
-            Some(Ok(name)) => return Ok(Some(Self::named(name))),
-            Some(Err(refusal)) if bare => return Err(refusal.into()),
-            // udev and libdm spell other names' paths their own way; the node knows which device it is.
-            Some(Err(refusal)) => Some(refusal),
-            None => None,
-        };
-        match (
-            absent(ask(Step::Query, target, || host.device_number(target)))?,
-            refusal,
-        ) {
-            (Some(Some(number)), _) => Ok(Some(Self {
-                key: Key::Number(number),
-                path: target.to_owned(),
-            })),
-            (Some(None), _) => Err(Refusal::NotABlockDevice {
-                path: target.to_owned(),
+    /// The device that `id` means; `None` for a path that leads nowhere. A path that was given stands for it in
+    /// messages.
+    fn select<H: Host>(host: &H, id: &DeviceId) -> Result<Option<Self>> {
+        let key = find::select(host, id)?;
+        Ok(key.map(Self::from).map(|mut subject| {
+            if let (DeviceId::Path(path), Key::Plain(find::Key::Number(_))) = (id, &subject.key) {
+                subject.path.clone_from(path);
             }
-            .into()),
-            (None, Some(refusal)) => Err(refusal.into()),
-            (None, None) => Ok(None),
-        }
+            subject
+        }))
     }
 
     fn address(&self) -> Address<'_> {
         match &self.key {
-            Key::Uuid(uuid) | Key::Claimed(uuid, _) => Address::Uuid(uuid.as_str()),
-            Key::Name(name) => Address::Name(name.as_str()),
-            Key::Number(number) => Address::Number(*number),
+            Key::Plain(key) => key.address(),
+            Key::Claimed(uuid, _) => Address::Uuid(uuid.as_str()),
         }
     }
 
@@ -208,15 +144,28 @@ impl Subject {
     }
 }
 
+impl From<find::Key> for Subject {
+    fn from(key: find::Key) -> Self {
+        let path = key.path();
+        let key = Key::Plain(key);
+        Self { key, path }
+    }
+}
+
 /// The dm device that the handles name, if it can be found.
 pub(crate) fn look<H: Host>(host: &H, handles: &Handles) -> Option<Device> {
     let subject = Subject::of(host, handles).ok().flatten()?;
     subject.query(host).ok().flatten()
 }
 
-fn remove_path<H: Host>(host: &H, target: &Path, retry: &Retry, when: When) -> Result<Outcome> {
-    let _span = spans::remove(target);
-    match Subject::at(host, target)? {
+pub(super) fn remove_id<H: Host>(
+    host: &H,
+    device: &DeviceId,
+    retry: &Retry,
+    when: When,
+) -> Result<Outcome> {
+    let _span = spans::remove(device);
+    match Subject::select(host, device)? {
         Some(subject) => remove_subject(host, &subject, retry, when),
         None => Ok(Outcome::AlreadyGone),
     }
@@ -261,7 +210,7 @@ pub(crate) fn remove_subject<H: Host>(
 fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome> {
     let path = &subject.path;
     let Some(device) = subject.query(host)? else {
-        if let Key::Number(number) = subject.key
+        if let Key::Plain(find::Key::Number(number)) = subject.key
             && host.is_present(number)
         {
             return Err(Refusal::NotADmDevice { path: path.clone() }.into());

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use track::{Bounds, LONGEST, Track};
 
-use crate::base::{ChunkSize, DeviceUuid, MAPPER_DIR};
+use crate::base::{ChunkSize, DeviceId, DeviceNumber, DeviceUuid, MAPPER_DIR};
 use crate::call::ask;
 use crate::dm::{Target, Usage};
 use crate::error::{Error, Refusal, Result, Step, Verdict};
@@ -28,7 +28,7 @@ use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine
 /// with what was told before. A process that starts anew is told everything anew.
 ///
 /// ```no_run
-/// use dmsnap::{Change, Watch};
+/// use dmsnap::watch::{Change, Watch};
 ///
 /// let mut watch = Watch::new()?;
 /// watch.threshold(80);
@@ -38,7 +38,7 @@ use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine
 ///         match event.change {
 ///             Change::Above(usage) => {
 ///                 let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
-///                 dmsnap::grow(&event.uuid, bytes.saturating_mul(2))?;
+///                 dmsnap::snapshot::grow(&event.uuid, bytes.saturating_mul(2))?;
 ///             }
 ///             other => println!("{}: {other}", event.name),
 ///         }
@@ -62,6 +62,7 @@ pub struct Watch {
 struct Watched {
     name: String,
     uuid: DeviceUuid,
+    number: DeviceNumber,
     path: PathBuf,
     track: Track,
 }
@@ -85,7 +86,7 @@ pub enum Change {
     /// Its use has reached the threshold, or no chunk fits any more. Told again whenever half of the room that was left
     /// is gone, and when it has become longer and is still above.
     Above(Usage),
-    /// A `PO` store is full, and its writes fail: [`recover`](crate::recover).
+    /// A `PO` store is full, and its writes fail: [`recover`](crate::snapshot::recover).
     Overflow,
     /// A `P` or `N` store has overflowed, or the COW file's writes have failed: it is lost.
     Invalid,
@@ -151,14 +152,14 @@ impl Watch {
         self
     }
 
-    /// Watches the snapshot of that name or uuid too. One that is watched already is told of anew.
+    /// Watches that snapshot too. One that is watched already is told of anew.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] with [`Verdict::Gone`] when there is no such device; [`Refusal::NotOurs`],
+    /// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) when there is no such device; [`Refusal::NotOurs`],
     /// [`Refusal::NotLive`].
-    pub fn add(&mut self, device: impl AsRef<str>) -> Result<()> {
-        let (device, uuid) = find::find(&MACHINE, device.as_ref())?;
+    pub fn add(&mut self, device: impl Into<DeviceId>) -> Result<()> {
+        let (device, uuid) = find::find(&MACHINE, &device.into())?;
         let path = Path::new(MAPPER_DIR).join(&device.name);
         let table = ask(Step::Status, &path, || {
             MACHINE.table(DevId::Uuid(&uuid), false)
@@ -170,6 +171,7 @@ impl Watch {
         self.watched.retain(|watched| watched.uuid != uuid);
         self.watched.push(Watched {
             name: device.name,
+            number: device.number,
             uuid,
             path,
             track: Track::new(chunk),
@@ -189,11 +191,16 @@ impl Watch {
         self.watched.is_empty()
     }
 
-    /// Watches that snapshot no more, by its name or uuid. Says whether it was watched.
-    pub fn forget(&mut self, device: impl AsRef<str>) -> bool {
-        let device = device.as_ref();
+    /// Watches that snapshot no more. Says whether it was watched.
+    pub fn forget(&mut self, device: impl Into<DeviceId>) -> bool {
+        let device = device.into();
         let before = self.watched.len();
-        let is_it = |each: &Watched| each.name == device || each.uuid.as_str() == device;
+        let is_it = |each: &Watched| match &device {
+            DeviceId::Name(name) => each.name == *name,
+            DeviceId::Uuid(uuid) => each.uuid.as_str() == uuid,
+            DeviceId::Number(number) => each.number == *number,
+            DeviceId::Path(path) => each.path == *path || each.number.dm_node() == *path,
+        };
         self.watched.retain(|watched| !is_it(watched));
         self.watched.len() < before
     }

@@ -6,7 +6,11 @@ use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt, symlink};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use dmsnap::{Error, ExportOptions, Exported, OriginIdentity, Refusal, Step, StoreFault, Verdict};
+use dmsnap::base::OriginIdentity;
+use dmsnap::error::{Refusal, Step};
+use dmsnap::export::{ExportOptions, Exported};
+use dmsnap::store::StoreFault;
+use dmsnap::{Error, ErrorKind};
 use nix::fcntl::{Flock, FlockArg};
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -282,7 +286,7 @@ fn an_origin_that_is_not_the_marked_one_is_refused() {
 fn an_export_that_is_broken_off_or_fails_leaves_nothing() {
     let stage = Stage::new(4 << 20, 8, &[3]);
     let before = stage.names();
-    let export = |progress: &mut dyn FnMut(dmsnap::ExportProgress) -> ControlFlow<()>| {
+    let export = |progress: &mut dyn FnMut(dmsnap::export::ExportProgress) -> ControlFlow<()>| {
         ExportOptions::new().export_with(stage.origin(), stage.cow(), stage.path("out"), progress)
     };
     let mut calls = 0;
@@ -308,7 +312,7 @@ fn an_export_that_is_broken_off_or_fails_leaves_nothing() {
     let error = ExportOptions::new()
         .export(stage.origin(), stage.cow(), &nowhere)
         .expect_err("no such directory");
-    assert_eq!(error.verdict(), Some(Verdict::Missing));
+    assert_eq!(error.kind(), ErrorKind::Gone);
     assert!(
         matches!(
             error,
@@ -332,7 +336,7 @@ fn a_name_that_is_taken_meanwhile_is_not_replaced() {
             ControlFlow::Continue(())
         })
         .expect_err("the name is taken");
-    assert_eq!(error.verdict(), Some(Verdict::NameTaken));
+    assert_eq!(error.kind(), ErrorKind::Conflict);
     assert_eq!(fs::read(&out).expect("theirs"), b"somebody else's");
     assert_eq!(stage.names(), ["cow", "origin.img", "out"]);
 }

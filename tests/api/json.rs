@@ -1,6 +1,8 @@
 //! Handles and words as JSON.
 
-use dmsnap::{FileId, Handles, LoopHandle, State};
+use dmsnap::Handles;
+use dmsnap::base::{FileId, LoopHandle};
+use dmsnap::find::State;
 use serde_json::{from_str, json, to_string};
 
 use super::*;
@@ -218,7 +220,7 @@ proptest! {
 
 #[test]
 fn timings_are_printed_in_nanoseconds_with_the_steps_in_words() {
-    let (_, timings) = dmsnap::Timings::of(|| dmsnap::remove("/nowhere/dm-0"));
+    let (_, timings) = dmsnap::timings::Timings::of(|| dmsnap::remove("/nowhere/dm-0"));
     let printed = serde_json::to_value(&timings).expect("JSON");
     let took = printed["calls"][0]["took_ns"].as_u64();
     let start = printed["calls"][0]["start_ns"].as_u64();

@@ -4,7 +4,8 @@ use std::fmt::Debug;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
-use dmsnap::{Handles, LoopHandle, cleanup_all, remove};
+use dmsnap::base::LoopHandle;
+use dmsnap::{Handles, Teardown, remove};
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};
@@ -86,7 +87,12 @@ fn spans_of_helping_threads_reach_the_same_collector() {
     };
     let fleet: Vec<_> = (0..40).map(handles).collect();
     tracing::subscriber::with_default(notes.clone(), || {
-        assert!(cleanup_all(&fleet).iter().all(Result::is_ok));
+        assert!(
+            Teardown::new()
+                .cleanup_all(&fleet)
+                .iter()
+                .all(Result::is_ok)
+        );
     });
     let lines = notes.lines.lock().expect("no panic");
     let cleanups = lines.iter().filter(|line| *line == "DEBUG cleanup").count();

@@ -2,7 +2,8 @@
 
 use std::io::{Cursor, Error as IoError, Read, Seek, SeekFrom};
 
-use dmsnap::{Exception, ExceptionStore, Extent, OriginIdentity, Sectors, StoreError, StoreFault};
+use dmsnap::base::{OriginIdentity, Sectors};
+use dmsnap::store::{Exception, ExceptionStore, Extent, StoreError, StoreFault};
 use proptest::prelude::*;
 
 use super::made_store::{MadeStore, plain_reading};

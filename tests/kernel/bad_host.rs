@@ -4,7 +4,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dmsnap::{ChunkSize, SnapshotOptions, Verdict};
+use dmsnap::{ChunkSize, ErrorKind, SnapshotOptions};
 
 use crate::common::rows::Row;
 use crate::common::scene::content;
@@ -184,7 +184,7 @@ fn no_snapshot_target() {
             "cannot find the snapshot target through /dev/mapper/control: Invalid argument (os error 22): \
              dm-snapshot is neither loaded nor loadable"
         );
-        assert_eq!(error.verdict(), Some(Verdict::Unsupported));
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
     }
     drop(without);
     scene.snapshot().cleanup().expect("it is back");

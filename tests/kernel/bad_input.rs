@@ -5,7 +5,8 @@ use std::os::unix::ffi::OsStringExt;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 
-use dmsnap::{Error, Refusal, SnapshotOptions, Verdict};
+use dmsnap::error::Refusal;
+use dmsnap::{Error, ErrorKind, SnapshotOptions};
 
 use crate::common::reading::loops_below;
 use crate::common::rows::Row;
@@ -26,7 +27,7 @@ fn missing_files() {
         ("image below a file", &cow.join("x"), &cow),
     ] {
         let (error, message) = refused(&scene, what, origin, cow);
-        assert_eq!(error.verdict(), Some(Verdict::Missing), "{message}");
+        assert_eq!(error.kind(), ErrorKind::Gone, "{message}");
     }
     let (_, message) = refused(&scene, "image missing, again", &missing, &cow);
     let expected = format!(

@@ -1,6 +1,6 @@
 //! Bad input: names and chunk sizes, refused before anything is asked of the kernel.
 
-use dmsnap::{ChunkSize, SnapshotOptions, Verdict};
+use dmsnap::{ChunkSize, ErrorKind, SnapshotOptions};
 
 use crate::common::reading::{dm_info, dm_table};
 use crate::common::rows::Row;
@@ -78,7 +78,7 @@ fn a_name_that_a_foreign_device_has() {
     );
     let theirs = Foreign::zero(&row.name);
     let (error, message) = row.refused(&SnapshotOptions::new());
-    assert_eq!(error.verdict(), Some(Verdict::NameTaken));
+    assert_eq!(error.kind(), ErrorKind::Conflict);
     assert_eq!(
         message,
         format!(
@@ -99,7 +99,7 @@ fn a_name_that_one_of_ours_has() {
     let mut row = Row::new(&scene, "name taken by one of ours", scene.image(), &cow);
     row.name = snapshot.handles().name.clone().expect("a name").to_string();
     let (error, _) = row.refused(&SnapshotOptions::new());
-    assert_eq!(error.verdict(), Some(Verdict::NameTaken));
+    assert_eq!(error.kind(), ErrorKind::Conflict);
     assert!(
         snapshot
             .handles()

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use dmsnap::{
-    ChunkSize, CowSize, Error, ExceptionStore, ExportOptions, Refusal, SnapshotOptions, State,
-    Store,
-};
+use dmsnap::error::Refusal;
+use dmsnap::export::ExportOptions;
+use dmsnap::find::State;
+use dmsnap::store::ExceptionStore;
+use dmsnap::{ChunkSize, CowSize, Error, SnapshotOptions, Store};
 
 use crate::common::scene::{Content, content, patterned};
 use crate::common::tools::success;

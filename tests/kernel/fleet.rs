@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{Fate, Handles, ReapOptions, Retry, Verdict, cleanup, cleanup_all, cleanup_all_with};
+use dmsnap::error::Retry;
+use dmsnap::teardown::{Fate, Outcome};
+use dmsnap::{ErrorKind, Handles, ReapOptions, Teardown, cleanup};
 
 use crate::common::reading::{alias_exists, dm_exists};
 use crate::common::tools::success;
@@ -17,7 +19,7 @@ fn fleet(scene: &Scene, count: usize) -> Vec<Handles> {
     ships.collect()
 }
 
-fn all_well(results: &[dmsnap::Result<()>]) {
+fn all_well(results: &[dmsnap::Result<Outcome>]) {
     for (nth, result) in results.iter().enumerate() {
         if let Err(error) = result {
             panic!("{nth}: {}", chain(error));
@@ -59,7 +61,7 @@ fn race(scene: &Scene, count: usize) -> (Duration, Duration, usize) {
     let (together, most) = thread::scope(|scope| {
         let watcher = scope.spawn(|| most_threads(&stop));
         let begin = Instant::now();
-        let results = cleanup_all(&ships);
+        let results = Teardown::new().cleanup_all(&ships);
         let took = begin.elapsed();
         stop.store(true, Ordering::Relaxed);
         assert_eq!(results.len(), count);
@@ -75,7 +77,7 @@ fn a_fleet_is_torn_down_much_faster_together_than_one_after_the_other() {
     let (count, rounds) = (repeated(24, 64), repeated(4, 10));
     let scene = Scene::new();
     // The first snapshots have the kernel make loop devices, which then stay.
-    all_well(&cleanup_all(&fleet(&scene, count)));
+    all_well(&Teardown::new().cleanup_all(&fleet(&scene, count)));
     // Four times and more on an idle machine; of a few, on a busy one, some round has to come near. 5.10 clears one
     // loop device after the other, whoever asks: `__loop_clr_fd` freezes the device's queue under `loop_ctl_mutex`, the
     // lock of them all.
@@ -120,19 +122,21 @@ fn busy_ones_keep_no_other_waiting_and_are_waited_for_together() {
             }
             drop(held);
         });
-        cleanup_all_with(&ships, &Retry::until(Duration::from_secs(6)))
+        Teardown::new()
+            .retry(Retry::until(Duration::from_secs(6)))
+            .cleanup_all(&ships)
     });
     all_well(&results[1..]);
     assert!(!ships[1..].iter().any(exists));
     let error = results[0].as_ref().expect_err("it stays open");
-    assert_eq!(error.verdict(), Some(Verdict::Busy));
+    assert_eq!(error.kind(), ErrorKind::Busy);
     println!("message: one of many stays busy: {}", chain(error));
     let holder = format!("(pid {})", std::process::id());
     assert!(chain(error).ends_with(&holder), "{error:?}");
-    let once = cleanup_all_with(&ships[..2], &Retry::ONCE);
+    let once = Teardown::new().retry(Retry::ONCE).cleanup_all(&ships[..2]);
     assert!(once[0].is_err() && once[1].is_ok(), "{once:?}");
     drop(stays);
-    all_well(&cleanup_all(&ships));
+    all_well(&Teardown::new().cleanup_all(&ships));
     assert!(!exists(&ships[0]));
 }
 

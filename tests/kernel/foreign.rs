@@ -1,6 +1,8 @@
 //! Living beside losetup and dmsetup: theirs taken down by us, ours by them.
 
-use dmsnap::{Handles, LoopHandle, Outcome, adopt, cleanup, remove};
+use dmsnap::base::LoopHandle;
+use dmsnap::teardown::Outcome;
+use dmsnap::{Handles, adopt, cleanup, remove};
 
 use crate::common::reading::{alias_exists, dm_exists, loops_below, number};
 use crate::common::scene::{IMAGE_BYTES, content};

@@ -3,9 +3,10 @@
 use std::fs::{self, File};
 use std::os::unix::fs::MetadataExt;
 
-use dmsnap::{
-    Error, GrowOptions, Refusal, Retry, Snapshot, SnapshotOptions, SnapshotStatus, Store, Verdict,
-};
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::error::{Refusal, Retry};
+use dmsnap::snapshot::GrowOptions;
+use dmsnap::{Error, ErrorKind, Snapshot, SnapshotOptions, Store};
 
 use crate::common::filling::{Direct, status_of, usage_of};
 use crate::common::reading::{dm_table, loops_below};
@@ -57,13 +58,13 @@ fn a_live_snapshot_grows_under_its_user_and_never_shrinks() {
     assert_eq!(fs::metadata(&cow).expect("the COW file").len(), 1 << 20);
     device.write(0x5a, SMALL / 2, SMALL).expect("it fits now");
     for less in [0, SMALL, 1 << 20] {
-        let same = dmsnap::grow(&name, less).expect("nothing to do");
+        let same = dmsnap::snapshot::grow(&name, less).expect("nothing to do");
         assert_eq!(total(&same), 1 << 20);
     }
     // Somebody made the file longer and died before the loop device was told.
     run!("truncate", "-s", (2 << 20).to_string(), &cow);
     let uuid = snapshot.handles().uuid.clone().expect("a uuid");
-    let taken = dmsnap::grow(&uuid, 0).expect("it is told");
+    let taken = dmsnap::snapshot::grow(&uuid, 0).expect("it is told");
     assert_eq!(total(&taken), 2 << 20);
     let blocks = || fs::metadata(&cow).expect("the COW file").blocks() * 512;
     assert!(blocks() < 1 << 20, "it is sparse: {}", blocks());
@@ -86,7 +87,7 @@ fn whoever_grows_at_the_same_time_none_makes_it_shorter() {
             for nth in 0..4 {
                 scope.spawn(move || {
                     let asked = base + (nth << 16);
-                    let grown = dmsnap::grow(name, asked).expect("it grows");
+                    let grown = dmsnap::snapshot::grow(name, asked).expect("it grows");
                     assert!(total(&grown) >= asked, "{grown}");
                 });
             }
@@ -141,7 +142,7 @@ fn a_host_without_room_fails_the_growth_and_not_the_snapshot() {
     let error = reserved.reserve(true).grow(&name, 8 << 20);
     let error = error.expect_err("there is no room");
     println!("message: grow without room: {}", chain(&error));
-    assert_eq!(error.verdict(), Some(Verdict::Exhausted));
+    assert_eq!(error.kind(), ErrorKind::Exhausted);
     assert_eq!(usage_of(&name).total.to_bytes(), Some(SMALL));
     let device = Direct::open(snapshot.device());
     device.write(0x5a, 0, SMALL / 2).expect("it works on");
@@ -153,7 +154,7 @@ fn a_host_without_room_fails_the_growth_and_not_the_snapshot() {
 fn an_overflowed_snapshot_is_recovered_over_a_longer_file() {
     let scene = Scene::new();
     let (snapshot, name, cow) = small(&scene);
-    let not_yet = dmsnap::recover(&name, 1 << 20).expect_err("it works");
+    let not_yet = dmsnap::snapshot::recover(&name, 1 << 20).expect_err("it works");
     let working = Refusal::NotOverflowed { name: name.clone() };
     assert_eq!(not_yet, working.into());
     let written = overflow(&snapshot, &name);
@@ -168,12 +169,12 @@ fn an_overflowed_snapshot_is_recovered_over_a_longer_file() {
     options.retry(Retry::until(std::time::Duration::from_millis(50)));
     let error = options.recover(&name, 1 << 20).expect_err("it is open");
     println!("message: recover an open device: {}", chain(&error));
-    assert_eq!(error.verdict(), Some(Verdict::Busy));
+    assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(chain(&error).contains("open count 1"), "{}", chain(&error));
     assert_eq!(dm_table(&name), table);
     drop(user);
 
-    let again = dmsnap::recover(&name, 1 << 20).expect("it is closed");
+    let again = dmsnap::snapshot::recover(&name, 1 << 20).expect("it is closed");
     assert_eq!(again.warnings().len(), 1, "{:?}", again.warnings());
     assert_ne!(again.handles().uuid, snapshot.handles().uuid);
     assert_eq!(dm_table(&name).split(' ').nth(5), Some("PO"));
@@ -198,9 +199,9 @@ fn what_is_lost_is_said_to_be_lost() {
     let lost = Error::from(Refusal::Invalid { name: name.clone() });
     println!("message: grow an invalid snapshot: {lost}");
     assert_eq!(snapshot.grow(1 << 20), Err(lost.clone()));
-    assert_eq!(dmsnap::recover(&name, 1 << 20), Err(lost));
+    assert_eq!(dmsnap::snapshot::recover(&name, 1 << 20), Err(lost));
     assert_eq!(fs::metadata(&cow).expect("the COW file").len(), SMALL);
     snapshot.cleanup().expect("nobody has it open");
-    let error = dmsnap::grow(&name, 1 << 20).expect_err("it is gone");
-    assert_eq!(error.verdict(), Some(Verdict::Gone));
+    let error = dmsnap::snapshot::grow(&name, 1 << 20).expect_err("it is gone");
+    assert_eq!(error.kind(), ErrorKind::Gone);
 }

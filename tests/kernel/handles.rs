@@ -3,7 +3,9 @@
 use std::fs::File;
 use std::time::Duration;
 
-use dmsnap::{DeviceName, Handles, LoopHandle, Retry, Verdict, cleanup, cleanup_with};
+use dmsnap::base::{DeviceName, LoopHandle};
+use dmsnap::error::Retry;
+use dmsnap::{ErrorKind, Handles, Teardown, cleanup};
 
 use crate::common::reading::{dm_exists, dm_table};
 use crate::common::tools::{complaint, finish, success};
@@ -95,7 +97,9 @@ fn what_stays_is_named_and_the_rest_is_done() {
     let snapshot = scene.snapshot();
     let held = snapshot.handles().clone();
     let holder = File::open(snapshot.device()).expect("the device opens");
-    let error = cleanup_with(&held, &Retry::until(Duration::from_millis(100)))
+    let error = Teardown::new()
+        .retry(Retry::until(Duration::from_millis(100)))
+        .cleanup(&held)
         .expect_err("the device is open");
     println!("message: debris: {}", chain(&error));
     let path = |of: &Option<LoopHandle>| of.as_ref().expect("a loop").path.clone();
@@ -109,7 +113,7 @@ fn what_stays_is_named_and_the_rest_is_done() {
         left,
         [mapper, path(&held.cow_loop), path(&held.origin_loop)]
     );
-    assert_eq!(error.verdict(), Some(Verdict::Busy));
+    assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(
         chain(&error).contains(": open count 1"),
         "{}",
@@ -129,7 +133,10 @@ fn what_stays_is_named_and_the_rest_is_done() {
         handles.origin_loop = Some(LoopHandle::at(&origin.device));
         handles.cow_loop = Some(LoopHandle::at(&cow.device));
     });
-    let error = cleanup_with(&mixed, &Retry::ONCE).expect_err("the device is open");
+    let error = Teardown::new()
+        .retry(Retry::ONCE)
+        .cleanup(&mixed)
+        .expect_err("the device is open");
     println!("message: debris, loops free: {}", chain(&error));
     // udevd may have them open for a moment; until then they stay, and are named.
     let gone = || !origin.is_bound() && !cow.is_bound();

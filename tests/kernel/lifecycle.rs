@@ -4,7 +4,10 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use dmsnap::{Sectors, SnapshotOptions, SnapshotStatus, State, Store, Warning};
+use dmsnap::base::Sectors;
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::find::State;
+use dmsnap::{SnapshotOptions, Store, Warning};
 
 use crate::common::reading::{self, dm_info, dm_table, loops_below, number};
 use crate::common::scene::{IMAGE_BYTES, content, patterned};

@@ -4,7 +4,8 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
-use dmsnap::{CowSize, Error, Refusal, SnapshotOptions, Verdict};
+use dmsnap::error::Refusal;
+use dmsnap::{CowSize, Error, ErrorKind, SnapshotOptions};
 
 use crate::common::Scene;
 
@@ -28,7 +29,7 @@ fn a_made_cow_file_is_private_sparse_and_new() {
     snapshot.cleanup().expect("nobody has it open");
     let again = options(false).create(scene.image(), &cow, &scene.name());
     let error = again.expect_err("it is there");
-    assert_eq!(error.verdict(), Some(Verdict::NameTaken), "{error}");
+    assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
 }
 
 #[test]

@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use dmsnap::{Origin, ReapOptions, Refusal, Snapshot, SnapshotOptions, adopt, cleanup};
+use dmsnap::error::Refusal;
+use dmsnap::{Origin, ReapOptions, Snapshot, SnapshotOptions, adopt, cleanup};
 
 use crate::common::reading::loops_over;
 use crate::common::{Scene, eventually};

@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{Outcome, Retry, Snapshot, Step, Timings, remove_with};
+use dmsnap::error::{Retry, Step};
+use dmsnap::teardown::Outcome;
+use dmsnap::timings::Timings;
+use dmsnap::{Snapshot, Teardown};
 
 use crate::common::reading::number;
 use crate::common::{Scene, run};
@@ -26,7 +29,7 @@ fn reaction(snapshot: &Snapshot, node: &Path, hold: Duration, retry: &Retry) -> 
             Instant::now()
         });
         let begin = Instant::now();
-        let (removed, timings) = Timings::of(|| remove_with(&name, retry));
+        let (removed, timings) = Timings::of(|| Teardown::new().retry(*retry).remove(&name));
         assert_eq!(removed, Ok(Outcome::Removed));
         let issued = timings.calls.iter().rfind(|call| call.step == Step::Remove);
         let issued = begin + issued.expect("it was removed").start;
@@ -136,7 +139,10 @@ fn a_long_wait_takes_next_to_no_cpu_time() {
         let holder = File::open(snapshot.device()).expect("the device opens");
         // Looking for the holders at the end is not part of the wait.
         let idle = cpu_time();
-        dmsnap::try_remove(name_of(&snapshot)).expect_err("it is open");
+        Teardown::new()
+            .retry(Retry::ONCE)
+            .remove(name_of(&snapshot))
+            .expect_err("it is open");
         let once = cpu_time().saturating_sub(idle);
         let hold = wait - Duration::from_millis(50);
         let spent = thread::scope(|scope| {
@@ -145,7 +151,7 @@ fn a_long_wait_takes_next_to_no_cpu_time() {
                 drop(holder);
             });
             let before = cpu_time();
-            let removed = remove_with(name_of(&snapshot), &retry);
+            let removed = Teardown::new().retry(retry).remove(name_of(&snapshot));
             let spent = cpu_time().saturating_sub(before);
             assert_eq!(removed, Ok(Outcome::Removed));
             spent

@@ -3,9 +3,9 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use dmsnap::{
-    ChunkSize, CowSize, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store, Warning,
-};
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::error::Refusal;
+use dmsnap::{ChunkSize, CowSize, Error, Snapshot, SnapshotOptions, Store, Warning};
 
 use crate::common::filling::{Direct, data_chunks, status_of, usage_of};
 use crate::common::reading::number;

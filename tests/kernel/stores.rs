@@ -4,9 +4,9 @@ use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 
-use dmsnap::{
-    ChunkSize, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store, Warning,
-};
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::error::Refusal;
+use dmsnap::{ChunkSize, Error, Snapshot, SnapshotOptions, Store, Warning};
 
 use crate::common::reading::{dm_table, loop_at};
 use crate::common::scene::{COW_BYTES, content, ext4};

@@ -5,10 +5,9 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{
-    Error, Outcome, Refusal, Retry, Snapshot, Verdict, remove, remove_deferred, remove_with,
-    try_remove,
-};
+use dmsnap::error::{Refusal, Retry};
+use dmsnap::teardown::Outcome;
+use dmsnap::{Error, ErrorKind, Snapshot, Teardown, WhenBusy, remove};
 
 use crate::common::reading::{alias_exists, dm_exists, dm_info, loops_below};
 use crate::common::{Scene, chain, eventually};
@@ -23,9 +22,12 @@ fn a_busy_device_fails_at_once_with_its_open_count() {
     let snapshot = scene.snapshot();
     let name = name_of(&snapshot);
     let holder = File::open(snapshot.device()).expect("the device opens");
-    let error = try_remove(&name).expect_err("it is open");
+    let error = Teardown::new()
+        .retry(Retry::ONCE)
+        .remove(&name)
+        .expect_err("it is open");
     println!("message: busy: {}", chain(&error));
-    assert_eq!(error.verdict(), Some(Verdict::Busy));
+    assert_eq!(error.kind(), ErrorKind::Busy);
     let expected = format!(
         "cannot remove /dev/mapper/{name}: Device or resource busy (os error 16): open count 1"
     );
@@ -36,9 +38,15 @@ fn a_busy_device_fails_at_once_with_its_open_count() {
         "the device stays, and so does its alias"
     );
     drop(holder);
-    assert_eq!(try_remove(&name), Ok(Outcome::Removed));
+    assert_eq!(
+        Teardown::new().retry(Retry::ONCE).remove(&name),
+        Ok(Outcome::Removed)
+    );
     assert!(!dm_exists(&name) && !alias_exists(&name));
-    assert_eq!(try_remove(&name), Ok(Outcome::AlreadyGone));
+    assert_eq!(
+        Teardown::new().retry(Retry::ONCE).remove(&name),
+        Ok(Outcome::AlreadyGone)
+    );
 }
 
 #[test]
@@ -62,9 +70,12 @@ fn removal_gives_up_at_the_deadline() {
     let name = name_of(&snapshot);
     let holder = File::open(snapshot.device()).expect("the device opens");
     let (patience, start) = (Duration::from_millis(500), Instant::now());
-    let error = remove_with(&name, &Retry::until(patience)).expect_err("it stays open");
+    let error = Teardown::new()
+        .retry(Retry::until(patience))
+        .remove(&name)
+        .expect_err("it stays open");
     let took = start.elapsed();
-    assert_eq!(error.verdict(), Some(Verdict::Busy));
+    assert_eq!(error.kind(), ErrorKind::Busy);
     assert!(
         took >= patience && took < patience + Duration::from_secs(10),
         "{took:?}"
@@ -129,7 +140,7 @@ fn a_deferred_removal_comes_with_the_last_close() {
     let name = name_of(&snapshot);
     let holders = [(); 2].map(|()| File::open(snapshot.device()).expect("the device opens"));
     assert_eq!(
-        remove_deferred(&name),
+        Teardown::new().when_busy(WhenBusy::Defer).remove(&name),
         Ok(Outcome::Deferred { open_count: 2 })
     );
     assert!(dm_exists(&name), "it is still open");
@@ -147,14 +158,20 @@ fn a_deferred_removal_comes_with_the_last_close() {
         eventually(soon, || loops_below(scene.dir()).is_empty()),
         "the loops with it"
     );
-    assert_eq!(remove_deferred(&name), Ok(Outcome::AlreadyGone));
+    assert_eq!(
+        Teardown::new().when_busy(WhenBusy::Defer).remove(&name),
+        Ok(Outcome::AlreadyGone)
+    );
 }
 
 #[test]
 fn an_idle_device_is_not_deferred_but_removed() {
     let scene = Scene::new();
     let name = name_of(&scene.snapshot());
-    assert_eq!(remove_deferred(&name), Ok(Outcome::Removed));
+    assert_eq!(
+        Teardown::new().when_busy(WhenBusy::Defer).remove(&name),
+        Ok(Outcome::Removed)
+    );
     assert!(!dm_exists(&name));
 }
 
@@ -164,7 +181,11 @@ fn cleanup_of_a_deferred_snapshot_waits_for_it() {
     let snapshot = scene.snapshot();
     let name = name_of(&snapshot);
     let holder = File::open(snapshot.device()).expect("the device opens");
-    remove_deferred(&name).map(drop).expect("deferred");
+    Teardown::new()
+        .when_busy(WhenBusy::Defer)
+        .remove(&name)
+        .map(drop)
+        .expect("deferred");
     let guest = thread::spawn(move || {
         thread::sleep(Duration::from_millis(300));
         drop(holder);

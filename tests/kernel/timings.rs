@@ -4,7 +4,9 @@ use std::fs::File;
 use std::thread;
 use std::time::Duration;
 
-use dmsnap::{SnapshotOptions, Step, Timings, remove};
+use dmsnap::error::Step;
+use dmsnap::timings::Timings;
+use dmsnap::{SnapshotOptions, remove};
 
 use crate::common::tools::{finish, success};
 use crate::common::{Scene, dmsnap};

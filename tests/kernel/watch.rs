@@ -7,10 +7,10 @@ use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{
-    Change, ChunkSize, Error, Refusal, Snapshot, SnapshotOptions, SnapshotStatus, Store, Verdict,
-    Watch, WatchEvent,
-};
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::error::Refusal;
+use dmsnap::watch::{Change, Watch, WatchEvent};
+use dmsnap::{ChunkSize, Error, ErrorKind, Snapshot, SnapshotOptions, Store};
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 
 use crate::common::filling::{Direct, status_of, usage_of};
@@ -35,7 +35,7 @@ fn snapshot_of(scene: &Scene, options: &SnapshotOptions, bytes: u64) -> (Snapsho
 fn watch(names: &[&String]) -> Watch {
     let mut watch = Watch::new().expect("device-mapper is there");
     for name in names {
-        watch.add(name).expect("it is there");
+        watch.add(name.as_str()).expect("it is there");
     }
     watch
 }
@@ -167,7 +167,7 @@ fn only_live_snapshots_of_ours_are_watched() {
     watch.add(&uuid).expect("by its uuid");
     assert_eq!(watch.len(), 1);
     let missing = watch.add("dmsnap-test-missing").expect_err("no such");
-    assert_eq!(missing.verdict(), Some(Verdict::Gone));
+    assert_eq!(missing.kind(), ErrorKind::Gone);
     let foreign = Foreign::zero(&scene.name());
     let name = crate::common::reading::dm_names();
     let theirs = name.iter().find(|name| **name != snapshot_name(&snapshot));

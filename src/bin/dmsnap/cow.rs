@@ -6,7 +6,9 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args as Arguments, Subcommand};
-use dmsnap::{ChunkSize, ExceptionStore, Extent, OriginIdentity, Sectors, Store, StoreError};
+use dmsnap::base::{OriginIdentity, Sectors};
+use dmsnap::store::{ExceptionStore, Extent, StoreError};
+use dmsnap::{ChunkSize, Store};
 
 use crate::amounts::bytes;
 use crate::args::{StoreArg, chunk_size};
@@ -164,9 +166,9 @@ fn sizes(size: &Size) -> Result<(), Failure> {
     };
     let origin = Sectors::from_bytes_floor(origin);
     let worst_case_bytes =
-        dmsnap::worst_case_bytes(origin, store, chunk).ok_or(Failure::TooLarge)?;
+        dmsnap::store::worst_case_bytes(origin, store, chunk).ok_or(Failure::TooLarge)?;
     let found = Sizes {
-        least_bytes: dmsnap::least_cow_bytes(store, chunk),
+        least_bytes: dmsnap::store::least_bytes(store, chunk),
         worst_case_bytes,
         trap_every_chunks: store.is_persistent().then(|| chunk.bytes() / 16 + 1),
     };

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args as Arguments;
-use dmsnap::{ExportOptions, ExportProgress, Exported};
+use dmsnap::export::{ExportOptions, ExportProgress, Exported};
 
 use crate::interrupt::Job;
 use crate::{Failure, print, print_json};

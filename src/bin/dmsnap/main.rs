@@ -19,7 +19,12 @@ use std::process::ExitCode;
 
 use args::{Args, Command, Reap};
 use clap::Parser;
-use dmsnap::{GrowOptions, Handles, Outcome, ReapOptions, Retry, SnapshotInfo, Timings};
+use dmsnap::error::Retry;
+use dmsnap::find::SnapshotInfo;
+use dmsnap::snapshot::GrowOptions;
+use dmsnap::teardown::Outcome;
+use dmsnap::timings::Timings;
+use dmsnap::{Handles, ReapOptions, Teardown, WhenBusy};
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
@@ -43,7 +48,7 @@ enum Failure {
     #[error("COW file {cow:?}")]
     Store {
         cow: PathBuf,
-        source: dmsnap::StoreError,
+        source: dmsnap::store::StoreError,
     },
     #[error("a COW file for such an origin would be too large for any file system")]
     TooLarge,
@@ -97,8 +102,8 @@ fn run(command: Command) -> Result<(), Failure> {
             name,
         } => {
             let outcome = timed(timings, || match defer {
-                true => dmsnap::remove_deferred(name),
-                false => dmsnap::remove_with(name, &Retry::until(deadline)),
+                true => Teardown::new().when_busy(WhenBusy::Defer).remove(name),
+                false => Teardown::new().retry(Retry::until(deadline)).remove(name),
             })?;
             print(outcome_text(outcome))
         }
@@ -149,7 +154,9 @@ fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure
     for file in files {
         fleet.append(&mut read_handles(file)?);
     }
-    let results = timed(timings, || dmsnap::cleanup_all_with(&fleet, retry));
+    let results = timed(timings, || {
+        Teardown::new().retry(*retry).cleanup_all(&fleet)
+    });
     let mut failed: Vec<_> = results.into_iter().filter_map(Result::err).collect();
     match (failed.pop(), fleet.len()) {
         (None, _) => Ok(()),

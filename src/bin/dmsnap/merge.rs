@@ -1,6 +1,7 @@
 //! `dmsnap merge`: the library's merge with a progress bar, stopped by SIGINT.
 
-use dmsnap::{MergeOptions, MergeOutcome, Sectors};
+use dmsnap::base::Sectors;
+use dmsnap::merge::{MergeOptions, MergeOutcome};
 
 use crate::args::Merge;
 use crate::interrupt::Job;

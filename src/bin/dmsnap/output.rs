@@ -6,10 +6,11 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-use dmsnap::{
-    DeviceNumber, DeviceUuid, Fate, LoopFacts, Reaped, SnapshotInfo, SnapshotStatus, State, Store,
-    Usage,
-};
+use dmsnap::Store;
+use dmsnap::base::{DeviceNumber, DeviceUuid};
+use dmsnap::dm::{SnapshotStatus, Usage};
+use dmsnap::find::{LoopFacts, SnapshotInfo, State};
+use dmsnap::teardown::{Fate, Reaped};
 
 use crate::Failure;
 
@@ -38,7 +39,7 @@ pub(crate) struct Entry<'a> {
 struct LoopEntry {
     device: String,
     path: Option<String>,
-    backing: Option<dmsnap::FileId>,
+    backing: Option<dmsnap::base::FileId>,
     diskseq: Option<u64>,
 }
 

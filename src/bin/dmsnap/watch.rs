@@ -4,7 +4,10 @@ use std::fmt::{self, Display};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
-use dmsnap::{Change, DeviceUuid, GrowOptions, SnapshotStatus, Usage, WatchEvent};
+use dmsnap::base::DeviceUuid;
+use dmsnap::dm::{SnapshotStatus, Usage};
+use dmsnap::snapshot::GrowOptions;
+use dmsnap::watch::{Change, WatchEvent};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
@@ -14,7 +17,7 @@ use crate::{Failure, interrupt, output, print};
 /// Watches until every snapshot is gone, or until SIGINT or SIGTERM, which is how it is meant to be ended.
 pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
     let signals = interrupt::readable().map_err(Failure::Signals)?;
-    let mut watch = dmsnap::Watch::new()?;
+    let mut watch = dmsnap::watch::Watch::new()?;
     watch.threshold(options.at);
     for name in &options.names {
         watch.add(name)?;
@@ -34,7 +37,7 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
 }
 
 /// Waits until there is something to check; says whether a signal came.
-fn wait(watch: &dmsnap::Watch, signals: &UnixStream) -> Result<bool, Failure> {
+fn wait(watch: &dmsnap::watch::Watch, signals: &UnixStream) -> Result<bool, Failure> {
     let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
     let mut fds = [readable(watch.as_fd()), readable(signals.as_fd())];
     let millis = watch.pause().as_micros().div_ceil(1000);
@@ -141,7 +144,7 @@ impl Display for Line<'_> {
 
 #[cfg(test)]
 mod tests {
-    use dmsnap::Sectors;
+    use dmsnap::base::Sectors;
 
     use super::*;
 

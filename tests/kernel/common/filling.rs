@@ -4,7 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
-use dmsnap::{ChunkSize, SnapshotStatus, Usage};
+use dmsnap::ChunkSize;
+use dmsnap::dm::{SnapshotStatus, Usage};
 
 /// Memory that direct I/O takes.
 const ALIGNED: usize = 4096;

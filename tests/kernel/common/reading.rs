@@ -94,7 +94,7 @@ pub(crate) fn dm_info(name: &str, field: &str) -> String {
 pub(crate) fn number(node: &Path) -> String {
     use std::os::unix::fs::MetadataExt;
     let found = fs::metadata(node).expect("the node is there").rdev();
-    dmsnap::DeviceNumber::from_dev_t(found).to_string()
+    dmsnap::base::DeviceNumber::from_dev_t(found).to_string()
 }
 
 /// Mount points below `dir`, the innermost first.

@@ -5,9 +5,11 @@ use std::ops::ControlFlow;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
-use dmsnap::{
-    Error, Fate, MergeOptions, MergeOutcome, ReapOptions, Refusal, SnapshotOptions, State,
-};
+use dmsnap::error::Refusal;
+use dmsnap::find::State;
+use dmsnap::merge::{MergeOptions, MergeOutcome};
+use dmsnap::teardown::Fate;
+use dmsnap::{Error, ReapOptions, SnapshotOptions};
 
 use super::{MANY, Pair, sectors};
 use crate::common::tools::finish;

@@ -8,10 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use dmsnap::{
-    ChunkSize, Error, MergeOptions, MergeOutcome, Refusal, Sectors, SnapshotOptions, Step, Store,
-    StoreFault,
-};
+use dmsnap::base::Sectors;
+use dmsnap::error::{Refusal, Step};
+use dmsnap::merge::{MergeOptions, MergeOutcome};
+use dmsnap::store::StoreFault;
+use dmsnap::{ChunkSize, Error, SnapshotOptions, Store};
 
 use crate::common::scene::patterned;
 use crate::common::tools::{complaint, finish};

@@ -9,7 +9,8 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use dmsnap::{CowFate, Origin, cleanup};
+use dmsnap::pool::CowFate;
+use dmsnap::{Origin, cleanup};
 
 use super::{PATIENCE, claim, live, options, unclaimed};
 use crate::common::reading::dm_names;

@@ -5,9 +5,11 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use dmsnap::error::Refusal;
+use dmsnap::pool::{Claimed, CowFate, WhenEmpty};
+use dmsnap::teardown::Fate;
 use dmsnap::{
-    Claimed, CowFate, CowSize, Fate, Origin, Pool, PoolOptions, ReapOptions, Refusal,
-    SnapshotOptions, Verdict, WhenEmpty, cleanup,
+    CowSize, ErrorKind, Origin, Pool, PoolOptions, ReapOptions, SnapshotOptions, Teardown, cleanup,
 };
 
 use crate::common::reading::{
@@ -223,17 +225,15 @@ fn a_refill_that_fails_is_seen_put_off_and_tried_again() {
     assert!(eventually(PATIENCE, || pool.status().failures > 1));
     let status = pool.status();
     let why = status.last_error.expect("it failed");
-    assert_eq!(why.verdict(), Some(Verdict::Missing), "{}", chain(&why));
+    assert_eq!(why.kind(), ErrorKind::Gone, "{}", chain(&why));
     assert!(
         status
             .retry_in
             .is_some_and(|pause| pause <= Duration::from_secs(10))
     );
     assert_eq!(
-        pool.claim(&scene.name())
-            .expect_err("no directory")
-            .verdict(),
-        Some(Verdict::Missing)
+        pool.claim(&scene.name()).expect_err("no directory").kind(),
+        ErrorKind::Gone
     );
     fs::create_dir(&dir).expect("a directory");
     assert!(pool.wait_ready(1, PATIENCE), "{:?}", pool.status());
@@ -249,12 +249,7 @@ fn names_that_are_taken_cost_the_pool_nothing() {
     let other = scene.snapshot();
     let taken = other.handles().name.clone().expect("a name");
     let refused = pool.claim(taken.as_str()).expect_err("taken");
-    assert_eq!(
-        refused.verdict(),
-        Some(Verdict::NameTaken),
-        "{}",
-        chain(&refused)
-    );
+    assert_eq!(refused.kind(), ErrorKind::Conflict, "{}", chain(&refused));
     for bad in ["", "a/b", "dmsnap-pool-1"] {
         assert!(pool.claim(bad).is_err(), "{bad}");
     }
@@ -334,7 +329,9 @@ fn old_handles_leave_the_next_snapshot_of_the_device_alone() {
     assert!(pool.wait_ready(1, PATIENCE));
     pool.release(&old, CowFate::Delete).expect("idle");
     // Its thread has the device now, maybe with the old table still.
-    let gone = dmsnap::wait_gone(&old, &dmsnap::Retry::default());
+    let gone = Teardown::new()
+        .retry(dmsnap::error::Retry::default())
+        .wait_gone(&old);
     gone.expect("it goes");
     assert!(!is_held(&first.cow));
     cleanup(&old).expect("it is gone");

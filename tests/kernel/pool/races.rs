@@ -8,9 +8,10 @@ use std::process::Command;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use dmsnap::{
-    Change, CowFate, Fate, Origin, ReapOptions, SnapshotOptions, Verdict, Watch, cleanup,
-};
+use dmsnap::pool::CowFate;
+use dmsnap::teardown::Fate;
+use dmsnap::watch::{Change, Watch};
+use dmsnap::{ErrorKind, Origin, ReapOptions, SnapshotOptions, cleanup};
 
 use super::{PATIENCE, claim, live, options, pool, unclaimed};
 use crate::common::reading::{dm_exists, dm_names, loops_over};
@@ -111,7 +112,7 @@ fn releases_at_once_keep_no_more_devices_than_the_pool_is_to_have() {
     assert!(pool.wait_ready(1, PATIENCE), "{:?}", pool.status());
     let together = Barrier::new(claimed.len());
     let recycled: usize = std::thread::scope(|scope| {
-        let release = |each: &dmsnap::Claimed| {
+        let release = |each: &dmsnap::pool::Claimed| {
             together.wait();
             let released = pool.release(each.snapshot.handles(), CowFate::Delete);
             usize::from(released.expect("idle").taken_back)
@@ -139,7 +140,7 @@ fn claims_that_fail_let_the_pool_grow_no_larger() {
     let taken = other.handles().name.clone().expect("a name");
     for _ in 0..50 {
         let refused = pool.claim(taken.as_str()).expect_err("taken");
-        assert_eq!(refused.verdict(), Some(Verdict::NameTaken));
+        assert_eq!(refused.kind(), ErrorKind::Conflict);
     }
     std::thread::sleep(Duration::from_millis(300));
     assert_eq!(pool.status().ready, 2);

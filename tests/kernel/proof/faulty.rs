@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::Duration;
 
-use dmsnap::{Handles, State, cleanup};
+use dmsnap::find::State;
+use dmsnap::{Handles, cleanup};
 
 use super::trace::{self, Call, Injected};
 use super::world::World;

@@ -5,7 +5,10 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
 
-use dmsnap::{Refusal, SnapshotOptions, SnapshotStatus, State, Store};
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::error::Refusal;
+use dmsnap::find::State;
+use dmsnap::{SnapshotOptions, Store};
 
 use crate::common::scene::ext4;
 use crate::common::tools::{complaint, finish, success};

@@ -4,9 +4,11 @@ use std::fs::{self, File};
 use std::path::Path;
 use std::time::Duration;
 
+use dmsnap::base::LoopHandle;
+use dmsnap::error::{Refusal, Retry};
+use dmsnap::teardown::{Fate, Outcome};
 use dmsnap::{
-    Fate, Handles, LoopHandle, Outcome, ReapOptions, Refusal, Retry, SnapshotOptions, Verdict,
-    adopt, cleanup, remove_deferred, wait_gone,
+    ErrorKind, Handles, ReapOptions, SnapshotOptions, Teardown, WhenBusy, adopt, cleanup,
 };
 
 use super::worker::use_disk;
@@ -38,7 +40,10 @@ fn everything_of_an_old_handle_serves_somebody_else() {
         "even the number is the same"
     );
     cleanup(&old).expect("ours is already gone");
-    wait_gone(&old, &Retry::ONCE).expect("ours is already gone");
+    Teardown::new()
+        .retry(Retry::ONCE)
+        .wait_gone(&old)
+        .expect("ours is already gone");
     assert!(
         loops.iter().all(Losetup::is_bound),
         "somebody else's file was detached"
@@ -73,7 +78,7 @@ fn adoption_gives_the_handles_that_create_gave() {
     assert_eq!(adopt(&uuid), Ok(handles.clone()));
     assert_eq!(success(dmsnap().args(["adopt", &name])), printed);
     let gone = adopt("dmsnap-test-no-such").expect_err("there is no such device");
-    assert_eq!(gone.verdict(), Some(Verdict::Gone));
+    assert_eq!(gone.kind(), ErrorKind::Gone);
 
     let file = scene.file("handles.json", &printed);
     success(dmsnap().arg("cleanup").arg(file));
@@ -97,13 +102,19 @@ fn the_end_of_a_deferred_removal_can_be_waited_for() {
             .into_handles();
         let device = handles.device.clone().expect("a device");
         let holder = File::open(&device).expect("the device opens");
-        let outcome = remove_deferred(&device);
+        let outcome = Teardown::new().when_busy(WhenBusy::Defer).remove(&device);
         assert_eq!(outcome, Ok(Outcome::Deferred { open_count: 1 }));
         let brief = Retry::until(Duration::from_millis(50));
-        let error = wait_gone(&handles, &brief).expect_err("it is open");
-        assert_eq!(error.verdict(), Some(Verdict::Busy), "{}", chain(&error));
+        let error = Teardown::new()
+            .retry(brief)
+            .wait_gone(&handles)
+            .expect_err("it is open");
+        assert_eq!(error.kind(), ErrorKind::Busy, "{}", chain(&error));
         drop(holder);
-        wait_gone(&handles, &Retry::default()).expect("its last user is gone");
+        Teardown::new()
+            .retry(Retry::default())
+            .wait_gone(&handles)
+            .expect("its last user is gone");
         assert!(!dm_exists(&name(&handles)));
         assert!(loops_below(scene.dir()).is_empty());
     }

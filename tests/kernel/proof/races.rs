@@ -6,7 +6,8 @@ use std::process::Output;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use dmsnap::{Fate, Handles, ReapOptions, SnapshotOptions, Verdict, cleanup};
+use dmsnap::teardown::Fate;
+use dmsnap::{ErrorKind, Handles, ReapOptions, SnapshotOptions, cleanup};
 use nix::fcntl::{Flock, FlockArg};
 
 use super::trace::{self, Call, Stopped};
@@ -241,7 +242,7 @@ fn a_name_that_changes_hands_leads_to_the_new_device() {
             let removal = scope.spawn(|| current.clone().cleanup());
             let next = loop {
                 match create(round) {
-                    Err(error) if error.verdict() == Some(Verdict::NameTaken) => (),
+                    Err(error) if error.kind() == ErrorKind::Conflict => (),
                     made => break made.unwrap_or_else(|error| panic!("{}", chain(&error))),
                 }
                 assert!(

@@ -5,7 +5,9 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use std::{env, thread};
 
-use dmsnap::{Fate, Outcome, ReapOptions, Retry, cleanup, remove_deferred, wait_gone};
+use dmsnap::error::Retry;
+use dmsnap::teardown::{Fate, Outcome};
+use dmsnap::{ReapOptions, Teardown, WhenBusy, cleanup};
 
 use super::repeated;
 use super::scale::Memory;
@@ -111,12 +113,18 @@ impl Soak<'_> {
         let handles = self.make().into_handles();
         let device = handles.device.as_ref().expect("a device");
         let holder = File::open(device).expect("the device opens");
-        let outcome = remove_deferred(device).expect("deferred");
+        let outcome = Teardown::new()
+            .when_busy(WhenBusy::Defer)
+            .remove(device)
+            .expect("deferred");
         assert_eq!(outcome, Outcome::Deferred { open_count: 1 });
         thread::sleep(Duration::from_millis(self.dice.roll(10)));
         drop(holder);
         let patience = Retry::until(Duration::from_secs(10));
-        wait_gone(&handles, &patience).unwrap_or_else(|error| panic!("{}", chain(&error)));
+        Teardown::new()
+            .retry(patience)
+            .wait_gone(&handles)
+            .unwrap_or_else(|error| panic!("{}", chain(&error)));
         cleanup(&handles).expect("already gone");
     }
 

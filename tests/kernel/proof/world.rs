@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use dmsnap::{Handles, SnapshotInfo, SnapshotOptions};
+use dmsnap::find::SnapshotInfo;
+use dmsnap::{Handles, SnapshotOptions};
 
 use crate::common::reading::{self, Bound, number};
 use crate::common::tools::{finish, success};
