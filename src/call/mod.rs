@@ -7,5 +7,6 @@ pub mod timings;
 mod wait;
 
 pub(crate) use ask::{absent, ask};
-pub(crate) use side_by_side::overlapped;
+pub(crate) use side_by_side::in_parallel;
+pub(crate) use side_by_side::in_parallel as overlapped;
 pub(crate) use wait::{Wait, patiently, watchfully};

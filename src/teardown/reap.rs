@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::remove::{self, Outcome};
 use super::{cleanup, pool_mark};
 use crate::base::{DeviceUuid, MAPPER_DIR, loop_node};
-use crate::call::{absent, ask, overlapped, patiently};
+use crate::call::{absent, ask, in_parallel, patiently};
 use crate::error::{Result, Retry, Step, Verdict};
 use crate::find;
 use crate::find::SnapshotInfo;
@@ -138,7 +138,7 @@ impl ReapOptions {
         let (due, fates): (Vec<_>, Vec<_>) = due
             .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
             .unzip();
-        let became = overlapped(&due, |info| self.reap_one(host, info));
+        let became = in_parallel(&due, |info| self.reap_one(host, info));
         for (fate, became) in fates.into_iter().zip(became) {
             *fate = became;
         }
