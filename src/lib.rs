@@ -1,11 +1,16 @@
 //! Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices, by direct ioctls.
 //!
 //! Many VMs share one read-only root image; each gets a private, writable view of it in a few milliseconds. No
-//! process is spawned, no daemon is waited for, and a process killed at any instant leaves at most one dm device, which
-//! [`ReapOptions`] finds.
+//! process is spawned and no daemon is waited for. A process killed at any instant leaves its live snapshots, at most one dm
+//! device that it was making, and the devices of its pool; [`ReapOptions`] finds them all. The [`guide`] says how to
+//! choose and how to operate.
 //!
 //! ```no_run
-//! let snapshot = dmsnap::SnapshotOptions::new().create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
+//! use dmsnap::{CowSize, SnapshotOptions};
+//!
+//! let snapshot = SnapshotOptions::new()
+//!     .make_cow(CowSize::WorstCase) // makes the COW file, which takes the VM's writes
+//!     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
 //! println!("boot from {}", snapshot.device().display()); // /dev/dm-3, open it at once
 //! // ... the VM runs, this process may come and go; when the VM has exited:
 //! snapshot.cleanup()?;

@@ -1,4 +1,4 @@
-//! By what an origin image is known again.
+//! Identifies an origin image.
 
 use std::fmt;
 

@@ -9,7 +9,7 @@ use crate::error::{Error, Result, Step, Verdict, policy};
 
 /// Makes a kernel call; repeats it at once, a bounded number of times, when the policy says so.
 ///
-/// Whoever watches what we do, watches here.
+/// Spans and timings are recorded here.
 pub(crate) fn ask<T>(step: Step, on: &Path, call: impl FnMut() -> Result<T, Errno>) -> Result<T> {
     let span = spans::step(step, on);
     let answer = timings::call(step, on, || insist(step, call));

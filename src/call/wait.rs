@@ -17,7 +17,7 @@ pub(crate) fn patiently<H: Clock, T>(
     watchfully(host, retry, while_it_is, Vec::new, attempt)
 }
 
-/// As [`patiently`], and told of closes of `nodes` once it takes long.
+/// As [`patiently`]; once it takes long, `nodes` are watched for closes, and a close ends the pause.
 pub(crate) fn watchfully<H: Clock, T>(
     host: &H,
     retry: &Retry,

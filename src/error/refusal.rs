@@ -292,7 +292,7 @@ pub enum Refusal {
         /// The dm device's name.
         name: String,
     },
-    /// No device was ready, and none became so in the time that the pool was to wait.
+    /// No device became ready in the time that the pool was to wait, and no refill has failed meanwhile.
     #[error("no device of the pool is ready")]
     PoolEmpty,
     /// The snapshot target of this kernel cannot do what was asked.

@@ -63,18 +63,18 @@ impl Retry {
         self
     }
 
-    /// What is left of it when so much time has gone.
+    /// Returns the same with `elapsed` taken off the deadline.
     pub(crate) fn less(mut self, elapsed: Duration) -> Self {
         self.deadline = self.deadline.saturating_sub(elapsed);
         self
     }
 
-    /// Whether to be told of closes, so long after the beginning or the last of them.
+    /// True once the device has stayed busy for [`RESTLESS`]: closes are then watched for.
     pub(crate) fn watches(&self, still: Duration) -> bool {
         self.watching > self.ceiling && still >= RESTLESS
     }
 
-    /// What becomes of a pause from then on.
+    /// Returns the longer pause that is used while closes are watched for.
     pub(crate) fn watching(&self, pause: Duration, elapsed: Duration) -> Duration {
         let left = self.deadline.saturating_sub(elapsed);
         self.watching.max(pause).min(left)

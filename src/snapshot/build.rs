@@ -189,8 +189,7 @@ pub(crate) fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Erro
     }
 }
 
-/// Says why a table was refused. It may mean that the kernel has no snapshot target; otherwise only the kernel log knows
-/// more.
+/// Says why a table was refused: the kernel has no snapshot target, or only the kernel log knows more.
 fn explain_load<H: Host>(host: &H, error: Error) -> Error {
     match target_version(host) {
         Err(missing) if missing.verdict() == Some(Verdict::Unsupported) => missing,
@@ -202,8 +201,8 @@ fn explain_load<H: Host>(host: &H, error: Error) -> Error {
 /// long.
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
-/// How long a load is tried again. Where several stores are read back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its
-/// buffers while another one destroys it. Real shortage of memory lasts longer.
+/// How long a load is tried again. Where several stores are read back at once, 6.1 and 6.12 were seen to answer ENOMEM:
+/// one load creates the slab of its buffers while another one destroys it. Real shortage of memory lasts longer.
 const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
 /// Refuses options that this kernel's snapshot target does not have.

@@ -32,19 +32,19 @@ impl Snapshot {
         self.handles.device.as_deref().unwrap_or(Path::new(""))
     }
 
-    /// What to keep of it.
+    /// Returns the handles to store.
     #[must_use]
     pub fn handles(&self) -> &Handles {
         &self.handles
     }
 
-    /// What to keep of it, without the rest.
+    /// Returns the handles to store, and drops the rest.
     #[must_use]
     pub fn into_handles(self) -> Handles {
         self.handles
     }
 
-    /// What is worth knowing about it.
+    /// Returns what was done or could not be had, though the snapshot was made.
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings

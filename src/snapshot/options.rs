@@ -6,10 +6,11 @@ use crate::base::{ChunkSize, OriginIdentity, Store};
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
 /// ```no_run
-/// use dmsnap::{ChunkSize, SnapshotOptions, Store};
+/// use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
 ///
 /// let snapshot = SnapshotOptions::new()
 ///     .store(Store::Transient)
+///     .make_cow(CowSize::WorstCase)
 ///     .chunk_size(ChunkSize::new(32)?)
 ///     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
 /// println!("{}", snapshot.device().display());

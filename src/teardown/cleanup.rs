@@ -1,4 +1,4 @@
-//! The story of taking down: dm device, COW loop, origin loop, each only if it still is what it was.
+//! Takes down what handles name: dm device, COW loop, origin loop, each only if it still is what it was.
 
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,7 @@ use crate::kernel::{Host, MACHINE, MAPPER_CONTROL};
 
 /// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
 ///
-/// What is already gone, or is by now something else, counts as success. A failure does not stop it: it goes on.
+/// What is already gone, or is by now something else, counts as success. When one of them cannot be removed, the others still are.
 /// Waits up to 15 seconds in all while something is busy. The image and the COW file stay.
 ///
 /// # Errors

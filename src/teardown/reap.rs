@@ -12,7 +12,11 @@ use crate::find;
 use crate::find::SnapshotInfo;
 use crate::kernel::{Host, MACHINE};
 
-/// How to sweep up snapshots that nobody claims: those of a control plane that died, half-built ones included.
+/// How to reap: take down the snapshots that nobody claims, as a control plane that died leaves them, half-built ones
+/// included.
+///
+/// A snapshot that is made and not yet opened by its VMM is taken down unless `keep` claims it. COW files stay, but for
+/// those of a dead pool that nobody had claimed.
 ///
 /// Only devices whose uuid is ours are looked at. A snapshot that another process is making at this moment is left
 /// alone: its maker holds a lock that the kernel frees when the maker is done or dead.
@@ -20,8 +24,10 @@ use crate::kernel::{Host, MACHINE};
 /// ```no_run
 /// use dmsnap::ReapOptions;
 ///
-/// let living = ["vm-1", "vm-2"];
-/// for item in ReapOptions::new().reap(|snapshot| living.contains(&snapshot.name.as_str()))? {
+/// let living = ["acme-vm-1", "acme-vm-2"];
+/// // Claims what is not ours by its name: `reap` sees the snapshots of every control plane on the host.
+/// let keep = |name: &str| !name.starts_with("acme-") || living.contains(&name);
+/// for item in ReapOptions::new().reap(|snapshot| keep(&snapshot.name))? {
 ///     println!("{}: {:?}", item.name, item.fate);
 /// }
 /// # Ok::<(), dmsnap::Error>(())
@@ -38,7 +44,8 @@ pub struct ReapOptions {
 pub struct Reaped {
     /// The dm device's name.
     pub name: String,
-    /// What was known of it before; `None` when it could not be read, or was an alias alone.
+    /// What was known of it before; `None` when it could not be read (`keep` was not asked then, and it stays), or was an
+    /// alias alone.
     pub snapshot: Option<SnapshotInfo>,
     /// What became of it, or why that failed. A failure does not stop the sweep.
     pub fate: Result<Fate>,

@@ -1,4 +1,4 @@
-//! The story of one dm device's removal, with its alias.
+//! Removes one dm device, and its alias.
 
 use std::path::{Path, PathBuf};
 
