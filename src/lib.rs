@@ -35,10 +35,16 @@ mod handles;
 mod holders;
 mod host;
 mod inventory;
+#[cfg(test)]
+mod kernel_headers;
 mod lookup;
+#[cfg_attr(not(feature = "loopdev"), path = "loop_plain.rs")]
+mod loop_crate;
 mod loop_device;
 mod made_cow;
 mod mapper;
+#[cfg_attr(not(feature = "devicemapper"), path = "mapper_plain.rs")]
+mod mapper_crate;
 mod merge;
 mod name;
 mod options;

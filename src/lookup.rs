@@ -29,10 +29,10 @@ pub(crate) fn find<H: Host>(host: &H, text: &str) -> Result<(Device, DeviceUuid)
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
-    if let Some(uuid) = uuid
-        && let Some(found) = absent(ours(host, Address::Uuid(uuid.as_str()), text))?
-    {
-        return Ok(found);
+    if let Some(uuid) = uuid {
+        if let Some(found) = absent(ours(host, Address::Uuid(uuid.as_str()), text))? {
+            return Ok(found);
+        }
     }
     ours(host, Address::Name(name?.as_str()), text)
 }
