@@ -72,7 +72,7 @@ pub(crate) fn note_sizes(
     cow: &FileFacts,
 ) -> Vec<Warning> {
     let mut warnings = Vec::new();
-    if !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
+    if origin.size_bytes % SECTOR_BYTES != 0 {
         warnings.push(Warning::OriginTail {
             bytes: origin.size_bytes % SECTOR_BYTES,
         });

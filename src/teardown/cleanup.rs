@@ -173,10 +173,10 @@ fn release_loop<H: Host>(
         if !detach(host, claim)? || matches!(binding(host, &claim.handle)?, Binding::Gone) {
             return Ok(());
         }
-        if let Some(gone) = gone
-            && is_shared(host, gone, path)?
-        {
-            return Ok(());
+        if let Some(gone) = gone {
+            if is_shared(host, gone, path)? {
+                return Ok(());
+            }
         }
         Err(Error::failed(Step::DetachLoop, path, policy::BUSY))
     })
@@ -237,11 +237,11 @@ pub(super) fn wait_gone<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> 
 }
 
 fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
-    if let Some(subject) = Subject::of(host, handles)?
-        && let Some(device) = subject.query(host)?
-    {
-        let busy = Error::failed(Step::Remove, subject.path, policy::BUSY);
-        return Err(busy.noted(format!("open count {}", device.open_count)));
+    if let Some(subject) = Subject::of(host, handles)? {
+        if let Some(device) = subject.query(host)? {
+            let busy = Error::failed(Step::Remove, subject.path, policy::BUSY);
+            return Err(busy.noted(format!("open count {}", device.open_count)));
+        }
     }
     for handle in own_loops(handles).filter(|handle| handle.has_identity()) {
         let gone = match binding(host, handle)? {

@@ -210,9 +210,7 @@ pub(crate) fn remove_subject<H: Host>(
 fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome> {
     let path = &subject.path;
     let Some(device) = subject.query(host)? else {
-        if let Key::Plain(find::Key::Number(number)) = subject.key
-            && host.is_present(number)
-        {
+        if matches!(subject.key, Key::Plain(find::Key::Number(number)) if host.is_present(number)) {
             return Err(Refusal::NotADmDevice { path: path.clone() }.into());
         }
         sweep_alias(host, path)?;

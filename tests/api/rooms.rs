@@ -25,7 +25,7 @@ fn sources(directory: &Path, into: &mut Vec<PathBuf>) {
             .into_owned();
         if path.is_dir() {
             sources(&path, into);
-        } else if name.ends_with(".rs") && !name.ends_with("tests.rs") {
+        } else if name.ends_with(".rs") && !name.ends_with("tests.rs") && name != "headers.rs" {
             into.push(path);
         }
     }

@@ -34,11 +34,21 @@ host_features() {
         grep -vxE 'default|kernel-tests' | paste -sd,
 }
 
+# The same without the crates that the default is made of.
+slim_features() {
+    host_features | tr , '\n' | grep -vxE 'devicemapper|loopdev' | paste -sd,
+}
+
 # build_target KIND NAME CARGO-ARGS...: builds and prints the executable's path.
 build_target() {
-    local kind=$1 name=$2 messages path
-    shift 2
-    messages=$(cargo "$@" --locked --message-format=json-render-diagnostics) || return 1
+    build_target_by cargo "$@"
+}
+
+# build_target_by CARGO KIND NAME CARGO-ARGS...
+build_target_by() {
+    local cargo=$1 kind=$2 name=$3 messages path
+    shift 3
+    messages=$("$cargo" "$@" --locked --message-format=json-render-diagnostics) || return 1
     path=$(grep '"reason":"compiler-artifact"' <<<"$messages" |
         grep -F "\"kind\":[\"$kind\"]" | grep -F "\"name\":\"$name\"" |
         sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
@@ -56,6 +66,10 @@ build_kernel_tests() {
     path=$(build_target test kernel test --no-run --all-features --test kernel) || return 1
     mkdir -p "$target_dir/vm"
     cp "$path" "$target_dir/vm/kernel"
+}
+
+kernel_tests_path() {
+    if [[ $1 == arm64 ]]; then echo "$target_dir/vm/arm64/kernel"; else echo "$target_dir/vm/kernel"; fi
 }
 
 # The fuzz targets' corpus, replayed by plain tests of the fuzz workspace.
@@ -97,7 +111,11 @@ command_test() {
     stage "check, no default features" cargo check --no-default-features --locked || true
     RUSTDOCFLAGS='-D warnings' stage "doc" cargo doc --no-deps --all-features --locked || true
     stage "test on this machine" cargo test --features "$(host_features)" --locked || true
+    stage "test on this machine, no default features" \
+        cargo test --no-default-features --features "$(slim_features)" --locked || true
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
+    stage "check, Rust $(rust_version)" check_rust_version || true
+    stage "build for arm64" build_arm64 || true
     if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests; then
         kernel_tests $kernels
     fi
@@ -146,7 +164,7 @@ kernel_tests() {
 # kernel_tests_begin SPEC PART: PART is "proof", "rest" or, for all of the tests, empty.
 kernel_tests_begin() {
     local spec=$1 part=$2 kernel=${1%+udev} filter=()
-    local options=(--kernel "$kernel" --timeout 2400 --times --file "$target_dir/vm/kernel")
+    local options=(--kernel "$kernel" --timeout 2400 --times --file "$(kernel_tests_path "$kernel")")
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
     if [[ $spec == *+udev ]]; then
         options+=(--udev)

@@ -157,7 +157,8 @@ pub(super) fn facts(stat: &FileStat) -> FileFacts {
             .st_mtime
             .saturating_mul(1_000_000_000)
             .saturating_add(stat.st_mtime_nsec),
-        links: stat.st_nlink,
+        #[allow(clippy::useless_conversion, reason = "its width is the architecture's")]
+        links: stat.st_nlink.into(),
         has_blocks: stat.st_blocks != 0,
     }
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "devicemapper")]
 use devicemapper::DM;
 
 use super::run;
@@ -47,7 +48,9 @@ pub(crate) fn loop_at(device: &Path) -> Option<Bound> {
 /// `None` also for a device that is being unbound: its files fail one by one.
 fn bound(block: &Path) -> Option<Bound> {
     let mut backing = fs::read(block.join("loop/backing_file")).ok()?;
-    backing.pop_if(|last| *last == b'\n');
+    if backing.last() == Some(&b'\n') {
+        backing.pop();
+    }
     let flag = |file: &str| Some(fs::read_to_string(block.join(file)).ok()?.trim() == "1");
     Some(Bound {
         device: Path::new("/dev").join(block.file_name()?),
@@ -60,11 +63,18 @@ fn bound(block: &Path) -> Option<Bound> {
 
 /// The names of all dm devices by the `devicemapper` crate: a dmsetup for each of some hundred looks would cost more
 /// than all that is looked at. Scenes end with dmsetup's word.
+#[cfg(feature = "devicemapper")]
 pub(crate) fn dm_listed() -> Vec<String> {
     let devices = DM::new().and_then(|dm| dm.list_devices());
     let devices = devices.expect("device-mapper lists its devices");
     let names = devices.iter().map(|(name, ..)| name.to_string());
     names.filter(|name| !name.is_empty()).collect()
+}
+
+/// The same where that crate is not built.
+#[cfg(not(feature = "devicemapper"))]
+pub(crate) fn dm_listed() -> Vec<String> {
+    dm_names()
 }
 
 /// The names of all dm devices.

@@ -22,7 +22,7 @@ const HAS_THE_NAME: [&str; 4] = [
     "DM_DEV_CREATE",
     "DM_TABLE_LOAD",
     "DM_DEV_SUSPEND",
-    "symlink(",
+    "symlink",
 ];
 
 /// `dmsnap create` of the victim, on one of two COW files.

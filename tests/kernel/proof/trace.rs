@@ -96,10 +96,21 @@ fn read(log: &Path) -> Vec<Call> {
 }
 
 impl Call {
+    /// Its name where there are both forms: arm64 has only those of some calls that take a directory too.
+    pub(super) fn plain_name(&self) -> &str {
+        match self.name.as_str() {
+            "faccessat" => "access",
+            "readlinkat" => "readlink",
+            "symlinkat" => "symlink",
+            "unlinkat" => "unlink",
+            name => name,
+        }
+    }
+
     /// In few words: the call, and what it is about.
     pub(super) fn brief(&self) -> String {
         let Self { name, line, .. } = self;
-        let subject = match name.as_str() {
+        let subject = match self.plain_name() {
             "ioctl" => between(line, ", ", &[',', ')']),
             "openat" | "readlink" | "unlink" | "symlink" | "statx" | "rename" => {
                 line.split('"').nth(1)
@@ -119,9 +130,8 @@ impl Call {
 
     /// Whether it changes nothing outside its process, so that a death before it and one after it leave the same.
     pub(super) fn only_looks(&self) -> bool {
-        let Self { name, line, .. } = self;
-        let about = |all: &[&str]| all.iter().any(|what| line.contains(what));
-        match name.as_str() {
+        let about = |all: &[&str]| all.iter().any(|what| self.line.contains(what));
+        match self.plain_name() {
             "ioctl" => about(&[
                 "BLKGETDISKSEQ",
                 "BLKGETSIZE64",
