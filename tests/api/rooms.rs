@@ -55,6 +55,9 @@ fn named(code: &str) -> BTreeSet<String> {
     };
     let mut rooms = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
+        if code[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
+            continue;
+        }
         let rest = &code[at + "crate::".len()..];
         let Some(group) = rest.strip_prefix('{') else {
             rooms.insert(word(rest));
