@@ -45,6 +45,12 @@ impl Device {
         );
     }
 
+    /// A table of several lines, which dmsetup takes from a file.
+    fn load_lines(&self, scene: &Scene, lines: &[String]) {
+        let file = scene.file(format!("{}.table", self.name), lines.join("\n") + "\n");
+        run!("dmsetup", "reload", &self.name, file);
+    }
+
     fn suspend(&self) {
         run!("dmsetup", "suspend", &self.name);
     }
@@ -179,6 +185,22 @@ impl<'a> Stack<'a> {
         b.load(&self.table(origin, cow));
         v.load(&self.table(&b.number, &fresh));
         (b, fresh)
+    }
+
+    /// The file of the last [`Self::cow`].
+    fn last_cow(&self) -> &Path {
+        &self.loops.last().expect("there is one").backing
+    }
+
+    /// Loads a table of the device's length that fails all I/O, and holds what the device is made of.
+    fn park(&self, device: &Device, origin: &str, cow: &str) {
+        let (end, held) = (self.sectors, 8);
+        let lines = [
+            format!("0 {end} error"),
+            format!("{end} {held} linear {cow} 0"),
+            format!("{} {held} linear {origin} 0", end + held),
+        ];
+        device.load_lines(self.scene, &lines);
     }
 
     fn mount(&mut self, device: &Device) -> PathBuf {
