@@ -7,11 +7,12 @@ mod handover;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Output;
+use std::time::Duration;
 
 use crate::common::filling::Direct;
-use crate::common::reading::{dm_info, number};
+use crate::common::reading::{dm_exists, dm_info, number};
 use crate::common::scene::{Content, content};
-use crate::common::{Losetup, Mounted, Scene, output, run};
+use crate::common::{Losetup, Mounted, Scene, eventually, output, run};
 
 /// More than the worst case for an image of 16 MiB.
 const COW_BYTES: u64 = 24 << 20;
@@ -63,8 +64,9 @@ impl Device {
         run!("dmsetup", "clear", &self.name);
     }
 
+    /// A probing udevd may have it open for a moment.
     fn remove(&self) {
-        run!("dmsetup", "remove", &self.name);
+        run!("dmsetup", "remove", "--retry", &self.name);
     }
 
     /// The errno's text, of a verb that fails.
@@ -235,8 +237,11 @@ impl Drop for Stack<'_> {
             }
         }
         self.mounts.clear();
-        for _ in 0..=self.devices.len() {
-            self.devices.retain(|device| !verb("remove", device));
-        }
+        // The upper ones go first, and a probing udevd lets go of the rest.
+        eventually(Duration::from_secs(20), || {
+            self.devices
+                .retain(|device| !verb("remove", device) && dm_exists(&device.name));
+            self.devices.is_empty()
+        });
     }
 }
