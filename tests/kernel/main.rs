@@ -21,6 +21,7 @@ mod cli;
 mod concurrency;
 mod discard;
 mod export;
+mod facts;
 mod fleet;
 mod foreign;
 mod growth;

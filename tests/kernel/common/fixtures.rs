@@ -34,7 +34,7 @@ impl Drop for Foreign {
 /// A loop device that is not ours, made by losetup, without autoclear.
 pub(crate) struct Losetup {
     pub(crate) device: PathBuf,
-    backing: PathBuf,
+    pub(crate) backing: PathBuf,
 }
 
 impl Losetup {
