@@ -3,11 +3,12 @@
 //! A plain run of this binary plays the scenes one after the other, in one process. The runner is one of its tests:
 //!
 //! ```sh
-//! cargo test --all-features --test kernel -- --exact side_by_side [--test-threads=N] [FILTER...] [--skip FILTER]... [--show-output]
+//! cargo test --all-features --test kernel -- --exact side_by_side [OPTION]... [FILTER...]
 //! ```
 //!
-//! All other arguments mean what they mean to libtest; N processes run at a time, [`WORKERS`] by default. Each test has
-//! a line with its time, failed ones are shown with their output at the end, and the last line is libtest's.
+//! `--test-threads=N` has N processes run at a time, [`WORKERS`] by default; `--show-output`, `--skip FILTER` and the
+//! filters mean what they mean to libtest. Each test has a line with its time, failed ones are shown with their output
+//! at the end, and the last line is like libtest's.
 
 use std::collections::VecDeque;
 use std::env;
@@ -33,7 +34,8 @@ const LONG_DEADLINE: Duration = Duration::from_secs(7200);
 /// Tests that run when nothing else does, by the beginning of their paths, and what of the host they need.
 ///
 /// All others see what they made and no more: their dm devices by the prefix of their process, their loop devices by the
-/// directory of their scene.
+/// directory of their scene. A test that sweeps, that looks at all devices of the host, that is surprised by a loop or
+/// dm device more or fewer, or that changes the kernel has its place here.
 const ALONE: &[(&str, &str)] = &[
     (
         "bad_host::a_dev_directory_that_the_kernel_does_not_fill",
@@ -44,6 +46,7 @@ const ALONE: &[(&str, &str)] = &[
         "unloads dm-snapshot",
     ),
     ("bad_host::no_snapshot_target", "unloads dm-snapshot"),
+    ("cli::list_and_status", "lists the host"),
     (
         "concurrency::losetup_races",
         "takes and gives back every free loop device",
