@@ -27,16 +27,11 @@ stage() {
     [[ $verdict == ok ]]
 }
 
-# The features of the crate but the one that has tests ask for a real kernel.
-host_features() {
+# The features of the crate without the crates that the default is made of.
+slim_features() {
     awk '/^\[/ { on = ($0 == "[features]") ; next }
         on && match($0, /^[a-z][a-z0-9_-]*/) { print substr($0, 1, RLENGTH) }' "$root/Cargo.toml" |
-        grep -vxE 'default|kernel-tests' | paste -sd,
-}
-
-# The same without the crates that the default is made of.
-slim_features() {
-    host_features | tr , '\n' | grep -vxE 'devicemapper|loopdev' | paste -sd,
+        grep -vxE 'default|devicemapper|loopdev' | paste -sd,
 }
 
 # build_target KIND NAME CARGO-ARGS...: builds and prints the executable's path.
@@ -108,9 +103,11 @@ command_test() {
 
     stage "fmt" cargo fmt --all --check || true
     stage "clippy" cargo clippy --all-targets --all-features --locked -- -D warnings || true
+    # No part of all targets, as its tests are none of `cargo test`'s.
+    stage "clippy, kernel tests" cargo clippy --test kernel --all-features --locked -- -D warnings || true
     stage "check, no default features" cargo check --no-default-features --locked || true
     RUSTDOCFLAGS='-D warnings' stage "doc" cargo doc --no-deps --all-features --locked || true
-    stage "test on this machine" cargo test --features "$(host_features)" --locked || true
+    stage "test on this machine" cargo test --all-features --locked || true
     stage "test on this machine, no default features" \
         cargo test --no-default-features --features "$(slim_features)" --locked || true
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
@@ -135,7 +132,7 @@ declare -A job_spec=() job_part=() job_begin=()
 
 # kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev".
 kernel_tests() {
-    local spec kernel part
+    local spec kernel part ready=()
     wait "$test_fetch" || true
     for spec in "$@"; do
         kernel=${spec%+udev}
@@ -144,12 +141,12 @@ kernel_tests() {
             stage_report+=("FAILED            kernel $spec: cannot be had")
             continue
         fi
-        # A core that would be idle at the end takes half of the last one: the proof is about half of the time.
-        local parts=('')
-        if [[ $spec == "${!#}" ]] && (($# % test_jobs != 0)); then
-            parts=(proof rest)
-        fi
-        for part in "${parts[@]}"; do
+        ready+=("$spec")
+    done
+    # In halves, so that no core waits long for another at the end: the proof, which is about half of the time and the
+    # longer one, comes first.
+    for part in proof rest; do
+        for spec in "${ready[@]}"; do
             while ((${#job_spec[@]} >= test_jobs)); do
                 kernel_tests_end
             done
@@ -161,10 +158,10 @@ kernel_tests() {
     done
 }
 
-# kernel_tests_begin SPEC PART: PART is "proof", "rest" or, for all of the tests, empty.
+# kernel_tests_begin SPEC PART: PART is "proof" or "rest".
 kernel_tests_begin() {
     local spec=$1 part=$2 kernel=${1%+udev} filter=()
-    local options=(--kernel "$kernel" --timeout 2400 --times --file "$(kernel_tests_path "$kernel")")
+    local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$kernel")")
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
     if [[ $spec == *+udev ]]; then
         options+=(--udev)
@@ -176,18 +173,16 @@ kernel_tests_begin() {
         proof) filter+=(proof::) ;;
         rest) filter+=(--skip proof::) ;;
     esac
-    "$here/run" exec "${options[@]}" -- env "${variables[@]}" ./kernel --test-threads=1 "${filter[@]}" \
-        >"$target_dir/vm/test-$spec${part:+-$part}.log" 2>&1 &
+    "$here/run" exec "${options[@]}" -- env "${variables[@]}" ./kernel --exact side_by_side "${filter[@]}" \
+        >"$target_dir/vm/test-$spec-$part.log" 2>&1 &
     job_spec[$!]=$spec
     job_part[$!]=$part
     job_begin[$!]=$(now_ms)
 }
 
-# The tests of a log that took longest. A line is whole when its test has ended, and the next one begins then.
+# The tests of a log that took longest: each has a line that ends with its time, as in <1.234s>.
 slowest_tests() {
-    awk '$1 + 0 < 1e15 { next }
-        before && $2 == "test" && $3 != "result:" { printf "%.1f s %s\n", ($1 - before) / 1e6, $3 }
-        { before = $1 }' "$1" | sort -rn | head -n 5
+    sed -n 's/^test \([^ ]*\) \.\.\. [a-zA-Z]* <\([0-9]*\.[0-9]\)[0-9]*s>$/\2 s \1/p' "$1" | sort -rn | head -n 5
 }
 
 # Waits for one guest to end, and prints what it printed.
@@ -196,13 +191,13 @@ kernel_tests_end() {
     wait -n -p pid "${!job_spec[@]}" || status=$?
     spec=${job_spec[$pid]}
     part=${job_part[$pid]}
-    log=$target_dir/vm/test-$spec${part:+-$part}.log
+    log=$target_dir/vm/test-$spec-$part.log
     ms=$(($(now_ms) - job_begin[$pid]))
     unset "job_spec[$pid]" "job_part[$pid]" "job_begin[$pid]"
-    printf '\n== kernel %s\n' "$spec${part:+, $part}"
-    sed 's/^[0-9]\{16,\} //' "$log"
+    printf '\n== kernel %s, %s\n' "$spec" "$part"
+    cat "$log"
     read -r passed failed ignored < <(awk '
-        $2 == "test" && $3 == "result:" { passed += $5; failed += $7; ignored += $9 }
+        $1 == "test" && $2 == "result:" { passed += $4; failed += $6; ignored += $8 }
         END { print passed + 0, failed + 0, ignored + 0 }' "$log")
     total_passed=$((total_passed + passed))
     total_failed=$((total_failed + failed))
@@ -211,8 +206,8 @@ kernel_tests_end() {
         verdict=FAILED
         stage_failures=$((stage_failures + 1))
     fi
-    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s)%s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
-        "$spec" "$(kernel_release "${spec%+udev}")" "${part:+, $part}" "$passed" "$failed" "$ignored")")
+    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s), %s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
+        "$spec" "$(kernel_release "${spec%+udev}")" "$part" "$passed" "$failed" "$ignored")")
     while read -r line; do
         stage_report+=("                     $line")
     done < <(slowest_tests "$log")
@@ -275,5 +270,5 @@ command_soak() {
     ((guest_udev == 0)) || variables+=(DMSNAP_TEST_UDEV=1)
     [[ -z ${DMSNAP_TEST_SEED:-} ]] || variables+=("DMSNAP_TEST_SEED=$DMSNAP_TEST_SEED")
     guest_files+=("$target_dir/vm/kernel")
-    guest_exec env "${variables[@]}" ./kernel --test-threads=1 --show-output "${guest_command[@]}"
+    guest_exec env "${variables[@]}" ./kernel --exact side_by_side --show-output "${guest_command[@]}"
 }

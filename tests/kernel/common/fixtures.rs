@@ -100,7 +100,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        eventually(Duration::from_secs(10), || {
+        eventually(Duration::from_secs(60), || {
             output!("umount", &self.at).status.success()
         });
     }

@@ -61,6 +61,24 @@ fn bound(block: &Path) -> Option<Bound> {
     })
 }
 
+/// The processes that have a device open, by their names.
+pub(crate) fn holders(device: &Path) -> Vec<String> {
+    let processes = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    let has_it = |process: &Path| {
+        let open = fs::read_dir(process.join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        open.filter_map(|entry| fs::read_link(entry.path()).ok())
+            .any(|target| target == device)
+    };
+    let holding = processes
+        .map(|entry| entry.path())
+        .filter(|path| has_it(path));
+    let names = holding.filter_map(|path| fs::read_to_string(path.join("comm")).ok());
+    names.map(|name| name.trim_end().to_owned()).collect()
+}
+
 /// The names of all dm devices by the `devicemapper` crate: a dmsetup for each of some hundred looks would cost more
 /// than all that is looked at. Scenes end with dmsetup's word.
 #[cfg(feature = "devicemapper")]
