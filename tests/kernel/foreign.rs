@@ -83,7 +83,10 @@ fn theirs_is_adopted_under_its_name_and_cleaned_up() {
     let handles = adopt(&name).expect("a snapshot over two loop devices");
     let uuid = run!("dmsetup", "info", "-c", "--noheadings", "-o", "uuid", &name);
     assert!(uuid.trim().starts_with("DMSNAP-"), "{uuid:?}");
-    assert_eq!(handles.name.as_ref().map(|name| name.as_str()), Some(name.as_str()));
+    assert_eq!(
+        handles.name.as_ref().map(|name| name.as_str()),
+        Some(name.as_str())
+    );
     assert_eq!(
         handles.uuid.as_ref().map(|uuid| uuid.as_str()),
         Some(uuid.trim())

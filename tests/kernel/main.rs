@@ -39,4 +39,5 @@ mod strace;
 mod teardown;
 mod timings;
 mod udev;
+mod vmm;
 mod watch;
