@@ -22,7 +22,7 @@ fn fleet(scene: &Scene, count: usize) -> Vec<Handles> {
     ships.collect()
 }
 
-fn all_well(results: &[dmsnap::Result<()>]) {
+fn all_well(results: &[dmsnap::Result<dmsnap::teardown::Outcome>]) {
     for (nth, result) in results.iter().enumerate() {
         if let Err(error) = result {
             panic!("{nth}: {}", chain(error));

@@ -42,6 +42,7 @@ mod strace;
 mod teardown;
 mod timings;
 mod udev;
+mod vmm;
 mod watch;
 
 #[test]

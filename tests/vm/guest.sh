@@ -20,6 +20,7 @@ guest_timeout=600
 guest_out=
 guest_console=
 guest_times=0
+guest_vmm=0
 guest_files=()
 
 guest_dir=
@@ -33,6 +34,7 @@ guest_is_arm64() {
 guest_exec() {
     local status
     kernel_ensure "$guest_kernel"
+    ((guest_vmm == 0)) || vmm_files "$guest_kernel"
     guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
     trap guest_cleanup EXIT
     trap 'exit 130' INT

@@ -162,12 +162,13 @@ kernel_tests() {
 kernel_tests_begin() {
     local spec=$1 part=$2 kernel=${1%+udev} filter=()
     local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$kernel")")
+    [[ $kernel == arm64 ]] || options+=(--vmm)
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
     if [[ $spec == *+udev ]]; then
         options+=(--udev)
         variables+=(DMSNAP_TEST_UDEV=1)
-        # Arguments, and what is in COW files: udevd has no part in either.
-        filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip made_cow:: --skip sizes:: --skip stores::)
+        # Arguments, what is in COW files, and VMs: udevd has no part in any of them.
+        filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip made_cow:: --skip sizes:: --skip stores:: --skip vmm::)
     fi
     case $part in
         proof) filter+=(proof::) ;;
