@@ -75,7 +75,9 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::CowDamaged { .. }
             | Refusal::CowUnsound { .. }
             | Refusal::Invalid { .. } => Self::Lost,
-            Refusal::TargetLacks { .. } | Refusal::DiscardChunk { .. } => Self::Unsupported,
+            Refusal::TargetLacks { .. }
+            | Refusal::DiscardChunk { .. }
+            | Refusal::DiscardUnaligned { .. } => Self::Unsupported,
             _ => Self::BadRequest,
         }
     }

@@ -253,6 +253,16 @@ pub enum Refusal {
         /// The chunk size asked for.
         chunk: ChunkSize,
     },
+    /// A discard that crosses into another chunk destroys a third one's data: only where no discard can is it safe.
+    #[error(
+        "discard with chunks of {chunk} sectors on a disk with sectors of {sector_bytes} bytes is not safe: the kernel lets a discard that crosses two chunks destroy a third; make chunks and sectors of one size, or say that the guest's discards are aligned to chunks"
+    )]
+    DiscardUnaligned {
+        /// The chunk size asked for.
+        chunk: ChunkSize,
+        /// The logical sector size of the disk, in bytes.
+        sector_bytes: u64,
+    },
     /// The device has no live table, or one of another target.
     #[error("{name:?} is not a live snapshot")]
     NotLive {

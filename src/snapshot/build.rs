@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::SnapshotOptions;
 use crate::backing::{Attached, Cow, Warning, attach, note_sizes};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, Sectors};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, SECTOR_BYTES, Sectors};
 use crate::call::{ask, patiently};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
@@ -208,6 +208,14 @@ const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
     if !options.discard {
         return Ok(());
+    }
+    let (chunk, sector_bytes) = (options.cow.chunk, SECTOR_BYTES);
+    if chunk.bytes() != sector_bytes && !options.trust_discards {
+        return Err(Refusal::DiscardUnaligned {
+            chunk,
+            sector_bytes,
+        }
+        .into());
     }
     let version = target_version(host)?;
     if version.target < [1, 16, 0] {

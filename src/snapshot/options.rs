@@ -20,6 +20,7 @@ pub struct SnapshotOptions {
     pub(crate) cow: CowOptions,
     pub(crate) direct_io: bool,
     pub(crate) discard: bool,
+    pub(crate) trust_discards: bool,
 }
 
 impl SnapshotOptions {
@@ -56,9 +57,25 @@ impl SnapshotOptions {
     ///
     /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::dm::Discard::Passdown) says why.
     ///
+    /// Refused unless chunks and logical sectors are of one size: on every kernel seen (5.10 to 7.3), a discard that
+    /// crosses into another chunk destroys the data of a third one. With both of one size no discard can.
+    /// [`trust_discards`](Self::trust_discards) takes other sizes.
+    ///
     /// Refused with chunks under 512 sectors on kernels newer than 6.12: loading such a table crashes Linux 7.3.4.
     pub fn discard(&mut self, discard: bool) -> &mut Self {
         self.discard = discard;
+        self
+    }
+
+    /// Takes the caller's word that no discard of the guest crosses into another chunk, so that
+    /// [`discard`](Self::discard) is not refused where one could.
+    ///
+    /// **One that does destroys data**, without an error. Chunks of 8 sectors and a file system with blocks of 4096 bytes,
+    /// on the whole disk or on partitions that begin at a multiple of 4096 bytes, keep the word: its discards begin and
+    /// end with blocks, and the kernel hands them over in pieces of a chunk. A file system with smaller blocks, as
+    /// `mke2fs` makes on small disks, does not; nor does any with larger chunks.
+    pub fn trust_discards(&mut self, trust: bool) -> &mut Self {
+        self.trust_discards = trust;
         self
     }
 

@@ -274,6 +274,13 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             "discard with chunks of 8 sectors crashes kernels as new as this one: use 512 or more",
         ),
         (
+            Refusal::DiscardUnaligned {
+                chunk: ChunkSize::DEFAULT,
+                sector_bytes: 512,
+            },
+            "discard with chunks of 8 sectors on a disk with sectors of 512 bytes is not safe: the kernel lets a discard that crosses two chunks destroy a third; make chunks and sectors of one size, or say that the guest's discards are aligned to chunks",
+        ),
+        (
             Refusal::TargetLacks {
                 version: "1.15.0".to_owned(),
                 feature: "discard_zeroes_cow (1.16.0)",

@@ -7,7 +7,7 @@
 # Real tools; busybox has all the rest. Debian's busybox prefers its own
 # applets to what PATH holds, losetup for one, so whatever starts programs is
 # among the real ones: shells, env, timeout and so on.
-guest_tools="losetup blockdev dmsetup mke2fs e2fsck strace kmod mount umount date
+guest_tools="losetup blockdev blkdiscard dmsetup mke2fs e2fsck strace kmod mount umount date
     dash bash env timeout nice nohup chroot find xargs setsid flock taskset unshare"
 
 cpio_pack() {

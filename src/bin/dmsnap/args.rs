@@ -179,6 +179,9 @@ pub(crate) struct Create {
     /// Let the guest's discards give space back to the COW file's file system
     #[arg(long)]
     discard: bool,
+    /// Take discards though chunks are larger than sectors: the guest's never cross into another chunk, or data is lost
+    #[arg(long, requires = "discard")]
+    trust_discards: bool,
     /// Make the COW file too, this large: bytes (or 512K, 64M, 2G), a share of the image (25%), or worst-case
     #[arg(long, value_name = "SIZE", value_parser = cow_size)]
     make_cow: Option<CowSize>,
@@ -230,6 +233,7 @@ impl Create {
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
             .discard(self.discard)
+            .trust_discards(self.trust_discards)
             .any_origin(self.any_origin)
             .replace_cow(self.replace_cow)
             .reserve(self.reserve);

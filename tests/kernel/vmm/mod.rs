@@ -32,13 +32,18 @@ fn scene() -> Scene {
     })
 }
 
+fn takes_discards() -> bool {
+    ["5.10", "6.1", "6.12"].contains(&stated_kernel().as_str())
+}
+
 /// As for a VM that discards what it no longer needs.
 fn for_vms() -> SnapshotOptions {
     let mut options = SnapshotOptions::new();
-    options.discard(true).make_cow(CowSize::Bytes(32 * MIB));
-    if !["5.10", "6.1", "6.12"].contains(&stated_kernel().as_str()) {
-        // The others crash with smaller ones when discards are on: see stores.rs.
-        options.chunk_size(ChunkSize::new(512).expect("a power of two"));
+    options.make_cow(CowSize::Bytes(32 * MIB));
+    // Its file system has blocks of a chunk. On later kernels such chunks crash the loading of the table (stores.rs), and
+    // with larger ones discards destroy data (discard.rs).
+    if takes_discards() {
+        options.discard(true).trust_discards(true);
     }
     options
 }
@@ -219,13 +224,15 @@ fn three_vms_at_once_each_see_their_own_disk() {
         run!("sync");
         512 * fs::metadata(&disks[0].cow).expect("it is there").blocks()
     };
-    vms[0].fill("/data/trash", 64);
-    let full = allocated();
-    vms[0].order("unlink /data/trash", "unlinked");
-    vms[0].order("trim", "trimmed");
-    let trimmed = allocated();
-    println!("figure: a VM's fstrim after 4 MiB: {full} -> {trimmed} bytes in the COW file");
-    assert!(trimmed + 2 * MIB <= full, "{full} -> {trimmed}");
+    if takes_discards() {
+        vms[0].fill("/data/trash", 64);
+        let full = allocated();
+        vms[0].order("unlink /data/trash", "unlinked");
+        vms[0].order("trim", "trimmed");
+        let trimmed = allocated();
+        println!("figure: a VM's fstrim after 4 MiB: {full} -> {trimmed} bytes in the COW file");
+        assert!(trimmed + 2 * MIB <= full, "{full} -> {trimmed}");
+    }
 
     // Each is taken down as soon as its VM has gone, by who waited for it.
     for (nth, vm) in vms.into_iter().enumerate() {
