@@ -234,6 +234,10 @@ fn three_vms_at_once_each_see_their_own_disk() {
         assert!(trimmed + 2 * MIB <= full, "{full} -> {trimmed}");
     }
 
+    // And nothing else of it.
+    assert_eq!(vms[0].sum("/data/mine"), sums[0], "after the discards");
+    assert_eq!(vms[0].sum("/data/blob"), blob, "after the discards");
+
     // Each is taken down as soon as its VM has gone, by who waited for it.
     for (nth, vm) in vms.into_iter().enumerate() {
         let waiting = disks[nth].cleanup_beside(&scene);
@@ -248,6 +252,11 @@ fn three_vms_at_once_each_see_their_own_disk() {
     // What is on each disk is what its VM saw there, and nothing of the others.
     for (nth, disk) in disks.iter().enumerate() {
         let raw = disk.export(&scene);
+        // To the byte what the kernel makes of the same files again.
+        let again = for_vms_again().create(scene.image(), &disk.cow, &scene.name());
+        let again = again.expect("a snapshot");
+        run!("cmp", &raw, again.device());
+        again.cleanup().expect("nobody has it open");
         assert_sound(&raw);
         let mounted = mounted(&scene, &raw);
         let own = format!("own-vm{nth}");
@@ -257,12 +266,6 @@ fn three_vms_at_once_each_see_their_own_disk() {
         assert_eq!(md5(&mounted.at().join("data/mine")), sums[nth]);
         assert_eq!(md5(&mounted.at().join("data/blob")), blob);
         drop(mounted);
-
-        // And to the byte what the kernel makes of the same files again.
-        let again = for_vms_again().create(scene.image(), &disk.cow, &scene.name());
-        let again = again.expect("a snapshot");
-        run!("cmp", &raw, again.device());
-        again.cleanup().expect("nobody has it open");
     }
     assert_eq!(md5(scene.image()), image, "three VMs wrote");
 }
