@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::SnapshotOptions;
 use crate::backing::{Attached, Cow, Warning, attach, note_sizes};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, SECTOR_BYTES, Sectors};
+use crate::base::{
+    DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, SECTOR_BYTES, Sectors,
+};
 use crate::call::{ask, patiently};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};

@@ -118,10 +118,11 @@ fn a_discard_gives_the_space_back_when_asked_for_and_fails_otherwise() {
     } else {
         let mut options = SnapshotOptions::new();
         let cow = scene.cow("crash.cow");
-        let refused = options
-            .discard(true)
-            .trust_discards(true)
-            .create(scene.image(), &cow, &scene.name());
+        let refused =
+            options
+                .discard(true)
+                .trust_discards(true)
+                .create(scene.image(), &cow, &scene.name());
         let refusal = Refusal::DiscardChunk { chunk: chunk(8) };
         assert_eq!(refused, Err(Error::Refused(refusal)));
     }
