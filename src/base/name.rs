@@ -38,7 +38,7 @@ impl DeviceName {
     /// [`InvalidName::fault`] says what is wrong with it.
     ///
     /// ```
-    /// use dmsnap::DeviceName;
+    /// use dmsnap::base::DeviceName;
     ///
     /// assert_eq!(DeviceName::new("vm-42")?.as_str(), "vm-42");
     /// assert!(DeviceName::new("a/b").is_err());

@@ -47,7 +47,8 @@ impl Usage {
     /// How much of the COW device is taken, in whole percent, rounded down: 100 when there is no room at all.
     ///
     /// ```
-    /// use dmsnap::{Sectors, Usage};
+    /// use dmsnap::base::Sectors;
+    /// use dmsnap::dm::Usage;
     ///
     /// let mut usage = Usage { allocated: Sectors::new(1640), total: Sectors::new(2048), ..Usage::default() };
     /// assert_eq!(usage.percent(), 80);
