@@ -112,6 +112,6 @@ build_arm64() {
         return 1
     mkdir -p "$target_dir/vm/arm64"
     path=$(build_target_by oldest_cargo test kernel test --no-run --target "$arm64_target" \
-        --no-default-features --features "$arm64_features,kernel-tests" --test kernel) || return 1
+        --no-default-features --features "$arm64_features" --test kernel) || return 1
     cp "$path" "$target_dir/vm/arm64/kernel"
 }

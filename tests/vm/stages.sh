@@ -63,8 +63,21 @@ build_kernel_tests() {
     cp "$path" "$target_dir/vm/kernel"
 }
 
+# The same without the crates that the default is made of.
+build_slim_kernel_tests() {
+    local path
+    path=$(build_target test kernel test --no-run --no-default-features --features "$(slim_features)" \
+        --test kernel) || return 1
+    mkdir -p "$target_dir/vm/slim"
+    cp "$path" "$target_dir/vm/slim/kernel"
+}
+
 kernel_tests_path() {
-    if [[ $1 == arm64 ]]; then echo "$target_dir/vm/arm64/kernel"; else echo "$target_dir/vm/kernel"; fi
+    case $1 in
+        arm64) echo "$target_dir/vm/arm64/kernel" ;;
+        *+slim) echo "$target_dir/vm/slim/kernel" ;;
+        *) echo "$target_dir/vm/kernel" ;;
+    esac
 }
 
 # The fuzz targets' corpus, replayed by plain tests of the fuzz workspace.
@@ -74,7 +87,7 @@ fuzz_replay() {
 
 command_test() {
     # Those that take longest come first, so that none of them is the last to end.
-    local kernels="5.10 6.12+udev 6.1 6.12 latest" kernel begin line
+    local kernels="5.10 6.12+udev 6.1 6.12 latest 6.12+slim" kernel begin line
     while (($# > 0)); do
         case $1 in
             --kernels) option_value "$@"; kernels=$2; shift 2 ;;
@@ -84,7 +97,7 @@ command_test() {
     done
     [[ -n ${kernels// /} ]] || usage_error "test: --kernels names none"
     for kernel in $kernels; do
-        known_kernel "${kernel%+udev}"
+        known_kernel "${kernel%+*}"
         [[ $kernel != *+udev ]] || guest_udev=1
     done
     begin=$(now_ms)
@@ -95,7 +108,7 @@ command_test() {
 
     # An empty cache fills up beside the builds. Whatever comes of it, each kernel is asked for again when it is used.
     # shellcheck disable=SC2046,SC2086
-    "$here/run" fetch $(printf '%s\n' $kernels | sed 's/+udev$//' | sort -u) &
+    "$here/run" fetch $(printf '%s\n' $kernels | sed 's/+.*$//' | sort -u) &
     test_fetch=$!
     trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT
     trap 'exit 130' INT
@@ -113,7 +126,8 @@ command_test() {
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
     stage "check, Rust $(rust_version)" check_rust_version || true
     stage "build for arm64" build_arm64 || true
-    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests; then
+    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests &&
+        { [[ $kernels != *+slim* ]] || stage "build the kernel tests, no default features" build_slim_kernel_tests; }; then
         kernel_tests $kernels
     fi
 
@@ -130,12 +144,12 @@ test_jobs=2
 
 declare -A job_spec=() job_part=() job_begin=()
 
-# kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev".
+# kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
 kernel_tests() {
     local spec kernel part ready=()
     wait "$test_fetch" || true
     for spec in "$@"; do
-        kernel=${spec%+udev}
+        kernel=${spec%+*}
         if ! "$here/run" fetch "$kernel"; then
             stage_failures=$((stage_failures + 1))
             stage_report+=("FAILED            kernel $spec: cannot be had")
@@ -160,8 +174,8 @@ kernel_tests() {
 
 # kernel_tests_begin SPEC PART: PART is "proof" or "rest".
 kernel_tests_begin() {
-    local spec=$1 part=$2 kernel=${1%+udev} filter=()
-    local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$kernel")")
+    local spec=$1 part=$2 kernel=${1%+*} filter=()
+    local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$spec")")
     [[ $kernel == arm64 ]] || options+=(--vmm)
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
     if [[ $spec == *+udev ]]; then
@@ -208,7 +222,7 @@ kernel_tests_end() {
         stage_failures=$((stage_failures + 1))
     fi
     stage_report+=("$(printf '%-6s %7s s  kernel %s (%s), %s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
-        "$spec" "$(kernel_release "${spec%+udev}")" "$part" "$passed" "$failed" "$ignored")")
+        "$spec" "$(kernel_release "${spec%+*}")" "$part" "$passed" "$failed" "$ignored")")
     while read -r line; do
         stage_report+=("                     $line")
     done < <(slowest_tests "$log")
