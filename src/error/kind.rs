@@ -67,6 +67,7 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::CowForeign { .. }
             | Refusal::CowNotBlank { .. }
             | Refusal::NotOurs { .. }
+            | Refusal::NotAdoptable { .. }
             | Refusal::NotExportable { .. }
             | Refusal::OutputExists { .. } => Self::Conflict,
             Refusal::CowUnlinked { .. } | Refusal::FileElsewhere { .. } => Self::Gone,

@@ -51,6 +51,14 @@ pub enum Refusal {
         /// Its uuid; empty without one.
         uuid: String,
     },
+    /// A dm device without a uuid that cannot be taken over as a snapshot.
+    #[error("cannot adopt {name:?}: {why}")]
+    NotAdoptable {
+        /// The device's name.
+        name: String,
+        /// What it is instead, or what is in the way.
+        why: String,
+    },
     /// The origin image holds no whole sector.
     #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
     OriginTooShort {

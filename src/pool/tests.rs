@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -239,7 +239,7 @@ fn a_device_that_is_opened_while_its_tables_are_swapped_is_not_used_again() {
     for fate in [CowFate::Delete, CowFate::Keep, CowFate::HandBack] {
         let stage = Stage::new();
         let handles = stage.claimed(1);
-        let world = Rc::clone(&stage.script.world);
+        let world = Arc::clone(&stage.script.world);
         stage.script.restart(move |step, _| {
             if step == Step::Load {
                 world.borrow_mut().busy_until = Duration::from_secs(3600);

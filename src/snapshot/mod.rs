@@ -13,6 +13,8 @@ mod recover;
 mod tests;
 
 pub(crate) use build::{Built, Made, Onto, build, load, make_device, undone};
+#[cfg(test)]
+pub(crate) use create::create;
 pub(crate) use create::{create_on, link, open_controls, prepare, unbuilt};
 pub use grow::{GrowOptions, grow, recover};
 pub use handle::Snapshot;

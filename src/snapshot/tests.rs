@@ -1,8 +1,8 @@
 //! Every call failed in turn.
 
-use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -121,9 +121,15 @@ fn a_lost_race_takes_another_device_and_leaves_the_lost_one_alone() {
         (Step::OpenLoop, Errno::ENXIO),
         (Step::OpenLoop, Errno::ENOENT),
     ] {
-        let losses = Cell::new(20u32);
+        let losses = AtomicU32::new(20u32);
         let script = Script::new(move |at, _| {
-            (at == step && losses.replace(losses.get().saturating_sub(1)) > 0).then_some(errno)
+            (at == step
+                && losses
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| {
+                        left.checked_sub(1)
+                    })
+                    .is_ok())
+            .then_some(errno)
         });
         let _ = create_on(&script).expect("the race is won in the end");
         assert!(!script.calls.borrow().contains(&Step::DetachLoop));
@@ -284,10 +290,10 @@ fn a_cow_file_that_is_replaced_goes_with_the_snapshot_that_fails() {
 #[test]
 fn a_file_that_somebody_claims_is_refused_by_what_it_is_for() {
     for (nth, path) in [(1, "/image"), (2, "/cow")] {
-        let opens = Cell::new(0);
+        let opens = AtomicUsize::new(0);
         let script = Script::new(move |step, _| {
-            opens.set(opens.get() + usize::from(step == Step::OpenFile));
-            (step == Step::OpenFile && opens.get() == nth).then_some(Errno::EBUSY)
+            opens.fetch_add(usize::from(step == Step::OpenFile), Ordering::Relaxed);
+            (step == Step::OpenFile && opens.load(Ordering::Relaxed) == nth).then_some(Errno::EBUSY)
         });
         let path = PathBuf::from(path);
         let refusal = match nth {

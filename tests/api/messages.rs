@@ -88,6 +88,13 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#""/dev/loop7" is not a dm device"#,
         ),
         (
+            Refusal::NotAdoptable {
+                name: "swap".to_owned(),
+                why: "its target is linear".to_owned(),
+            },
+            r#"cannot adopt "swap": its target is linear"#,
+        ),
+        (
             Refusal::OriginTooShort {
                 path: image(),
                 bytes: 511,

@@ -1,7 +1,7 @@
 //! Loop devices of the fake machine.
 
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
@@ -38,7 +38,7 @@ impl Loops for Script {
             binding.opens += 1;
         }
         Ok(ScriptLoop {
-            world: Rc::clone(&self.world),
+            world: Arc::clone(&self.world),
             number,
         })
     }

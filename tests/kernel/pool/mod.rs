@@ -11,7 +11,9 @@ use dmsnap::error::{Refusal, Step};
 use dmsnap::pool::{Claimed, CowFate, WhenEmpty};
 use dmsnap::teardown::Fate;
 use dmsnap::timings::Timings;
-use dmsnap::{CowSize, ErrorKind, Origin, Pool, PoolOptions, ReapOptions, SnapshotOptions, Teardown, cleanup};
+use dmsnap::{
+    CowSize, ErrorKind, Origin, Pool, PoolOptions, ReapOptions, SnapshotOptions, Teardown, cleanup,
+};
 
 use crate::common::reading::{
     alias_exists, dm_exists, dm_names, dm_table, loops_below, loops_over,

@@ -7,7 +7,9 @@ use std::time::Duration;
 use dmsnap::base::LoopHandle;
 use dmsnap::error::{Refusal, Retry};
 use dmsnap::teardown::{Fate, Outcome};
-use dmsnap::{ErrorKind, Handles, ReapOptions, SnapshotOptions, Teardown, WhenBusy, adopt, cleanup};
+use dmsnap::{
+    ErrorKind, Handles, ReapOptions, SnapshotOptions, Teardown, WhenBusy, adopt, cleanup,
+};
 
 use super::worker::use_disk;
 use crate::common::reading::{self, alias_exists, dm_exists, loops_below};
