@@ -1,4 +1,4 @@
-//! Jobs that mostly wait, done side by side by a bounded number of threads.
+//! Runs jobs that mostly wait in parallel, on a bounded number of threads.
 
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -6,27 +6,27 @@ use std::thread;
 
 use crate::call::{spans, timings};
 
-/// How many threads work at once, the caller among them.
+/// The most threads that work at once, the caller included.
 ///
 /// A removal is one wait after the other for RCU's grace periods, which the kernel shares among all that wait.
 const THREADS: usize = 16;
 
-/// Room for the deepest of our jobs several times over; only what is touched is taken from the machine.
+/// The stack of a thread: several times what the deepest job needs. Only pages that are touched take memory.
 const STACK_BYTES: usize = 256 << 10;
 
-/// Does `job` for every item; results in the order of the items.
+/// Runs `job` for every item and returns the results in the order of the items.
 ///
-/// One item is done by the caller without any thread; so are those for which no thread can be had. A job that panics
-/// keeps no other from being done: the panic goes on in the caller when all are.
-pub(crate) fn overlapped<T, R>(items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R>
+/// A single item is done by the caller, without a thread; so is every item when no thread can be started. A job that
+/// panics does not stop the others: the panic is resumed in the caller when all are done.
+pub(crate) fn in_parallel<T, R>(items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R>
 where
     T: Sync,
     R: Send,
 {
-    overlapped_on(THREADS, items, job)
+    in_parallel_on(THREADS, items, job)
 }
 
-fn overlapped_on<T, R>(threads: usize, items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R>
+fn in_parallel_on<T, R>(threads: usize, items: &[T], job: impl Fn(&T) -> R + Sync) -> Vec<R>
 where
     T: Sync,
     R: Send,
@@ -84,7 +84,7 @@ mod tests {
     fn results_come_in_the_order_of_the_items_from_no_more_threads_than_told() {
         let seen = Mutex::new(Vec::new());
         let items: Vec<usize> = (0..100).collect();
-        let doubled = overlapped_on(4, &items, |item| {
+        let doubled = in_parallel_on(4, &items, |item| {
             seen.lock().expect("no panic").push(thread::current().id());
             thread::yield_now();
             item * 2
@@ -102,15 +102,15 @@ mod tests {
     #[test]
     fn jobs_run_side_by_side() {
         let together = Barrier::new(8);
-        overlapped_on(8, &[(); 8], |()| together.wait());
+        in_parallel_on(8, &[(); 8], |()| together.wait());
     }
 
     #[test]
     fn one_item_is_done_by_the_caller_and_none_by_nobody() {
         let caller = thread::current().id();
-        let ran_on = overlapped(&[()], |()| thread::current().id());
+        let ran_on = in_parallel(&[()], |()| thread::current().id());
         assert_eq!(ran_on, [caller]);
-        assert_eq!(overlapped(&[(); 0], |()| ()), []);
+        assert_eq!(in_parallel(&[(); 0], |()| ()), []);
     }
 
     #[test]
@@ -119,7 +119,7 @@ mod tests {
             let done = AtomicUsize::new(0);
             let items: Vec<usize> = (0..20).collect();
             let caught = panic::catch_unwind(AssertUnwindSafe(|| {
-                overlapped_on(threads, &items, |item| {
+                in_parallel_on(threads, &items, |item| {
                     assert_ne!(*item, 3);
                     done.fetch_add(1, Ordering::Relaxed);
                 })

@@ -18,7 +18,7 @@ use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, policy};
 use crate::kernel::sys::LO_AUTOCLEAR;
 use crate::kernel::{FileKind, Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
-use crate::snapshot::{Made, make_device, undone};
+use crate::snapshot::{MappedDevice, make_device, undone};
 use crate::store::{ExceptionStore, MARK_AT};
 use crate::{store, teardown};
 
@@ -336,7 +336,12 @@ impl<H: Host> Pair<'_, H> {
     }
 
     /// Looks until nothing is left, or `progress` has seen enough. The kernel raises no event at the end of a merge.
-    fn watch(&self, made: &Made, total: Sectors, progress: &mut Progress<'_>) -> Result<()> {
+    fn watch(
+        &self,
+        made: &MappedDevice,
+        total: Sectors,
+        progress: &mut Progress<'_>,
+    ) -> Result<()> {
         let mut pause = FIRST_PAUSE;
         loop {
             let asked = ask(Step::Status, &made.mapper, || self.host.status(&made.uuid));

@@ -11,7 +11,7 @@ use recycle::{Ending, TakenBack};
 use shared::{Shared, State};
 
 use crate::base::{DeviceName, Handles, POOLED};
-use crate::call::overlapped;
+use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Result, Retry, Verdict};
 use crate::kernel::{MACHINE, Machine};
 use crate::snapshot::Snapshot;
@@ -262,18 +262,18 @@ impl Pool {
             }
         };
         let ready = Vec::from(ready);
-        let discarded = overlapped(&ready, |ready| ready::discard(&MACHINE, ready));
+        let discarded = in_parallel(&ready, |ready| ready::discard(&MACHINE, ready));
         for (ready, discarded) in ready.iter().zip(discarded) {
             note(&ready.made.mapper, discarded);
         }
         let retry = Retry::default();
-        let removed = overlapped(&taken_back, |taken| {
+        let removed = in_parallel(&taken_back, |taken| {
             recycle::remove(&MACHINE, taken, &retry)
         });
         for (taken, removed) in taken_back.iter().zip(removed) {
             note(&taken.made.mapper, removed);
         }
-        let removed = overlapped(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
+        let removed = in_parallel(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
         for (spare, removed) in spares.iter().zip(removed) {
             note(&spare.mapper, removed);
         }

@@ -10,7 +10,7 @@ use super::ready::{self, Ready, Site};
 use super::recycle::{self, TakenBack};
 use super::{Claimed, WhenEmpty, pool_name};
 use crate::base::{DeviceName, POOLED};
-use crate::call::overlapped;
+use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Refusal, Result, Retry};
 use crate::kernel::{LoopDevice, MACHINE, sys};
 use crate::snapshot;
@@ -212,7 +212,7 @@ impl Shared {
                 return taken_back.into_iter().chain(bound).collect();
             }
             drop(state);
-            let emptied = overlapped(&taken_back, empty);
+            let emptied = in_parallel(&taken_back, empty);
             let mut settled = Vec::new();
             for (taken, emptied) in taken_back.into_iter().zip(emptied) {
                 match emptied {

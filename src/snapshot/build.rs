@@ -1,4 +1,4 @@
-//! A dm device of ours from its attached parts: made, loaded and resumed.
+//! Builds the dm device of a snapshot from its attached parts: creates, loads and resumes it.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,55 +16,55 @@ use crate::kernel::{FileFacts, Host, MAPPER_CONTROL, TargetVersion};
 use crate::store::{self, MARK_AT};
 use crate::teardown;
 
-/// What a snapshot is made over: the image, and the loop device that has it.
-pub(crate) struct Over<'a> {
+/// The origin as a device: the image, and the loop device that serves it.
+pub(crate) struct OriginDevice<'a> {
     /// The image as it was inspected.
     pub(crate) facts: &'a FileFacts,
     pub(crate) device: DeviceNumber,
     pub(crate) length: Sectors,
 }
 
-/// Which dm device a snapshot becomes.
-pub(crate) enum Onto<'a> {
+/// The dm device that a snapshot's table is loaded into.
+pub(crate) enum Destination<'a> {
     New {
         name: &'a DeviceName,
         kind: Kind,
     },
-    /// One that is there and has a table that nobody uses.
-    Recycled(&'a Made),
+    /// One that exists and has a table that nobody uses.
+    Recycled(&'a MappedDevice),
 }
 
-/// A live device, still without its alias.
-pub(crate) struct Built<L> {
-    pub(crate) made: Made,
+/// A live dm device that has no alias yet.
+pub(crate) struct LiveDevice<L> {
+    pub(crate) made: MappedDevice,
     pub(crate) warnings: Vec<Warning>,
-    /// The COW file's, locked while this is there: a sweep by another process takes the device for abandoned without
-    /// it.
-    _at_work: Attached<L>,
+    /// The COW file's loop device, locked as long as this value lives. Without the lock, a `reap` by another process
+    /// takes the device for abandoned.
+    _lock: Attached<L>,
 }
 
-/// From an attached image and an inspected COW file to a live device. `handles` names at any moment what there is to
+/// Attaches the COW file, loads the snapshot's table and resumes it. `handles` names at any moment what there is to
 /// undo.
 pub(crate) fn build<H: Host>(
     host: &H,
     options: &SnapshotOptions,
-    over: &Over<'_>,
+    origin: &OriginDevice<'_>,
     cow: &Cow<'_, H::File>,
-    onto: &Onto<'_>,
+    destination: &Destination<'_>,
     handles: &mut Handles,
-) -> Result<Built<H::Loop>> {
+) -> Result<LiveDevice<H::Loop>> {
     let Cow {
         backing: cow,
         mark,
         warning,
     } = cow;
-    if let Onto::Recycled(made) = onto {
+    if let Destination::Recycled(made) = destination {
         made.note(handles);
     }
     let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
     let flags = LO_AUTOCLEAR | direct_io;
     let cow_loop = attach(host, cow, flags, cow.path, &mut handles.cow_loop)?;
-    let mut warnings = note_sizes(&options.cow, over.length, over.facts, &cow.facts);
+    let mut warnings = note_sizes(&options.cow, origin.length, origin.facts, &cow.facts);
     warnings.extend(warning.clone());
     if options.direct_io {
         let status = || host.loop_status(&cow_loop.device);
@@ -79,7 +79,7 @@ pub(crate) fn build<H: Host>(
         Discard::Unsupported
     };
     let params = SnapshotParams {
-        origin: over.device,
+        origin: origin.device,
         cow: cow_loop.dev,
         store: options.cow.store,
         chunk: options.cow.chunk,
@@ -87,16 +87,16 @@ pub(crate) fn build<H: Host>(
     };
     let line = TargetLine {
         start: Sectors::default(),
-        length: over.length,
+        length: origin.length,
         target: Target::Snapshot(params),
     };
 
-    let identity = over.facts.identity();
-    let made = match onto {
-        Onto::New { name, kind } => {
+    let identity = origin.facts.identity();
+    let made = match destination {
+        Destination::New { name, kind } => {
             make_device(host, name, identity, *kind, &cow_loop, &line, handles)?
         }
-        Onto::Recycled(made) => {
+        Destination::Recycled(made) => {
             load(host, made, &line)?;
             (*made).clone()
         }
@@ -109,25 +109,25 @@ pub(crate) fn build<H: Host>(
         })?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
-    Ok(Built {
+    Ok(LiveDevice {
         made,
         warnings,
-        _at_work: cow_loop,
+        _lock: cow_loop,
     })
 }
 
-/// A dm device of ours.
+/// A dm device that dmsnap made.
 #[derive(Clone, Debug)]
-pub(crate) struct Made {
+pub(crate) struct MappedDevice {
     pub(crate) name: DeviceName,
     pub(crate) uuid: DeviceUuid,
-    /// `/dev/mapper/<name>`, there or not.
+    /// `/dev/mapper/<name>`, whether or not it exists.
     pub(crate) mapper: PathBuf,
     pub(crate) dev: DeviceNumber,
 }
 
-impl Made {
-    /// The same device after a rename.
+impl MappedDevice {
+    /// Returns the same device under the name that it was given since.
     pub(crate) fn named(self, name: &DeviceName) -> Self {
         Self {
             mapper: name.mapper_path(),
@@ -150,7 +150,7 @@ impl Made {
     }
 }
 
-/// Makes the dm device and loads its one line.
+/// Creates the dm device and loads its one table line.
 pub(crate) fn make_device<H: Host>(
     host: &H,
     name: &DeviceName,
@@ -159,12 +159,12 @@ pub(crate) fn make_device<H: Host>(
     cow_loop: &Attached<H::Loop>,
     line: &TargetLine,
     handles: &mut Handles,
-) -> Result<Made> {
+) -> Result<MappedDevice> {
     let mapper = name.mapper_path();
     let random = ask(Step::Random, &mapper, || host.random())?;
     let uuid = DeviceUuid::fresh(random, origin, cow_loop.number, kind);
     let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
-    let made = Made {
+    let made = MappedDevice {
         name: name.clone(),
         uuid,
         mapper,
@@ -175,15 +175,15 @@ pub(crate) fn make_device<H: Host>(
     Ok(made)
 }
 
-/// Loads a line into the device's inactive slot.
-pub(crate) fn load<H: Host>(host: &H, made: &Made, line: &TargetLine) -> Result<()> {
+/// Loads a table line into the device's inactive slot.
+pub(crate) fn load<H: Host>(host: &H, made: &MappedDevice, line: &TargetLine) -> Result<()> {
     patiently(host, &LOAD_RETRY, Verdict::Exhausted, || {
         ask(Step::Load, &made.mapper, || host.load(&made.uuid, line))
     })
     .map_err(|error| explain_load(host, error))
 }
 
-/// A failure, with what undoing the steps before it leaves.
+/// Undoes what the handles name, and returns the failure with what could not be undone.
 pub(crate) fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Error {
     match teardown::clean(host, handles, &UNDO_RETRY) {
         Err(Error::Debris { left, .. }) => error.leaving(left),
@@ -191,7 +191,8 @@ pub(crate) fn undone<H: Host>(host: &H, error: Error, handles: &Handles) -> Erro
     }
 }
 
-/// A refused table may mean that the kernel has no snapshot target; otherwise only the kernel log knows more.
+/// Says why a table was refused. It may mean that the kernel has no snapshot target; otherwise only the kernel log knows
+/// more.
 fn explain_load<H: Host>(host: &H, error: Error) -> Error {
     match target_version(host) {
         Err(missing) if missing.verdict() == Some(Verdict::Unsupported) => missing,
@@ -199,14 +200,15 @@ fn explain_load<H: Host>(host: &H, error: Error) -> Error {
     }
 }
 
-/// Nobody knows the device yet, so only a probe can hold it, and not for long.
+/// How long undoing waits for a busy device. Nobody knows the device yet, so only a probe can hold it, and not for
+/// long.
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
-/// Reading several stores back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its
+/// How long a load is tried again. Where several stores are read back at once, 6.1 and 6.12 were seen to answer ENOMEM: one load creates the slab of its
 /// buffers while another one destroys it. Real shortage of memory lasts longer.
 const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
-/// Refuses what this kernel's snapshot target cannot do.
+/// Refuses options that this kernel's snapshot target does not have.
 pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
     if !options.discard {
         return Ok(());

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::build::{Made, Onto, Over, build, check_target, undone};
+use super::build::{Destination, MappedDevice, OriginDevice, build, check_target, undone};
 use super::{Base, Origin, Snapshot, SnapshotOptions};
 use crate::backing::{
     Cow, Warning, attach, check_identity, loop_length, open_cow, open_origin, unmake,
@@ -81,14 +81,21 @@ pub(crate) fn create<H: Host>(
         let flags = LO_READ_ONLY | LO_AUTOCLEAR;
         let origin_loop = attach(host, &origin, flags, origin.path, &mut handles.origin_loop)?;
         let length = loop_length(host, &origin_loop)?;
-        let over = Over {
+        let origin_device = OriginDevice {
             facts: &origin.facts,
             device: origin_loop.dev,
             length,
         };
         let kind = Kind::Own;
-        let onto = Onto::New { name, kind };
-        let built = build(host, options, &over, &cow, &onto, &mut handles)?;
+        let destination = Destination::New { name, kind };
+        let built = build(
+            host,
+            options,
+            &origin_device,
+            &cow,
+            &destination,
+            &mut handles,
+        )?;
         Ok((link(host, &built.made)?, built.warnings))
     };
     let built = attached();
@@ -108,8 +115,15 @@ pub(crate) fn create_on<H: Host>(
     let (cow, mut handles) = prepare(host, options, base, cow)?;
     let mut live = || -> Result<_> {
         let kind = Kind::Shared;
-        let onto = Onto::New { name, kind };
-        let built = build(host, options, &base.over(), &cow, &onto, &mut handles)?;
+        let destination = Destination::New { name, kind };
+        let built = build(
+            host,
+            options,
+            &base.over(),
+            &cow,
+            &destination,
+            &mut handles,
+        )?;
         Ok((link(host, &built.made)?, built.warnings))
     };
     let built = live();
@@ -147,7 +161,7 @@ pub(crate) fn open_controls<H: Host>(host: &H) -> Result<()> {
 }
 
 /// Makes the device's alias. The path that leads to it without that, where /dev has one.
-pub(crate) fn link<H: Host>(host: &H, made: &Made) -> Result<PathBuf> {
+pub(crate) fn link<H: Host>(host: &H, made: &MappedDevice) -> Result<PathBuf> {
     let node = host.find_node(made.dev);
     ask(Step::Link, &made.mapper, || {
         host.make_alias(&made.mapper, made.dev, node.as_deref())

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::build::Over;
+use super::build::OriginDevice;
 use crate::backing::{Attached, Backing, attach, diskseq, loop_length, open_locked_origin};
 use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, Sectors, loop_node};
 use crate::call::ask;
@@ -49,8 +49,8 @@ impl<L> Base<L> {
         }
     }
 
-    pub(crate) fn over(&self) -> Over<'_> {
-        Over {
+    pub(crate) fn over(&self) -> OriginDevice<'_> {
+        OriginDevice {
             facts: &self.facts,
             device: self.device.dev,
             length: self.length,

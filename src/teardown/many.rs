@@ -1,23 +1,23 @@
-//! The story of many teardowns at once, as after a host's VMs have all been stopped.
+//! Takes many snapshots down at once, as after a host's VMs have all been stopped.
 
 use std::path::PathBuf;
 
 use super::cleanup::{self, Claims};
 use super::remove::{self, Outcome};
 use crate::base::Handles;
-use crate::call::{Wait, overlapped, spans};
+use crate::call::{Wait, in_parallel, spans};
 use crate::error::{Result, Retry, Verdict};
 use crate::kernel::Host;
 
-/// A snapshot that is still to be taken down.
-struct Due<'a> {
-    /// Its place among those given.
+/// A snapshot that has not been taken down yet.
+struct Pending<'a> {
+    /// Its index among the handles given.
     nth: usize,
     handles: &'a Handles,
     claims: Claims<'a>,
 }
 
-/// Takes down what each of the handles names, side by side.
+/// Takes down what each of the handles names, in parallel.
 pub(super) fn clean_all<H: Host + Sync>(
     host: &H,
     all: &[&Handles],
@@ -29,7 +29,7 @@ pub(super) fn clean_all<H: Host + Sync>(
     let mut busy = Vec::new();
     let mut ready: Vec<_> = (0..)
         .zip(all)
-        .map(|(nth, handles)| Due {
+        .map(|(nth, handles)| Pending {
             nth,
             handles,
             claims: cleanup::claims(host, handles),
@@ -37,39 +37,41 @@ pub(super) fn clean_all<H: Host + Sync>(
         .collect();
     let mut wait = Wait::new(host, retry);
     loop {
-        let attempts = overlapped(&ready, |due| due.attempt(host, &left()));
-        for (due, attempt) in ready.drain(..).zip(attempts) {
+        let attempts = in_parallel(&ready, |pending| pending.attempt(host, &left()));
+        for (pending, attempt) in ready.drain(..).zip(attempts) {
             match attempt {
-                Some(result) => results[due.nth] = result,
-                None => busy.push(due),
+                Some(result) => results[pending.nth] = result,
+                None => busy.push(pending),
             }
         }
         if busy.is_empty() {
             return results;
         }
         let nodes = || {
-            let nodes = busy.iter().filter_map(|due: &Due<'_>| due.node(host));
+            let nodes = busy
+                .iter()
+                .filter_map(|pending: &Pending<'_>| pending.node(host));
             nodes.collect()
         };
         if !wait.pause(busy.len(), nodes) {
             break;
         }
-        (busy, ready) = busy.into_iter().partition(|due| due.is_busy(host));
+        (busy, ready) = busy.into_iter().partition(|pending| pending.is_busy(host));
     }
     let last = match *retry {
         Retry::ONCE => Retry::ONCE,
         _ => Retry::LAST,
     };
-    let attempts = overlapped(&busy, |due| {
-        cleanup::clean_claimed(host, due.handles, &due.claims, &last)
+    let attempts = in_parallel(&busy, |pending| {
+        cleanup::clean_claimed(host, pending.handles, &pending.claims, &last)
     });
-    for (due, result) in busy.iter().zip(attempts) {
-        results[due.nth] = result;
+    for (pending, result) in busy.iter().zip(attempts) {
+        results[pending.nth] = result;
     }
     results
 }
 
-impl Due<'_> {
+impl Pending<'_> {
     /// `None` when somebody has the dm device open.
     fn attempt<H: Host>(&self, host: &H, retry: &Retry) -> Option<Result<Outcome>> {
         let _span = spans::cleanup(self.handles);
@@ -86,8 +88,8 @@ impl Due<'_> {
         }
     }
 
-    /// A look from the calling thread, which is a thousandth of a removal. Whatever else it finds is for the attempt to
-    /// name.
+    /// Asks whether somebody has the device open. Done by the calling thread, as it takes a thousandth of a removal; any
+    /// other failure is left to the attempt to report.
     fn is_busy<H: Host>(&self, host: &H) -> bool {
         let device = remove::look(host, self.handles);
         device.is_some_and(|device| device.open_count > 0)

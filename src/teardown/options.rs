@@ -6,7 +6,7 @@ use remove::{Outcome, When};
 
 use super::{cleanup, many, remove};
 use crate::base::{DeviceId, Handles};
-use crate::call::overlapped;
+use crate::call::in_parallel;
 use crate::error::{Result, Retry};
 use crate::kernel::MACHINE;
 
@@ -116,7 +116,7 @@ impl Teardown {
             (_, []) => Vec::new(),
             (WhenBusy::Fail, [one]) => vec![self.cleanup(one)],
             (WhenBusy::Fail, _) => many::clean_all(&MACHINE, &all, &self.retry),
-            (WhenBusy::Defer, _) => overlapped(&all, |one| self.cleanup(one)),
+            (WhenBusy::Defer, _) => in_parallel(&all, |one| self.cleanup(one)),
         }
     }
 

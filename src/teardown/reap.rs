@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::remove::{self, Outcome};
 use super::{cleanup, pool_mark};
 use crate::base::{MAPPER_DIR, loop_node};
-use crate::call::{absent, ask, overlapped, patiently};
+use crate::call::{absent, ask, in_parallel, patiently};
 use crate::error::{Result, Retry, Step, Verdict};
 use crate::find;
 use crate::find::SnapshotInfo;
@@ -121,7 +121,7 @@ impl ReapOptions {
     ) -> Result<Vec<Reaped>> {
         let found = find::all(host)?;
         // Before `keep` is asked: a snapshot whose maker is done by then is one that `keep` can know of.
-        let making = overlapped(&found, |(_, info)| match info {
+        let making = in_parallel(&found, |(_, info)| match info {
             Ok(info) => in_progress(host, info),
             Err(_) => Ok(false),
         });
@@ -158,7 +158,7 @@ impl ReapOptions {
         let (due, fates): (Vec<_>, Vec<_>) = due
             .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
             .unzip();
-        let became = overlapped(&due, |info| self.reap_one(host, info));
+        let became = in_parallel(&due, |info| self.reap_one(host, info));
         for (fate, became) in fates.into_iter().zip(became) {
             *fate = became;
         }
