@@ -57,6 +57,10 @@ const ALONE: &[(&str, &str)] = &[
     ),
     ("foreign::theirs_is_not_in_our_list", "lists the host"),
     (
+        "handles::any_one_way",
+        "names devices by numbers that others may have next",
+    ),
+    (
         "handles::a_loop_number_that",
         "takes a loop device by the number that another had",
     ),
@@ -83,6 +87,10 @@ const ALONE: &[(&str, &str)] = &[
     ("proof::stuck_udev", "stops udevd"),
     ("reaction::", "measures CPU time"),
     ("strace::", "counts system calls"),
+    (
+        "teardown::every_path",
+        "names devices by numbers that others may have next",
+    ),
     ("udev::", "stops udevd"),
     ("watch::only_live_snapshots", "lists the host"),
     ("watch::the_descriptor_wakes", "dm's events are the host's"),
