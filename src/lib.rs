@@ -38,7 +38,8 @@ mod watch;
 pub use backing::{CowSize, Warning};
 pub use base::{
     ChunkSize, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, InvalidChunkSize,
-    InvalidName, InvalidNumber, InvalidUuid, LoopHandle, NameFault, OriginIdentity, Sectors, Store,
+    InvalidName, InvalidNumber, InvalidUuid, LoopHandle, NameFault, OriginIdentity, SectorSize,
+    Sectors, Store,
 };
 pub use call::{CallTiming, StepTiming, Timings};
 pub use dm::{Discard, SnapshotParams, SnapshotStatus, TableError, Target, TargetLine, Usage};

@@ -14,8 +14,8 @@ use crate::base::{ChunkSize, DeviceName, DeviceNumber, Handles, LoopHandle, Stor
 use crate::dm::{Address, Discard, SnapshotParams};
 use crate::error::{Error, Retry, Step};
 use crate::find::{SnapshotInfo, State};
-use crate::kernel::{Clock, DeviceMapper};
 use crate::kernel::fake::{Script, ScriptLoop};
+use crate::kernel::{Clock, DeviceMapper};
 use crate::pool::ready::{Ready, Site};
 use crate::pool::recycle::Ending;
 use crate::snapshot::{Base, Made, SnapshotOptions, open_origin};

@@ -10,7 +10,10 @@ mod sizing;
 
 pub use extents::{Extent, Extents};
 pub use fault::{StoreError, StoreFault};
-pub(crate) use header::{Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe, mark, probe};
+pub(crate) use header::{
+    CONTENT_AT, CONTENT_BYTES, Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe, content, mark,
+    probe,
+};
 pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
 pub(crate) use sizing::{grown, sound_from};
 pub use sizing::{least_bytes, sound, worst_case};

@@ -65,6 +65,11 @@ impl LoopControl {
     pub(crate) fn find_free(&self) -> Result<u32, Errno> {
         sys::loop_find_free(sys::borrow(&self.0))
     }
+
+    /// Makes the device of that number.
+    pub(crate) fn add(&self, number: u32) -> Result<(), Errno> {
+        sys::loop_add(sys::borrow(&self.0), number)
+    }
 }
 
 /// A loop device's node, open. Closing it clears the device if it was attached with autoclear and nobody else
@@ -113,12 +118,14 @@ impl LoopDevice {
         &self,
         backing: BorrowedFd<'_>,
         flags: u32,
+        sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno> {
         sys::loop_configure(
             self.fd(),
             backing,
             flags,
+            sector_bytes,
             path.as_os_str().as_encoded_bytes(),
         )
     }
@@ -177,6 +184,10 @@ impl LoopDevice {
 
     pub(crate) fn size_bytes(&self) -> Result<u64, Errno> {
         sys::block_size_bytes(self.fd())
+    }
+
+    pub(crate) fn sector_bytes(&self) -> Result<u32, Errno> {
+        sys::block_sector_bytes(self.fd())
     }
 }
 

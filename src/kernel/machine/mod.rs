@@ -9,6 +9,7 @@ mod holders;
 mod loop_device;
 mod loops;
 mod mapper;
+mod nodes;
 
 use std::sync::OnceLock;
 use std::time::Instant;
