@@ -15,7 +15,7 @@ use copy::Copier;
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, check_header, check_identity, open_origin, open_store, unsound,
+    Backing, CowOptions, check_header, check_identity, open_origin, open_store, sample, unsound,
 };
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
 use crate::call::ask;
@@ -281,7 +281,14 @@ impl Source<'_> {
             let path = path.to_owned();
             return Err(Refusal::CowInvalid { path }.into());
         }
-        check_header(&self.origin, &self.cow, store.header(), options.any_origin)?;
+        let sample = || sample(&MACHINE, &self.origin);
+        check_header(
+            &self.origin,
+            &self.cow,
+            store.header(),
+            &sample,
+            options.any_origin,
+        )?;
         store = store.over(Sectors::from_bytes_floor(length));
         if let Some(end) = self.end {
             store = store.ending_at(end);

@@ -128,7 +128,7 @@ fn a_fake_loop_device_goes_with_its_last_user() {
     let device = script
         .open_loop(Path::new("/dev/loop0"), true)
         .expect("opens");
-    let attached = script.attach_loop(&device, &7, LO_AUTOCLEAR, Path::new("/x"));
+    let attached = script.attach_loop(&device, &7, LO_AUTOCLEAR, 512, Path::new("/x"));
     assert_eq!(attached, Ok(()));
     drop(device);
     assert!(script.world.borrow().loops.is_empty());

@@ -41,7 +41,10 @@ const LOOP_CLR_FD: Request = 0x4C01;
 const LOOP_GET_STATUS64: Request = 0x4C05;
 const LOOP_SET_CAPACITY: Request = 0x4C07;
 const LOOP_CONFIGURE: Request = 0x4C0A;
+const LOOP_CTL_ADD: Request = 0x4C80;
 const LOOP_CTL_GET_FREE: Request = 0x4C82;
+const BLKROGET: Request = 0x125E;
+const BLKSSZGET: Request = 0x1268;
 const BLKGETSIZE64: Request = 0x8008_1272;
 const BLKGETDISKSEQ: Request = 0x8008_1280;
 const FICLONE: Request = 0x4004_9409;
@@ -114,14 +117,22 @@ pub(crate) fn loop_find_free(control: BorrowedFd<'_>) -> Result<u32, Errno> {
     check(number).map(libc::c_int::unsigned_abs)
 }
 
+/// `LOOP_CTL_ADD` (3.1): makes the loop device of that number; EEXIST where there is one.
+pub(crate) fn loop_add(control: BorrowedFd<'_>, number: u32) -> Result<(), Errno> {
+    // SAFETY: `control` is open for as long as it is borrowed; the argument is a number, so the kernel touches no memory
+    // of ours; any other kind of file answers ENOTTY or EINVAL.
+    check(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_ADD as _, number) }).map(drop)
+}
+
 // --- /dev/loopN ---
 
-/// `LOOP_CONFIGURE` (5.8): binds `backing` and sets `flags` in one step. The loop device keeps the open file
+/// `LOOP_CONFIGURE` (5.8): binds `backing` and sets `flags` and the logical block size in one step. The loop device keeps the open file
 /// description, and with it any `flock` it holds, until it is cleared.
 pub(crate) fn loop_configure(
     device: BorrowedFd<'_>,
     backing: BorrowedFd<'_>,
     flags: u32,
+    block_size: u32,
     file_name: &[u8],
 ) -> Result<(), Errno> {
     let fd = u32::try_from(backing.as_raw_fd()).map_err(|_| Errno::EBADF)?;
@@ -133,7 +144,7 @@ pub(crate) fn loop_configure(
     info.file_name[..kept].copy_from_slice(&file_name[..kept]);
     let config = LoopConfig {
         fd,
-        block_size: 0,
+        block_size,
         info,
         reserved: [0; 8],
     };
@@ -179,6 +190,24 @@ pub(crate) fn block_size_bytes(device: BorrowedFd<'_>) -> Result<u64, Errno> {
 /// EINVAL on older kernels.
 pub(crate) fn block_diskseq(device: BorrowedFd<'_>) -> Result<u64, Errno> {
     block_u64(device, BLKGETDISKSEQ)
+}
+
+/// `BLKROGET`: whether it is read-only.
+pub(crate) fn block_is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
+    block_int(device, BLKROGET).map(|value| value != 0)
+}
+
+/// `BLKSSZGET`: its logical block size in bytes.
+pub(crate) fn block_sector_bytes(device: BorrowedFd<'_>) -> Result<u32, Errno> {
+    block_int(device, BLKSSZGET).map(libc::c_int::unsigned_abs)
+}
+
+fn block_int(device: BorrowedFd<'_>, request: Request) -> Result<libc::c_int, Errno> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: `device` is open for as long as it is borrowed; the kernel writes an `int`, which `value` is, for either
+    // request; a file that is no block device answers ENOTTY.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), request as _, &raw mut value) })?;
+    Ok(value)
 }
 
 fn block_u64(device: BorrowedFd<'_>, request: Request) -> Result<u64, Errno> {
@@ -417,6 +446,8 @@ mod tests {
             (LOOP_SET_CAPACITY, "LOOP_SET_CAPACITY"),
             (LOOP_CONFIGURE, "LOOP_CONFIGURE"),
             (LOOP_CTL_GET_FREE, "LOOP_CTL_GET_FREE"),
+            (BLKROGET, "BLKROGET"),
+            (BLKSSZGET, "BLKSSZGET"),
             (BLKGETSIZE64, "BLKGETSIZE64"),
             (BLKGETDISKSEQ, "BLKGETDISKSEQ"),
             (FICLONE, "FICLONE"),

@@ -4,7 +4,7 @@ use std::fmt;
 use std::path::Path;
 
 use crate::backing::{Backing, attach};
-use crate::base::{ChunkSize, DeviceName, Handles, Kind, Sectors, Store};
+use crate::base::{ChunkSize, DeviceName, Handles, Kind, SectorSize, Sectors, Store};
 use crate::call::ask;
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Result, Retry, Step};
@@ -56,7 +56,14 @@ fn build<H: Host>(
     let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
     let cow = Backing { path, file, facts };
     // Its lock says that the maker is at work, until the node is open and says so.
-    let cow_loop = attach(host, &cow, LO_AUTOCLEAR, path, &mut handles.cow_loop)?;
+    let cow_loop = attach(
+        host,
+        &cow,
+        LO_AUTOCLEAR,
+        SectorSize::Bytes512,
+        path,
+        &mut handles.cow_loop,
+    )?;
     let identity = base.image().identity();
     let line = |target| TargetLine {
         start: Sectors::default(),

@@ -1,7 +1,7 @@
 //! How a snapshot is to be made.
 
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{ChunkSize, OriginIdentity, Store};
+use crate::base::{ChunkSize, OriginIdentity, SectorSize, Store};
 
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
@@ -21,6 +21,7 @@ pub struct SnapshotOptions {
     pub(crate) direct_io: bool,
     pub(crate) discard: bool,
     pub(crate) trust_discards: bool,
+    pub(crate) sector_size: SectorSize,
 }
 
 impl SnapshotOptions {
@@ -50,10 +51,23 @@ impl SnapshotOptions {
         self
     }
 
+    /// Sets the sector size that the guest sees: 512 bytes, unless the image was made for another. Direct I/O keeps it:
+    /// where the COW file's file system cannot do direct I/O in such sectors, as on a disk with sectors of 4096 bytes,
+    /// the I/O is buffered, and [`Warning::DirectIoUnavailable`](crate::Warning::DirectIoUnavailable) says so.
+    ///
+    /// Refused where the chunk is smaller, or the image no whole number of such sectors.
+    pub fn sector_size(&mut self, sector_size: SectorSize) -> &mut Self {
+        self.sector_size = sector_size;
+        self
+    }
+
     /// Lets a guest's discard of whole written chunks zero them and give their space back to the COW file's file
     /// system (`discard_zeroes_cow`). A discarded chunk that was never written goes on reading the origin. Without the
     /// option the disk says that it takes no discards, and one that a guest sends all the same, as `fstrim` does, fails
     /// with EOPNOTSUPP; no harm is done, and a hypervisor may have to be told not to offer it.
+    ///
+    /// Where the COW file's file system cannot punch holes, the disk is made without it, and
+    /// [`Warning::DiscardUnavailable`](crate::Warning::DiscardUnavailable) says so.
     ///
     /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::dm::Discard::Passdown) says why.
     ///
@@ -97,14 +111,16 @@ impl SnapshotOptions {
     }
 
     /// Makes the COW file too: mode 0600, sparse, and never over an existing one unless
-    /// [`replace_cow`](Self::replace_cow) says so. If the snapshot then fails, the file is removed again.
+    /// [`replace_cow`](Self::replace_cow) says so. One longer than the process may make files (RLIMIT_FSIZE) is an error
+    /// (EFBIG), and no SIGXFSZ. If the snapshot then fails, the file is removed again.
     pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
         self.cow.make = Some(size);
         self
     }
 
     /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it,
-    /// whatever it is. A file that a snapshot has, the image itself and a block device are refused.
+    /// whatever it is. A file that a snapshot has, the image itself, a symbolic link and a block device
+    /// are refused.
     pub fn replace_cow(&mut self, replace_cow: bool) -> &mut Self {
         self.cow.replace = replace_cow;
         self

@@ -63,7 +63,9 @@ pub(crate) fn clean_claimed<H: Host>(
     let start = host.now();
     let removed = remove_device(host, handles, retry);
     let retry = retry.less(host.now().saturating_sub(start));
-    release_loops(host, handles, removed, claims, &retry)
+    let released = release_loops(host, handles, removed, claims, &retry);
+    host.sweep_nodes();
+    released
 }
 
 /// What follows a dm device's removal, or the failure of it.

@@ -189,6 +189,7 @@ pub(crate) fn remove_subject<H: Host>(
     };
     let attempt = || try_once(host, subject, when);
     let outcome = watchfully(host, retry, Verdict::Busy, node, attempt);
+    host.sweep_nodes();
     match outcome {
         // Looking for holders takes far longer than an attempt: worth it for who has waited in vain, not for who asks
         // from an event loop.

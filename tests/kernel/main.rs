@@ -18,6 +18,7 @@ mod bad_cow;
 mod bad_host;
 mod bad_input;
 mod bad_names;
+mod cases;
 mod cli;
 mod concurrency;
 mod discard;

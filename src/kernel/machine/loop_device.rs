@@ -66,6 +66,11 @@ impl LoopControl {
     pub(crate) fn find_free(&self) -> Result<u32, Errno> {
         sys::loop_find_free(self.0.as_fd())
     }
+
+    /// Makes the device of that number.
+    pub(crate) fn add(&self, number: u32) -> Result<(), Errno> {
+        sys::loop_add(self.0.as_fd(), number)
+    }
 }
 
 /// A loop device's node, open. Closing it clears the device if it was attached with autoclear and nobody else
@@ -112,12 +117,14 @@ impl LoopDevice {
         &self,
         backing: BorrowedFd<'_>,
         flags: u32,
+        sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno> {
         sys::loop_configure(
             self.fd(),
             backing,
             flags,
+            sector_bytes,
             path.as_os_str().as_encoded_bytes(),
         )
     }
@@ -176,5 +183,9 @@ impl LoopDevice {
 
     pub(crate) fn size_bytes(&self) -> Result<u64, Errno> {
         sys::block_size_bytes(self.fd())
+    }
+
+    pub(crate) fn sector_bytes(&self) -> Result<u32, Errno> {
+        sys::block_sector_bytes(self.fd())
     }
 }

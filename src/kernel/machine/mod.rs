@@ -13,6 +13,7 @@ mod loops;
 mod mapper;
 #[cfg_attr(not(feature = "devicemapper"), path = "mapper_plain.rs")]
 mod mapper_crate;
+mod nodes;
 
 use std::sync::OnceLock;
 use std::time::Instant;
