@@ -76,10 +76,6 @@ fn explain(error: Error) -> Error {
     }
 }
 
-#[expect(
-    clippy::too_many_arguments,
-    reason = "what is bound, how, and where that is noted"
-)]
 fn try_attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,

@@ -53,9 +53,8 @@ pub(crate) fn check_store<H: Host, O>(
         };
     }
     let Some(header) = probed? else {
-        let sample = sample()?;
         return Ok(Some(Mark {
-            sample,
+            sample: sample.for_a_new_store()?,
             fresh: true,
         }));
     };
@@ -72,9 +71,8 @@ pub(crate) fn check_store<H: Host, O>(
     if header.origin == Some(origin.identity()) && header.merging_into.is_none() {
         return Ok(None);
     }
-    let sample = sample()?;
     Ok(Some(Mark {
-        sample,
+        sample: Some((sample.take)()?),
         fresh: false,
     }))
 }
@@ -106,8 +104,20 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
     }
 }
 
-/// Takes an image's fingerprint, or has it.
-pub(crate) type Sample<'a> = &'a dyn Fn() -> Result<u128>;
+/// How to come by an image's fingerprint.
+#[derive(Clone, Copy)]
+pub(crate) struct Sample<'a> {
+    pub(crate) take: &'a dyn Fn() -> Result<u128>,
+    /// Whether a new store is marked with it: where it is had already, or where the image's modification time says
+    /// nothing. Elsewhere reading the image is not worth a create's time.
+    pub(crate) marks: bool,
+}
+
+impl Sample<'_> {
+    fn for_a_new_store(&self) -> Result<Option<u128>> {
+        self.marks.then(self.take).transpose()
+    }
+}
 
 /// Holds the image against what the store was made over, or is half merged into: by its size and modification time, and
 /// by its content where those say nothing.
@@ -123,7 +133,7 @@ pub(crate) fn check_header<O, F>(
     }
     let found = origin.identity();
     let same_content = || match header.sample.filter(|_| header.merging_into.is_none()) {
-        Some(then) => sample().map(|now| Some(now == then)),
+        Some(then) => (sample.take)().map(|now| Some(now == then)),
         None => Ok(None),
     };
     match header.origin {

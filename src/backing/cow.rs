@@ -26,7 +26,7 @@ pub(crate) struct Cow<'a, F> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mark {
     /// The origin's fingerprint.
-    pub(crate) sample: u128,
+    pub(crate) sample: Option<u128>,
     /// Whether the store is a new one, with nothing behind its header.
     pub(crate) fresh: bool,
 }
@@ -112,7 +112,11 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
             .into());
         }
     };
-    check_header(origin, &cow, &header, &|| sample(host, origin), any_origin)?;
+    let fingerprint = Sample {
+        take: &|| sample(host, origin),
+        marks: true,
+    };
+    check_header(origin, &cow, &header, fingerprint, any_origin)?;
     Ok((cow, header))
 }
 

@@ -84,9 +84,9 @@ pub(crate) fn unmake<H: Host>(
 ) -> Error {
     let made = made.into();
     let kept_by = error.left().first().map(|leftover| leftover.error.clone());
-    let is_made = || {
-        let found = ask(Step::Unlink, path, || host.look(path, false));
-        Ok(absent(found)?.is_some_and(|found| made.is_none_or(|made| made == found.id)))
+    let is_made = || match ask(Step::InspectFile, path, || host.look(path, false)) {
+        Err(error) if error.verdict() == Some(Verdict::Missing) => Ok(false),
+        found => found.map(|found| made.is_none_or(|made| made == found.id)),
     };
     let unlink = || match is_made() {
         Ok(true) => absent(ask(Step::Unlink, path, || host.unlink(path))).err(),

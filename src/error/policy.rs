@@ -24,7 +24,7 @@ use super::Step;
 /// | Create, SetUuid, Rename | EBUSY | NameTaken |
 /// | Link, MakeFile, MoveFile, AddLoop | EEXIST | NameTaken |
 /// | Load, OpenFile | EBUSY | InUse |
-/// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
+/// | OpenFile, MakeFile, InspectFile | ENOENT, ENOTDIR | Missing |
 /// | OpenFile | EISDIR | NotAFile |
 /// | OpenFile | ELOOP | SymbolicLink |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
@@ -93,7 +93,7 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::Create | S::SetUuid | S::Rename, E::EBUSY) => Verdict::NameTaken,
         (S::Link | S::MakeFile | S::MoveFile | S::AddLoop, E::EEXIST) => Verdict::NameTaken,
         (S::Load | S::OpenFile, E::EBUSY) => Verdict::InUse,
-        (S::OpenFile | S::MakeFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
+        (S::OpenFile | S::MakeFile | S::InspectFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
         (S::OpenFile, E::EISDIR) => Verdict::NotAFile,
         (S::OpenFile, E::ELOOP) => Verdict::SymbolicLink,
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {

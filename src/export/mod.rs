@@ -15,7 +15,8 @@ use copy::Copier;
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, check_header, check_identity, open_origin, open_store, sample, unsound,
+    Backing, CowOptions, Sample, check_header, check_identity, open_origin, open_store, sample,
+    unsound,
 };
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
 use crate::call::ask;
@@ -281,12 +282,15 @@ impl Source<'_> {
             let path = path.to_owned();
             return Err(Refusal::CowInvalid { path }.into());
         }
-        let sample = || sample(&MACHINE, &self.origin);
+        let fingerprint = Sample {
+            take: &|| sample(&MACHINE, &self.origin),
+            marks: false,
+        };
         check_header(
             &self.origin,
             &self.cow,
             store.header(),
-            &sample,
+            fingerprint,
             options.any_origin,
         )?;
         store = store.over(Sectors::from_bytes_floor(length));

@@ -129,7 +129,11 @@ fn write_mark<H: Host>(
     mark: &Mark,
 ) -> Result<()> {
     let first = store::mark(origin, None);
-    let second = store::content(origin, mark.sample);
+    let Some(sample) = mark.sample else {
+        let write = || host.write_at(&cow.file, &first, MARK_AT);
+        return ask(Step::MarkFile, cow.path, write);
+    };
+    let second = store::content(origin, sample);
     let write = |bytes: &[u8], at| {
         ask(Step::MarkFile, cow.path, || {
             host.write_at(&cow.file, bytes, at)

@@ -10,12 +10,12 @@ use super::build::{
 };
 use super::{Base, Origin, Snapshot, SnapshotOptions};
 use crate::backing::{
-    Backing, Cow, Warning, attach, check_identity, loop_length, open_cow, open_origin, sample,
-    unmake,
+    Backing, Cow, Sample, Warning, attach, check_identity, loop_length, open_cow, open_origin,
+    sample, unmake,
 };
 use crate::base::{DeviceName, Handles, Kind, SectorSize};
 use crate::call::{ask, spans};
-use crate::error::{Error, Refusal, Result, Step};
+use crate::error::{Error, Refusal, Result, Step, Verdict};
 use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
 use crate::kernel::{FileKind, Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
 
@@ -75,7 +75,11 @@ pub(crate) fn create<H: Host>(
     check_target(host, options)?;
     let origin = open_origin(host, origin, &options.cow)?;
     check_sectors(options, &origin)?;
-    let cow = open_cow(host, cow, &origin, &|| sample(host, &origin), &options.cow)?;
+    let fingerprint = Sample {
+        take: &|| sample(host, &origin),
+        marks: origin.identity().is_undated(),
+    };
+    let cow = open_cow(host, cow, &origin, fingerprint, &options.cow)?;
 
     let mut handles = Handles {
         origin: Some(origin.identity()),
@@ -161,7 +165,11 @@ pub(crate) fn prepare<'a, H: Host>(
         origin: Some(image.identity()),
         ..Handles::default()
     };
-    let cow = open_cow(host, cow, &image, &|| Ok(base.sample()), &options.cow)?;
+    let fingerprint = Sample {
+        take: &|| Ok(base.sample()),
+        marks: true,
+    };
+    let cow = open_cow(host, cow, &image, fingerprint, &options.cow)?;
     Ok((cow, handles))
 }
 
@@ -194,13 +202,13 @@ fn check_unchanged<H: Host>(host: &H, image: &Backing<'_, ()>) -> Result<()> {
     if image.facts.kind != FileKind::Regular {
         return Ok(());
     }
-    let found = ask(Step::InspectFile, image.path, || {
+    match ask(Step::InspectFile, image.path, || {
         host.look(image.path, true)
-    });
-    match found {
+    }) {
         Ok(found) if found.id == image.facts.id => {
             check_identity(image.path, found.identity(), Some(image.identity()), false)
         }
+        Err(error) if error.verdict() != Some(Verdict::Missing) => Err(error),
         _ => Ok(()),
     }
 }
