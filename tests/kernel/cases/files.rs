@@ -43,6 +43,7 @@ fn discards_are_not_offered_where_no_hole_can_be_punched() {
     let mut options = SnapshotOptions::new();
     options
         .discard(true)
+        .trust_discards(true)
         .chunk_size(dmsnap::ChunkSize::new(512).expect("a power of two"));
     let name = scene.name();
     let snapshot = options.create(scene.image(), &cow, &name);
