@@ -51,6 +51,14 @@ pub enum Refusal {
         /// Its uuid; empty without one.
         uuid: String,
     },
+    /// A dm device of nobody's that is no snapshot over two loop devices.
+    #[error("cannot take over {name:?}: {why}")]
+    NotAdoptable {
+        /// The device's name.
+        name: String,
+        /// What it is instead.
+        why: String,
+    },
     /// The origin image holds no whole sector.
     #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
     OriginTooShort {

@@ -14,8 +14,8 @@ use crate::kernel::{DevId, Host, MACHINE};
 ///
 /// # Errors
 ///
-/// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid, or is no snapshot over two loop
-/// devices.
+/// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid,
+/// [`Refusal::NotAdoptable`] for one that is no snapshot over two loop devices. Nothing is changed then.
 pub fn adopt(device: impl Into<DeviceId>) -> Result<Handles> {
     adopt_on(&MACHINE, &device.into())
 }
@@ -32,33 +32,42 @@ pub(crate) fn adopt_on<H: Host>(host: &H, device: &DeviceId) -> Result<Handles> 
 
 fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<()> {
     let path = name.mapper_path();
-    let not_ours = || Refusal::NotOurs {
-        name: name.to_string(),
-        uuid: String::new(),
+    let not_adoptable = |why: &str| {
+        Error::from(Refusal::NotAdoptable {
+            name: name.to_string(),
+            why: why.to_owned(),
+        })
     };
     let table = ask(Step::Status, &path, || host.table(DevId::Name(name), false))?;
-    let Some(Ok(Target::Snapshot(params))) = table.map(|(kind, text)| Target::parse(&kind, &text))
-    else {
-        return Err(not_ours().into());
+    let params = match table.map(|(kind, text)| (Target::parse(&kind, &text), kind)) {
+        Some((Ok(Target::Snapshot(params)), _)) => params,
+        Some((_, kind)) => return Err(not_adoptable(&format!("its target is {kind}"))),
+        None => return Err(not_adoptable("it has no table")),
     };
-    let facts = [params.origin, params.cow].map(|number| loop_facts(host, number));
-    let [Some(origin), Some(cow)] = facts else {
-        return Err(not_ours().into());
+    let under = |what, number| {
+        let why = || format!("its {what}, {number}, is no loop device");
+        loop_facts(host, number).ok_or_else(|| not_adoptable(&why()))
     };
+    let (origin, cow) = (
+        under("origin", params.origin)?,
+        under("COW device", params.cow)?,
+    );
     let cow_loop = cow.device.to_string_lossy();
     let cow_loop = cow_loop.strip_prefix("/dev/loop").map(str::parse);
     let Some(Ok(cow_loop)) = cow_loop else {
-        return Err(not_ours().into());
+        return Err(not_adoptable("its COW loop device has no number"));
     };
-    // While the dm table holds them, `LOOP_CLR_FD` only sets autoclear. Loops first: a snapshot that is ours has loops
-    // that detach themselves, at every moment.
-    for facts in [&origin, &cow] {
-        let device = ask(Step::OpenLoop, &facts.device, || {
+    let open = |facts: &LoopFacts| {
+        ask(Step::OpenLoop, &facts.device, || {
             host.open_loop(&facts.device, true)
-        })?;
-        ask(Step::DetachLoop, &facts.device, || {
-            host.detach_loop(&device)
-        })?;
+        })
+    };
+    let opened = [(&origin, open(&origin)?), (&cow, open(&cow)?)];
+    // Open, they cannot change hands; the same table now means that they are the ones that were opened.
+    let again = ask(Step::Status, &path, || host.table(DevId::Name(name), false))?;
+    let same = again.map(|(kind, text)| Target::parse(&kind, &text));
+    if same != Some(Ok(Target::Snapshot(params))) {
+        return Err(not_adoptable("its table changed meanwhile"));
     }
     let random = ask(Step::Random, &path, || host.random())?;
     let unknown = OriginIdentity {
@@ -67,7 +76,12 @@ fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<()> {
     };
     let identity = origin_identity(host, &origin).unwrap_or(unknown);
     let uuid = DeviceUuid::fresh(random, identity, cow_loop, Kind::Own);
-    ask(Step::SetUuid, &path, || host.set_uuid(name, &uuid))
+    ask(Step::SetUuid, &path, || host.set_uuid(name, &uuid))?;
+    // Nothing of theirs was touched up to here. While the dm table holds them, `LOOP_CLR_FD` only sets autoclear.
+    for (facts, device) in &opened {
+        ask(Step::DetachLoop, &facts.device, || host.detach_loop(device))?;
+    }
+    Ok(())
 }
 
 /// What the origin image is now, if it still is where the kernel says it was.

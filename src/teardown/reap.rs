@@ -119,11 +119,23 @@ impl ReapOptions {
         host: &H,
         mut keep: impl FnMut(&SnapshotInfo) -> bool,
     ) -> Result<Vec<Reaped>> {
-        let mut reaped: Vec<_> = find::all(host)?
+        let found = find::all(host)?;
+        // Before `keep` is asked: a snapshot whose maker is done by the time of its answer was none that it could know.
+        let at_work = overlapped(&found, |(_, info)| match info {
+            Ok(info) => in_progress(host, &info.uuid),
+            Err(_) => Ok(false),
+        });
+        let mut reaped: Vec<_> = found
             .into_iter()
-            .map(|(name, info)| match info {
+            .zip(at_work)
+            .map(|((name, info), at_work)| match info {
                 Ok(info) => Reaped {
-                    fate: Ok(if keep(&info) { Fate::Kept } else { Fate::Due }),
+                    fate: match at_work {
+                        Ok(true) => Ok(Fate::InProgress),
+                        _ if keep(&info) => Ok(Fate::Kept),
+                        Ok(false) => Ok(Fate::Due),
+                        Err(error) => Err(error),
+                    },
                     snapshot: Some(info),
                     name,
                 },

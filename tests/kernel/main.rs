@@ -17,6 +17,7 @@ mod bad_cow;
 mod bad_host;
 mod bad_input;
 mod bad_names;
+mod cases_down;
 mod cli;
 mod concurrency;
 mod discard;

@@ -97,7 +97,9 @@ impl LoopDevice {
                 .map(Self::Writable)
                 .map_err(|error| errno_of(&error))
         } else {
-            open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Self::ReadOnly)
+            // `O_NONBLOCK` keeps a FIFO that stands there from blocking the open.
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+            open(path, flags, Mode::empty()).map(Self::ReadOnly)
         }
     }
 
