@@ -69,8 +69,9 @@ pub(crate) fn release<H: Host>(
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
     let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
     let (Some(to), Some(made)) = (to, fitting) else {
-        delete(host, doomed)?;
+        // The file goes last: whoever has opened the device meanwhile still has its writes there.
         teardown::clean(host, handles, retry)?;
+        delete(host, doomed)?;
         return Ok(Ending::Gone(cow));
     };
     // A leftover that has a COW file to be kept has a name that says so.

@@ -32,9 +32,32 @@ pub(crate) fn clean_deferred<H: Host>(
     let Some(subject) = Subject::of(host, handles)? else {
         return clean(host, handles, retry);
     };
+    let claims = claims(host, handles);
     match remove::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)? {
-        Outcome::Deferred { open_count } => Ok(Outcome::Deferred { open_count }),
-        settled => clean(host, handles, retry).map(|_| settled),
+        Outcome::Deferred { open_count } => {
+            defer_loops(host, &claims)?;
+            Ok(Outcome::Deferred { open_count })
+        }
+        settled => clean_claimed(host, handles, &claims, retry).map(|_| settled),
+    }
+}
+
+/// Has loop devices that do not clear themselves do so behind the dm device that still holds them.
+fn defer_loops<H: Host>(host: &H, claims: &Claims<'_>) -> Result<()> {
+    let mut left = Vec::new();
+    for (handle, claim) in claims {
+        let deferred = match claim {
+            Ok(Some(claim)) if !claim.is_ours => detach(host, claim).map(drop),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.clone()),
+        };
+        if let Err(error) = deferred {
+            left.push(Leftover::new(&handle.path, error));
+        }
+    }
+    match left.first() {
+        None => Ok(()),
+        Some(first) => Err(first.error.clone().leaving(left)),
     }
 }
 
@@ -83,8 +106,11 @@ pub(crate) fn release_loops<H: Host>(
         left.push(Leftover::new(object, error));
         Outcome::AlreadyGone
     });
-    // A device that stays holds its loops; waiting for them would be in vain.
     let removed = left.is_empty();
+    let busy = left
+        .first()
+        .map(|device| device.error.clone())
+        .filter(|error| error.verdict() == Some(Verdict::Busy));
     for (handle, claim) in claims {
         let elapsed = host.now().saturating_sub(start);
         let patience = if removed {
@@ -93,6 +119,12 @@ pub(crate) fn release_loops<H: Host>(
             Retry::ONCE
         };
         let released = match claim {
+            // A device that is in use holds its loops: they are not touched, and remain for its reason.
+            Ok(Some(claim)) if busy.is_some() => match binding(host, &claim.handle) {
+                Ok(Binding::Gone) => Ok(()),
+                Ok(_) => busy.clone().map_or(Ok(()), Err),
+                Err(error) => Err(error),
+            },
             Ok(Some(claim)) => release_loop(host, claim, removed.then_some(handles), &patience),
             Ok(None) => Ok(()),
             Err(error) => Err(error.clone()),

@@ -19,6 +19,7 @@ mod bad_host;
 mod bad_input;
 mod bad_names;
 mod cases;
+mod cases_down;
 mod cli;
 mod concurrency;
 mod discard;

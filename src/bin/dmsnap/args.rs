@@ -154,8 +154,11 @@ pub(crate) struct Reap {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+    /// Take down every snapshot that nobody has open, whoever made it
+    #[arg(long, conflicts_with_all = ["keep", "keep_open"])]
+    pub(crate) all: bool,
     /// Keep this snapshot (may be repeated)
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["all", "dry_run", "keep_open"])]
     pub(crate) keep: Vec<String>,
     /// Keep every snapshot that somebody has open
     #[arg(long)]

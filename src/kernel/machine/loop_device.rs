@@ -101,7 +101,9 @@ impl LoopDevice {
         if writable {
             Node::open(path).map(Self::Writable)
         } else {
-            open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Self::ReadOnly)
+            // `O_NONBLOCK` keeps a FIFO that stands there from blocking the open.
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+            open(path, flags, Mode::empty()).map(Self::ReadOnly)
         }
     }
 
