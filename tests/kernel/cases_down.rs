@@ -24,10 +24,7 @@ fn what_cannot_be_adopted_says_why_and_is_left_as_it_is() {
     let device = Foreign::create(&name, &linear);
     let line = complaint(&finish(dmsnap().args(["adopt", &name])));
     println!("message: adopt a linear device: {line}");
-    assert_eq!(
-        line,
-        format!("cannot adopt {name:?}: its target is linear")
-    );
+    assert_eq!(line, format!("cannot adopt {name:?}: its target is linear"));
     let upper = scene.name();
     let cow = Losetup::attach(&scene.cow("cow"));
     let table = format!(

@@ -43,8 +43,7 @@ arm64_copy_libraries() {
             path=$root/aarch64-linux-gnu/$name
             [[ $name != ld-linux-* ]] || path=$root/$name
             [[ -e $path ]] || die "arm64's user land has no $name"
-            mkdir -p "$tree${path#"$cache/arm64-tools"}"
-            rmdir "$tree${path#"$cache/arm64-tools"}"
+            mkdir -p "$tree/usr/lib/aarch64-linux-gnu"
             cp -L "$path" "$tree${path#"$cache/arm64-tools"}"
             set -- "$@" "$path"
         done
@@ -93,7 +92,7 @@ oldest_cargo() {
 }
 
 check_rust_version() {
-    oldest_cargo check --all-features --locked
+    oldest_cargo check --no-default-features --features "$arm64_features" --locked
 }
 
 arm64_features=serde,tracing,cli

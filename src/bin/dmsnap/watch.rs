@@ -31,9 +31,7 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
         for (event, grown) in events.iter().zip(&grown) {
             let lines = [Some(Line::of(event)), grown.as_ref().cloned()];
             for line in lines.iter().flatten() {
-                if let Err(failure) = tell(options, line)
-                    && unlogged.is_none()
-                {
+                if let (Err(failure), None) = (tell(options, line), &unlogged) {
                     output::note(output::chain(&failure));
                     unlogged = Some(failure);
                 }
