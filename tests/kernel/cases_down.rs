@@ -4,6 +4,8 @@ use std::fs::File;
 use std::path::Path;
 use std::process::Stdio;
 
+use nix::fcntl::{Flock, FlockArg};
+
 use dmsnap::base::LoopHandle;
 use dmsnap::error::Retry;
 use dmsnap::teardown::{Fate, Outcome};
@@ -141,8 +143,8 @@ fn what_is_being_made_is_not_offered_to_keep() {
     let name = snapshot.handles().name.clone().expect("a name").to_string();
     let cow = snapshot.handles().cow_loop.as_ref().expect("a loop device");
     let maker = File::open(&cow.path).expect("it opens");
-    maker.lock().expect("nobody has it locked");
-    let mut maker = Some(maker);
+    let lock = Flock::lock(maker, FlockArg::LockExclusiveNonblock);
+    let mut maker = Some(lock.expect("nobody has it locked"));
     let reaped = ReapOptions::new().reap(|info| {
         if info.name == name {
             maker = None;
@@ -211,7 +213,7 @@ fn a_mount_in_another_namespace_is_named() {
 fn handles_for_a_reader_that_is_gone_undo_the_snapshot() {
     let scene = Scene::new();
     let (name, cow) = (scene.name(), scene.cow("cow"));
-    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let (reader, writer) = nix::unistd::pipe().expect("a pipe");
     drop(reader);
     let mut create = dmsnap();
     create.arg("create").arg(scene.image()).arg(&cow).arg(&name);

@@ -57,10 +57,14 @@ fn pauses(scene: &Scene, snapshot: &Snapshot, node: &Path) -> Vec<bool> {
 #[test]
 fn a_removal_is_told_of_its_holders_close() {
     let scene = Scene::new();
-    let seen = scene.snapshot();
-    let by_the_node = pauses(&scene, &seen, seen.device());
-    println!("closed: {by_the_node:?}");
-    assert!(by_the_node.contains(&true), "no pause was ended by it");
+    // A close that comes between two pauses ends none: on a busy host that may be the first one, and the second.
+    let ended = (0..10).any(|_| {
+        let seen = scene.snapshot();
+        let by_the_node = pauses(&scene, &seen, seen.device());
+        println!("closed: {by_the_node:?}");
+        by_the_node.contains(&true)
+    });
+    assert!(ended, "no pause was ended by it");
     let unseen = scene.snapshot();
     let by_another = pauses(&scene, &unseen, &jailed(&scene, &unseen));
     println!("another node closed: {by_another:?}");
