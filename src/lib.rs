@@ -1,21 +1,25 @@
 //! Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices, by direct ioctls.
 //!
-//! Many VMs share one read-only root image; each gets a private, writable view of it in a few milliseconds. No
-//! process is spawned and no daemon is waited for. A process killed at any instant leaves its live snapshots, at most one dm
-//! device that it was making, and the devices of its pool; [`ReapOptions`] finds them all. The [`guide`] says how to
-//! choose and how to operate.
+//! Many VMs share one read-only root image, the origin; each gets a private, writable view of it in a few milliseconds,
+//! whose writes go to a COW file of its own. No process is spawned and no daemon is waited for.
 //!
 //! ```no_run
 //! use dmsnap::{CowSize, SnapshotOptions};
 //!
 //! let snapshot = SnapshotOptions::new()
-//!     .make_cow(CowSize::WorstCase) // makes the COW file, which takes the VM's writes
+//!     .make_cow(CowSize::WorstCase)
 //!     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
 //! println!("boot from {}", snapshot.device().display()); // /dev/dm-3, open it at once
 //! // ... the VM runs, this process may come and go; when the VM has exited:
 //! snapshot.cleanup()?;
 //! # Ok::<(), dmsnap::Error>(())
 //! ```
+//!
+//! A process that is killed leaves its live snapshots, which are its VMs' disks, at most one device that it was making, and
+//! the devices of its pools; [`ReapOptions`] takes down what nobody claims.
+//!
+//! The main job is at the root: [`SnapshotOptions`], [`Origin`], [`Pool`], [`Handles`], [`cleanup`], [`remove`], [`list`],
+//! [`adopt`] and [`Error`]. The rest is in the modules, and the [`guide`] has chapters on choosing, operating and errors.
 //!
 //! Making devices needs CAP_SYS_ADMIN in the initial user namespace, Linux 5.8 or later, and the `loop` and
 //! `dm-snapshot` modules. Reading tables, status lines and names needs nothing.
@@ -41,7 +45,7 @@ pub mod teardown;
 pub mod watch;
 
 pub use backing::{CowSize, Warning};
-pub use base::{ChunkSize, DeviceId, Handles, Store};
+pub use base::{ChunkSize, DeviceId, Handles, SectorSize, Store};
 pub use call::timings;
 pub use error::{Error, ErrorKind, Result};
 pub use find::{adopt, list, status};

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use super::Backing;
 use super::binding::diskseq;
-use crate::base::{DeviceNumber, LoopHandle, Sectors, loop_node};
+use crate::base::{DeviceNumber, LoopHandle, SectorSize, Sectors, loop_node};
 use crate::call::{ask, patiently};
-use crate::error::{Result, Retry, Step, Verdict};
+use crate::error::{Error, Result, Retry, Step, Verdict};
 use crate::kernel::sys::LO_READ_ONLY;
 use crate::kernel::{Host, LOOP_CONTROL};
 
@@ -36,22 +36,55 @@ pub(crate) fn attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,
+    sectors: SectorSize,
     label: &Path,
     handle: &mut Option<LoopHandle>,
 ) -> Result<Attached<H::Loop>> {
+    let mut lost = None;
     patiently(host, &RACE_RETRY, Verdict::TakeAnother, || {
-        try_attach(host, backing, flags, label, handle)
+        let number = free_loop(host, &mut lost)?;
+        try_attach(host, backing, flags, sectors, label, handle, number)
     })
+}
+
+/// The number of a device to try. The kernel names the first free one as long as nobody binds it, so one that was just
+/// lost to a lock would be named again and again: the next one above those is made then, or is there.
+fn free_loop<H: Host>(host: &H, lost: &mut Option<u32>) -> Result<u32> {
+    let control = Path::new(LOOP_CONTROL);
+    let named = ask(Step::FindLoop, control, || host.find_loop())?;
+    let number = match *lost {
+        Some(last) if named <= last => last + 1,
+        _ => named,
+    };
+    if number != named {
+        match ask(Step::AddLoop, control, || host.add_loop(number)) {
+            Err(error) if error.verdict() == Some(Verdict::NameTaken) => (),
+            added => added?,
+        }
+    }
+    *lost = Some(number);
+    Ok(number)
+}
+
+/// `LOOP_CONFIGURE` answers EINVAL for many reasons.
+fn explain(error: Error) -> Error {
+    match error.verdict() {
+        Some(Verdict::Fatal) => {
+            error.noted("the file cannot be behind a loop device, or the kernel is older than 5.8")
+        }
+        _ => error,
+    }
 }
 
 fn try_attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
     flags: u32,
+    sectors: SectorSize,
     label: &Path,
     handle: &mut Option<LoopHandle>,
+    number: u32,
 ) -> Result<Attached<H::Loop>> {
-    let number = ask(Step::FindLoop, Path::new(LOOP_CONTROL), || host.find_loop())?;
     let path = loop_node(number);
     let writable = flags & LO_READ_ONLY == 0;
     let device = ask(Step::OpenLoop, &path, || host.open_loop(&path, writable))?;
@@ -59,8 +92,9 @@ fn try_attach<H: Host>(
         hold(host, &device, &path)?;
     }
     ask(Step::AttachLoop, &path, || {
-        host.attach_loop(&device, &backing.file, flags, label)
-    })?;
+        host.attach_loop(&device, &backing.file, flags, sectors.bytes(), label)
+    })
+    .map_err(explain)?;
     let handle = handle.insert(LoopHandle::at(&path));
     handle.backing = Some(backing.facts.id);
     handle.diskseq = diskseq(host, &device, &path)?;

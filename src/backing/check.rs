@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use super::cow::Mark;
 use super::half_merged::is_half_merged;
 use super::{Backing, CowOptions};
 use crate::base::OriginIdentity;
@@ -37,13 +38,14 @@ pub(crate) fn check_store<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,
     origin: &Backing<'_, O>,
+    sample: Sample<'_>,
     options: &CowOptions,
-) -> Result<bool> {
+) -> Result<Option<Mark>> {
     let path = || cow.path.to_owned();
     let probed = probe_store(host, cow);
     if !options.store.is_persistent() {
         return match probed {
-            Ok(None) => Ok(false),
+            Ok(None) => Ok(None),
             Ok(Some(_)) | Err(Error::Refused(_)) => {
                 Err(Refusal::CowNotBlank { path: path() }.into())
             }
@@ -51,7 +53,10 @@ pub(crate) fn check_store<H: Host, O>(
         };
     }
     let Some(header) = probed? else {
-        return Ok(true);
+        return Ok(Some(Mark {
+            sample: sample.for_a_new_store()?,
+            fresh: true,
+        }));
     };
     let header = valid(cow, header)?;
     if header.chunk != options.chunk {
@@ -62,8 +67,14 @@ pub(crate) fn check_store<H: Host, O>(
         }
         .into());
     }
-    check_header(origin, cow, &header, options.any_origin)?;
-    Ok(header.origin != Some(origin.identity()) || header.merging_into.is_some())
+    check_header(origin, cow, &header, sample, options.any_origin)?;
+    if header.origin == Some(origin.identity()) && header.merging_into.is_none() {
+        return Ok(None);
+    }
+    Ok(Some(Mark {
+        sample: Some((sample.take)()?),
+        fresh: false,
+    }))
 }
 
 /// The header of the store in the COW file; `None` in a blank one.
@@ -72,10 +83,13 @@ pub(crate) fn probe_store<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Resu
     let length = read(host, cow, &mut start, 0)?;
     let path = cow.path.to_owned();
     let refusal = match store::probe(&start[..length]) {
-        Probe::Blank if is_blank_further_on(host, cow)? => return Ok(None),
+        Probe::Blank => match data_further_on(host, cow)? {
+            None => return Ok(None),
+            Some(at) => Refusal::CowHeadless { path, at },
+        },
         Probe::Store(header) => return Ok(Some(header)),
         Probe::Damaged(HeaderFault { field, value }) => Refusal::CowDamaged { path, field, value },
-        Probe::Blank | Probe::Foreign => Refusal::CowForeign { path },
+        Probe::Foreign => Refusal::CowForeign { path },
     };
     Err(refusal.into())
 }
@@ -90,35 +104,74 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
     }
 }
 
-/// Holds the image against what the store was made over, or is half merged into.
+/// How to come by an image's fingerprint.
+#[derive(Clone, Copy)]
+pub(crate) struct Sample<'a> {
+    pub(crate) take: &'a dyn Fn() -> Result<u128>,
+    /// Whether a new store is marked with it: where it is had already, or where the image's modification time says
+    /// nothing. Elsewhere reading the image is not worth a create's time.
+    pub(crate) marks: bool,
+}
+
+impl Sample<'_> {
+    fn for_a_new_store(&self) -> Result<Option<u128>> {
+        self.marks.then(self.take).transpose()
+    }
+}
+
+/// Holds the image against what the store was made over, or is half merged into: by its size and modification time, and
+/// by its content where those say nothing.
 pub(crate) fn check_header<O, F>(
     origin: &Backing<'_, O>,
     cow: &Backing<'_, F>,
     header: &Header,
+    sample: Sample<'_>,
     any_origin: bool,
 ) -> Result<()> {
-    if is_half_merged(&origin.facts, &cow.facts, header) {
+    if any_origin || is_half_merged(&origin.facts, &cow.facts, header) {
         return Ok(());
     }
-    check_identity(origin.path, origin.identity(), header.origin, any_origin)
+    let found = origin.identity();
+    let same_content = || match header.sample.filter(|_| header.merging_into.is_none()) {
+        Some(then) => (sample.take)().map(|now| Some(now == then)),
+        None => Ok(None),
+    };
+    match header.origin {
+        Some(then) if then == found => {
+            if found.is_undated() && same_content()? == Some(false) {
+                let path = origin.path.to_owned();
+                return Err(Refusal::OriginDiffers { path }.into());
+            }
+            Ok(())
+        }
+        // A faithful copy.
+        Some(then) if then.size_bytes == found.size_bytes && same_content()? == Some(true) => {
+            Ok(())
+        }
+        expected => check_identity(origin.path, found, expected, false),
+    }
 }
 
-/// Whether a file that begins with zeroes goes on with them where file systems that leave their first sectors empty
-/// have their signatures: ISO 9660 at 32 KiB, btrfs at 64 KiB. A file without any block, as a fresh COW file is, is not
-/// read.
-fn is_blank_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<bool> {
+/// Where a file that begins with zeroes has something else, up to the signatures of file systems and RAIDs that leave
+/// their first sectors empty: md 1.2, bcache and bcachefs at 4 KiB, ZFS at 16 KiB, ISO 9660 at 32 KiB, swap up to 64 KiB,
+/// btrfs behind that. A file without any block, as a fresh COW file is, is not read.
+fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<u64>> {
     if !cow.facts.has_blocks {
-        return Ok(true);
+        return Ok(None);
     }
-    let mut more = [0; PROBE_BYTES];
-    for at in [0x8000, 0x1_0000] {
-        let length = read(host, cow, &mut more, at)?;
-        if more[..length].iter().any(|byte| *byte != 0) {
-            return Ok(false);
-        }
-    }
-    Ok(true)
+    let mut more = vec![0; BLANK_BYTES - PROBE_BYTES];
+    let length = read(host, cow, &mut more, PROBE_BYTES)?;
+    let blocks = more[..length].chunks(PROBE_BYTES);
+    let at = (PROBE_BYTES as u64..).step_by(PROBE_BYTES);
+    let blank = |block: &[u8]| [0; PROBE_BYTES].starts_with(block);
+    Ok(blocks
+        .zip(at)
+        .find(|(block, _)| !blank(block))
+        .map(|(_, at)| at))
 }
+
+/// How much of a COW file has to be zeroes for it to be blank.
+const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
 
 fn read<H: Host>(
     host: &H,

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
-use super::check::{check_header, check_store, probe_store, valid};
-use super::file::{in_use, inspect, lock, open};
+use super::check::{Sample, check_header, check_store, probe_store, valid};
+use super::file::{in_use, inspect, lock, open, open_replaced};
 use super::make::{self, unmake};
+use super::sample::sample;
 use super::{Backing, CowOptions, Warning};
 use crate::base::Store;
 use crate::call::ask;
@@ -15,10 +16,19 @@ use crate::store::{self, Header};
 /// A COW file that a snapshot can be made over.
 pub(crate) struct Cow<'a, F> {
     pub(crate) backing: Backing<'a, F>,
-    /// Whether the store is to be marked as made over this origin.
-    pub(crate) mark: bool,
+    /// How the store is to be marked as made over this origin, if it is not.
+    pub(crate) mark: Option<Mark>,
     /// What was done to it.
     pub(crate) warning: Option<Warning>,
+}
+
+/// What is to be noted in a store of the origin that it is over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mark {
+    /// The origin's fingerprint.
+    pub(crate) sample: Option<u128>,
+    /// Whether the store is a new one, with nothing behind its header.
+    pub(crate) fresh: bool,
 }
 
 /// Opens the COW file, or makes it, and locks it against a second snapshot.
@@ -26,12 +36,13 @@ pub(crate) fn open_cow<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
     origin: &Backing<'_, O>,
+    sample: Sample<'_>,
     options: &CowOptions,
 ) -> Result<Cow<'a, H::File>> {
     let Some(size) = options.make else {
         let (mut backing, locked) = open_made_cow(host, path)?;
         admit_file(&backing, origin)?;
-        let mark = admit_cow(host, &backing, locked, origin, options)?;
+        let mark = admit_cow(host, &backing, locked, origin, sample, options)?;
         let warning = mend_size(host, &mut backing, options)?;
         return Ok(Cow {
             backing,
@@ -40,14 +51,14 @@ pub(crate) fn open_cow<'a, H: Host, O>(
         });
     };
     let made = make::make(host, path, size, origin, options)?;
-    match admit_cow(host, &made, Ok(()), origin, options) {
+    match admit_cow(host, &made, Ok(()), origin, sample, options) {
         Ok(mark) => Ok(Cow {
             backing: made,
             mark,
             warning: None,
         }),
         // `made` is still open here, and with it locked.
-        Err(error) => Err(unmake(host, error, path)),
+        Err(error) => Err(unmake(host, error, path, made.facts.id)),
     }
 }
 
@@ -59,6 +70,22 @@ pub(crate) fn open_made_cow<'a, H: Host>(
     let file = open(host, path, true, || Refusal::CowInUse {
         path: path.to_owned(),
     })?;
+    locked(host, path, file)
+}
+
+/// The same of a file that is to be emptied.
+pub(super) fn open_replaced_cow<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+) -> Result<(Backing<'a, H::File>, Result<()>)> {
+    locked(host, path, open_replaced(host, path)?)
+}
+
+fn locked<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    file: H::File,
+) -> Result<(Backing<'a, H::File>, Result<()>)> {
     let locked = lock(host, path, &file, true);
     Ok((inspect(host, path, file)?, locked))
 }
@@ -85,7 +112,11 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
             .into());
         }
     };
-    check_header(origin, &cow, &header, any_origin)?;
+    let fingerprint = Sample {
+        take: &|| sample(host, origin),
+        marks: true,
+    };
+    check_header(origin, &cow, &header, fingerprint, any_origin)?;
     Ok((cow, header))
 }
 
@@ -135,6 +166,9 @@ pub(crate) fn admit_file<F, O>(cow: &Backing<'_, F>, origin: &Backing<'_, O>) ->
         }
         .into());
     }
+    if cow.facts.read_only {
+        return Err(Refusal::CowDeviceReadOnly { path: path() }.into());
+    }
     Ok(())
 }
 
@@ -144,8 +178,9 @@ fn admit_cow<H: Host, O>(
     cow: &Backing<'_, H::File>,
     locked: Result<()>,
     origin: &Backing<'_, O>,
+    sample: Sample<'_>,
     options: &CowOptions,
-) -> Result<bool> {
+) -> Result<Option<Mark>> {
     let path = || cow.path.to_owned();
     let needed = store::least_bytes(options.store, options.chunk);
     if cow.facts.size_bytes < needed {
@@ -162,5 +197,5 @@ fn admit_cow<H: Host, O>(
     if cow.facts.links == 0 {
         return Err(Refusal::CowUnlinked { path: path() }.into());
     }
-    check_store(host, cow, origin, options)
+    check_store(host, cow, origin, sample, options)
 }

@@ -100,6 +100,24 @@ pub(super) fn open<H: Host>(
     }
 }
 
+/// Opens a COW file whose content is not wanted, and no other file that a link leads to.
+pub(super) fn open_replaced<H: Host>(host: &H, path: &Path) -> Result<H::File> {
+    let kind = |kind| Refusal::NotAFile {
+        path: path.to_owned(),
+        kind,
+    };
+    let in_use = || Refusal::CowInUse {
+        path: path.to_owned(),
+    };
+    let opened = ask(Step::OpenFile, path, || host.open_replaced(path));
+    opened.map_err(|error| match error.verdict() {
+        Some(Verdict::SymbolicLink) => kind("a symbolic link").into(),
+        Some(Verdict::NotAFile) => kind("a directory").into(),
+        Some(Verdict::InUse) => in_use().into(),
+        _ => error,
+    })
+}
+
 pub(super) fn inspect<'a, H: Host>(
     host: &H,
     path: &'a Path,

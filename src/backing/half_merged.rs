@@ -44,6 +44,7 @@ mod tests {
             size_bytes: 4096,
             mtime_ns: seconds * SECOND,
             links: 1,
+            read_only: false,
             has_blocks: true,
         }
     }
@@ -57,6 +58,7 @@ mod tests {
                 mtime_ns: 100 * SECOND,
             }),
             merging_into,
+            sample: None,
         }
     }
 

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use super::cow::{admit_file, open_made_cow};
+use super::cow::{admit_file, open_replaced_cow};
 use super::file::{in_use, lock};
 use super::{Backing, CowOptions, CowSize};
-use crate::base::Sectors;
+use crate::base::{FileId, Sectors};
 use crate::call::{absent, ask};
 use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
 use crate::kernel::{FileKind, Host};
@@ -30,9 +30,10 @@ pub(crate) fn make<'a, H: Host, O>(
         host.size_file(&file, bytes, options.reserve)
     });
     let inspected = ask(Step::InspectFile, path, || host.inspect_file(&file));
+    let id = inspected.as_ref().ok().map(|facts| facts.id);
     let facts = sized
         .and(inspected)
-        .map_err(|error| unmake(host, error, path))?;
+        .map_err(|error| unmake(host, error, path, id))?;
     Ok(Backing { path, file, facts })
 }
 
@@ -44,13 +45,13 @@ fn lock_made<H: Host>(host: &H, path: &Path, file: H::File) -> Result<H::File> {
             path: path.to_owned(),
         }
         .into()),
-        Err(error) => Err(unmake(host, error, path)),
+        Err(error) => Err(unmake(host, error, path, None)),
     }
 }
 
 /// Takes the file that is there, and all that it holds out of it: nobody's COW file, and not the image.
 fn empty<H: Host, O>(host: &H, path: &Path, origin: &Backing<'_, O>) -> Result<H::File> {
-    let (found, locked) = open_made_cow(host, path)?;
+    let (found, locked) = open_replaced_cow(host, path)?;
     let path = || path.to_owned();
     admit_file(&found, origin)?;
     in_use(locked, || Refusal::CowInUse { path: path() })?;
@@ -73,9 +74,25 @@ fn empty<H: Host, O>(host: &H, path: &Path, origin: &Backing<'_, O>) -> Result<H
 
 /// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
 /// path, nobody would know what fills the disk. To be called while the file is open, and with it locked.
-pub(crate) fn unmake<H: Host>(host: &H, error: Error, path: &Path) -> Error {
+///
+/// Another file that stands there by now is left alone, where it is known which one was made.
+pub(crate) fn unmake<H: Host>(
+    host: &H,
+    error: Error,
+    path: &Path,
+    made: impl Into<Option<FileId>>,
+) -> Error {
+    let made = made.into();
     let kept_by = error.left().first().map(|leftover| leftover.error.clone());
-    let unlink = || absent(ask(Step::Unlink, path, || host.unlink(path))).err();
+    let is_made = || match ask(Step::InspectFile, path, || host.look(path, false)) {
+        Err(error) if error.verdict() == Some(Verdict::Missing) => Ok(false),
+        found => found.map(|found| made.is_none_or(|made| made == found.id)),
+    };
+    let unlink = || match is_made() {
+        Ok(true) => absent(ask(Step::Unlink, path, || host.unlink(path))).err(),
+        Ok(false) => None,
+        Err(error) => Some(error),
+    };
     match kept_by.or_else(unlink) {
         None => error,
         Some(why) => error.leaving(vec![Leftover::new(path, why)]),

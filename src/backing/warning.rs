@@ -1,5 +1,7 @@
 //! What is worth knowing about a snapshot that was made.
 
+use std::path::PathBuf;
+
 use super::CowOptions;
 use crate::base::{SECTOR_BYTES, Sectors};
 use crate::kernel::FileFacts;
@@ -29,8 +31,18 @@ pub enum Warning {
         /// The size it has now.
         sound_bytes: u64,
     },
-    /// Direct I/O was asked for, and the COW file's file system cannot do it.
+    /// Direct I/O was asked for, and the COW file's file system cannot do it, or not in sectors of the size that the
+    /// disk has.
     DirectIoUnavailable,
+    /// Discard was asked for, and the COW file's file system cannot punch holes: the disk takes no discards.
+    DiscardUnavailable,
+    /// `/dev/mapper/<name>` could not be made. The disk is reached by [`Snapshot::device`](crate::Snapshot::device).
+    NoAlias {
+        /// The alias that is missing.
+        alias: PathBuf,
+        /// The errno.
+        errno: i32,
+    },
 }
 
 impl std::fmt::Display for Warning {
@@ -58,7 +70,16 @@ impl std::fmt::Display for Warning {
                 )
             }
             Self::DirectIoUnavailable => {
-                f.write_str("the COW file's file system cannot do direct I/O")
+                f.write_str(
+                    "the COW file's file system cannot do direct I/O in the disk's sectors: it is buffered",
+                )
+            }
+            Self::DiscardUnavailable => f.write_str(
+                "the COW file's file system cannot punch holes: the disk takes no discard",
+            ),
+            Self::NoAlias { alias, errno } => {
+                let why = std::io::Error::from_raw_os_error(*errno);
+                write!(f, "cannot make {}: {why}", alias.display())
             }
         }
     }
@@ -72,7 +93,7 @@ pub(crate) fn note_sizes(
     cow: &FileFacts,
 ) -> Vec<Warning> {
     let mut warnings = Vec::new();
-    if !origin.size_bytes.is_multiple_of(SECTOR_BYTES) {
+    if origin.size_bytes % SECTOR_BYTES != 0 {
         warnings.push(Warning::OriginTail {
             bytes: origin.size_bytes % SECTOR_BYTES,
         });

@@ -28,3 +28,11 @@ impl fmt::Display for OriginIdentity {
         )
     }
 }
+
+impl OriginIdentity {
+    /// Whether the modification time says nothing: it is a whole second, as images of Nix and OSTree stores and of
+    /// reproducible builds have it, and block devices here.
+    pub(crate) fn is_undated(self) -> bool {
+        self.mtime_ns.rem_euclid(1_000_000_000) == 0
+    }
+}

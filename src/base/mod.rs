@@ -18,6 +18,6 @@ pub(crate) use number::loop_node;
 pub use number::{DeviceNumber, InvalidNumber};
 pub use store::Store;
 pub(crate) use units::SECTOR_BYTES;
-pub use units::{ChunkSize, InvalidChunkSize, Sectors};
+pub use units::{ChunkSize, InvalidChunkSize, SectorSize, Sectors};
 pub(crate) use uuid::Kind;
 pub use uuid::{DeviceUuid, InvalidUuid};

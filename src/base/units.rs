@@ -134,6 +134,28 @@ impl From<ChunkSize> for u64 {
     }
 }
 
+/// The sector size that a guest's disk shows (its logical block size).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum SectorSize {
+    /// 512 bytes, as images are made for unless told otherwise.
+    #[default]
+    Bytes512,
+    /// 4096 bytes, for images made so: a GPT with LBAs of 4096 bytes, say.
+    Bytes4096,
+}
+
+impl SectorSize {
+    /// The size in bytes.
+    #[must_use]
+    pub const fn bytes(self) -> u32 {
+        match self {
+            Self::Bytes512 => 512,
+            Self::Bytes4096 => 4096,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -90,7 +90,7 @@ impl DeviceUuid {
     #[must_use]
     pub fn origin(&self) -> Option<OriginIdentity> {
         let [size_bytes, mtime_ns, _] = self.fields()?;
-        let mtime_ns = mtime_ns.cast_signed();
+        let mtime_ns = i64::from_ne_bytes(mtime_ns.to_ne_bytes());
         (size_bytes > 0).then_some(OriginIdentity {
             size_bytes,
             mtime_ns,

@@ -17,6 +17,17 @@ pub(crate) fn ask<T>(step: Step, on: &Path, call: impl FnMut() -> Result<T, Errn
     answer.map_err(|errno| Error::failed(step, on, errno))
 }
 
+/// As [`ask`], without a span: no code of the caller's runs, so that none can wait or panic while a guest's writes are
+/// held back.
+pub(crate) fn ask_unobserved<T>(
+    step: Step,
+    on: &Path,
+    call: impl FnMut() -> Result<T, Errno>,
+) -> Result<T> {
+    let answer = timings::call(step, on, || insist(step, call));
+    answer.map_err(|errno| Error::failed(step, on, errno))
+}
+
 fn insist<T>(step: Step, mut call: impl FnMut() -> Result<T, Errno>) -> Result<T, Errno> {
     let mut attempt = 1;
     loop {

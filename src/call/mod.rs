@@ -6,7 +6,6 @@ pub(crate) mod spans;
 pub mod timings;
 mod wait;
 
-pub(crate) use ask::{absent, ask};
+pub(crate) use ask::{absent, ask, ask_unobserved};
 pub(crate) use side_by_side::in_parallel;
-pub(crate) use side_by_side::in_parallel as overlapped;
 pub(crate) use wait::{Wait, patiently, watchfully};

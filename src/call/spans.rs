@@ -25,10 +25,10 @@ mod on {
 
     pub(crate) fn cleanup(handles: &Handles) -> EnteredSpan {
         let span = debug_span!("cleanup", on = field::Empty);
-        if !span.is_disabled()
-            && let Some(path) = handles.path()
-        {
-            span.record("on", field::display(path.display()));
+        if !span.is_disabled() {
+            if let Some(path) = handles.path() {
+                span.record("on", field::display(path.display()));
+            }
         }
         span.entered()
     }

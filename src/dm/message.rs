@@ -9,6 +9,8 @@ pub(crate) const HEAD_BYTES: usize = 312;
 
 /// `DM_SUSPEND_FLAG`: ask for suspension; in an answer, the device is suspended.
 pub(crate) const SUSPEND: u32 = 1 << 1;
+/// `DM_STATUS_TABLE_FLAG`: answer with tables, not with what the targets say of themselves.
+pub(crate) const STATUS_TABLE: u32 = 1 << 4;
 /// `DM_ACTIVE_PRESENT_FLAG`.
 pub(crate) const ACTIVE_PRESENT: u32 = 1 << 5;
 /// `DM_INACTIVE_PRESENT_FLAG`.
@@ -19,6 +21,8 @@ pub(crate) const BUFFER_FULL: u32 = 1 << 8;
 pub(crate) const SKIP_LOCKFS: u32 = 1 << 10;
 /// `DM_NOFLUSH_FLAG`: do not wait for queued I/O.
 pub(crate) const NOFLUSH: u32 = 1 << 11;
+/// `DM_QUERY_INACTIVE_TABLE_FLAG`: answer for the table that is loaded and not live.
+pub(crate) const QUERY_INACTIVE_TABLE: u32 = 1 << 12;
 /// `DM_UUID_FLAG`: list uuids too; with a rename, the text is a uuid.
 pub(crate) const UUID: u32 = 1 << 14;
 /// `DM_DEFERRED_REMOVE`: remove at the last close; in an answer, removal is due.
@@ -34,6 +38,10 @@ const NAME: usize = 48;
 const UUID_FIELD: usize = 176;
 const NAME_BYTES: usize = 128;
 const UUID_BYTES: usize = 129;
+
+/// In `struct dm_name_list`, from interface 4.45 on.
+const HAS_UUID: u32 = 1;
+const HAS_NO_UUID: u32 = 2;
 
 /// In `struct dm_target_spec`.
 const TARGET_TYPE: usize = 24;
@@ -220,7 +228,14 @@ pub(crate) fn first_target(payload: &[u8]) -> Option<(&str, &str)> {
     let status = payload.get(SPEC_BYTES..)?;
     let kind = &kind[..text(kind)?];
     let status = &status[..text(status)?];
-    Some((str::from_utf8(kind).ok()?, str::from_utf8(status).ok()?))
+    let utf8 = |text| std::str::from_utf8(text).ok();
+    Some((utf8(kind)?, utf8(status)?))
+}
+
+/// The same, to keep; `None` also for a device without a table.
+pub(crate) fn first_line(payload: &[u8]) -> Option<(String, String)> {
+    let line = first_target(payload).filter(|(kind, _)| !kind.is_empty());
+    line.map(|(kind, text)| (kind.to_owned(), text.to_owned()))
 }
 
 /// One device in the answer to `DM_LIST_DEVICES`.
@@ -256,8 +271,6 @@ pub(crate) fn listed(payload: &[u8], uuids: bool) -> Vec<Listed> {
 }
 
 fn listed_one(entry: &[u8], uuids: bool) -> Option<Listed> {
-    const HAS_UUID: u32 = 1;
-    const HAS_NO_UUID: u32 = 2;
     let field = entry.get(12..)?;
     let length = field.iter().position(|byte| *byte == 0)?;
     let name = text(field);
@@ -273,39 +286,53 @@ fn listed_one(entry: &[u8], uuids: bool) -> Option<Listed> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// `#define NAME (1 << N)` of the kernel's own header.
-    fn defined(name: &str) -> u32 {
-        const HEADER: &str = "/usr/include/linux/dm-ioctl.h";
-        let header = std::fs::read_to_string(HEADER).expect("linux-libc-dev is installed");
-        let of = |line: &str| {
-            let mut words = line.split_whitespace();
-            (words.next() == Some("#define") && words.next() == Some(name))
-                .then(|| words.collect::<String>())
-        };
-        let value = header.lines().find_map(of).expect(name);
-        let bit = value
-            .strip_prefix("(1<<")
-            .and_then(|rest| rest.split(')').next());
-        1 << bit.and_then(|bit| bit.parse::<u32>().ok()).expect("a bit")
-    }
+    use crate::kernel::headers;
 
     /// `UUID` was 1 << 15, which is `DM_SECURE_DATA_FLAG`: adopting a foreign device renamed it instead of giving it a
     /// uuid, and no list ever had uuids in it. Every test compared the constant with itself.
     #[test]
     fn flags_are_the_kernels() {
-        for (ours, theirs) in [
+        headers::assert_agree(&[
             (SUSPEND, "DM_SUSPEND_FLAG"),
+            (STATUS_TABLE, "DM_STATUS_TABLE_FLAG"),
             (ACTIVE_PRESENT, "DM_ACTIVE_PRESENT_FLAG"),
             (INACTIVE_PRESENT, "DM_INACTIVE_PRESENT_FLAG"),
             (BUFFER_FULL, "DM_BUFFER_FULL_FLAG"),
             (SKIP_LOCKFS, "DM_SKIP_LOCKFS_FLAG"),
             (NOFLUSH, "DM_NOFLUSH_FLAG"),
+            (QUERY_INACTIVE_TABLE, "DM_QUERY_INACTIVE_TABLE_FLAG"),
             (UUID, "DM_UUID_FLAG"),
             (DEFERRED_REMOVE, "DM_DEFERRED_REMOVE"),
-        ] {
-            assert_eq!(ours, defined(theirs), "{theirs}");
-        }
+            (HAS_UUID, "DM_NAME_LIST_FLAG_HAS_UUID"),
+            (HAS_NO_UUID, "DM_NAME_LIST_FLAG_DOESNT_HAVE_UUID"),
+        ]);
+    }
+
+    #[test]
+    fn fields_lie_where_the_kernel_has_them() {
+        let pins = [
+            (HEAD_BYTES, "sizeof(struct dm_ioctl)"),
+            (0, "offsetof(struct dm_ioctl, version)"),
+            (12, "offsetof(struct dm_ioctl, data_size)"),
+            (DATA_START, "offsetof(struct dm_ioctl, data_start)"),
+            (TARGET_COUNT, "offsetof(struct dm_ioctl, target_count)"),
+            (OPEN_COUNT, "offsetof(struct dm_ioctl, open_count)"),
+            (FLAGS, "offsetof(struct dm_ioctl, flags)"),
+            (EVENT_NR, "offsetof(struct dm_ioctl, event_nr)"),
+            (DEV, "offsetof(struct dm_ioctl, dev)"),
+            (NAME, "offsetof(struct dm_ioctl, name)"),
+            (UUID_FIELD, "offsetof(struct dm_ioctl, uuid)"),
+            (NAME_BYTES, "sizeof((struct dm_ioctl){}.name)"),
+            (UUID_BYTES, "sizeof((struct dm_ioctl){}.uuid)"),
+            (0, "offsetof(struct dm_target_spec, sector_start)"),
+            (8, "offsetof(struct dm_target_spec, length)"),
+            (TARGET_TYPE, "offsetof(struct dm_target_spec, target_type)"),
+            (SPEC_BYTES, "sizeof(struct dm_target_spec)"),
+            (8, "offsetof(struct dm_name_list, next)"),
+            (12, "offsetof(struct dm_name_list, name)"),
+            (4, "offsetof(struct dm_target_versions, version)"),
+        ];
+        headers::assert_agree(&pins.map(|(ours, theirs)| (ours as u64, theirs)));
     }
 
     #[test]

@@ -49,7 +49,7 @@ impl From<Verdict> for ErrorKind {
             Verdict::Busy => Self::Busy,
             Verdict::Gone | Verdict::Missing => Self::Gone,
             Verdict::NameTaken | Verdict::InUse | Verdict::TakeAnother => Self::Conflict,
-            Verdict::NotAFile => Self::BadRequest,
+            Verdict::NotAFile | Verdict::SymbolicLink => Self::BadRequest,
             Verdict::Unsupported => Self::Unsupported,
             Verdict::NoPermission => Self::NoPermission,
             Verdict::Exhausted => Self::Exhausted,
@@ -63,19 +63,24 @@ impl From<&Refusal> for ErrorKind {
         match refusal {
             Refusal::OriginInUse { .. }
             | Refusal::OriginChanged { .. }
+            | Refusal::OriginDiffers { .. }
             | Refusal::CowInUse { .. }
             | Refusal::CowForeign { .. }
             | Refusal::CowNotBlank { .. }
             | Refusal::NotOurs { .. }
+            | Refusal::NotAdoptable { .. }
             | Refusal::NotExportable { .. }
             | Refusal::OutputExists { .. } => Self::Conflict,
             Refusal::CowUnlinked { .. } | Refusal::FileElsewhere { .. } => Self::Gone,
             Refusal::PoolEmpty | Refusal::Overflowed { .. } => Self::Exhausted,
             Refusal::CowInvalid { .. }
             | Refusal::CowDamaged { .. }
+            | Refusal::CowHeadless { .. }
             | Refusal::CowUnsound { .. }
             | Refusal::Invalid { .. } => Self::Lost,
-            Refusal::TargetLacks { .. } | Refusal::DiscardChunk { .. } => Self::Unsupported,
+            Refusal::TargetLacks { .. }
+            | Refusal::DiscardChunk { .. }
+            | Refusal::DiscardUnaligned { .. } => Self::Unsupported,
             _ => Self::BadRequest,
         }
     }

@@ -22,12 +22,15 @@ use super::Step;
 /// | FindData | ENXIO | Gone |
 /// | Unlink, MoveFile | ENOENT | Gone |
 /// | Create, SetUuid, Rename | EBUSY | NameTaken |
-/// | Link, MakeFile, MoveFile | EEXIST | NameTaken |
+/// | Link, MakeFile, MoveFile, AddLoop | EEXIST | NameTaken |
 /// | Load, OpenFile | EBUSY | InUse |
-/// | OpenFile, MakeFile | ENOENT, ENOTDIR | Missing |
+/// | OpenFile, MakeFile, InspectFile | ENOENT, ENOTDIR | Missing |
 /// | OpenFile | EISDIR | NotAFile |
+/// | OpenFile | ELOOP | SymbolicLink |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
-/// | AttachLoop, ReadDiskseq, TargetVersion | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | ReadDiskseq, TargetVersion, SyncFile | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | AttachLoop | ENOTTY, ENOSYS | Unsupported |
+/// | PunchHole | EOPNOTSUPP, ENODEV, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
 /// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
 /// | * | * | Fatal |
@@ -36,6 +39,7 @@ use super::Step;
 /// named (`drivers/block/loop.c`, `loop_configure`), and opening a loop device that is being deleted answers ENXIO
 /// (`lo_open`, 5.14 and later). `DM_DEV_CREATE` answers EBUSY for a name or uuid that exists, `DM_DEV_REMOVE` for
 /// an open device, and every lookup answers ENXIO for one that is not there (`drivers/md/dm-ioctl.c`).
+/// `LOOP_CONFIGURE` answers EINVAL for a file that cannot back a loop device, and kernels before 5.8 answer it too.
 /// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)).
 /// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -56,6 +60,8 @@ pub(crate) enum Verdict {
     Missing,
     /// It is a directory.
     NotAFile,
+    /// It is a symbolic link where none is followed, or one of too many.
+    SymbolicLink,
     /// This kernel, or this container, has no such thing.
     Unsupported,
     /// The caller lacks a capability or a permission.
@@ -85,16 +91,19 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::FindData, E::ENXIO) => Verdict::Gone,
         (S::Unlink | S::MoveFile, E::ENOENT) => Verdict::Gone,
         (S::Create | S::SetUuid | S::Rename, E::EBUSY) => Verdict::NameTaken,
-        (S::Link | S::MakeFile | S::MoveFile, E::EEXIST) => Verdict::NameTaken,
+        (S::Link | S::MakeFile | S::MoveFile | S::AddLoop, E::EEXIST) => Verdict::NameTaken,
         (S::Load | S::OpenFile, E::EBUSY) => Verdict::InUse,
-        (S::OpenFile | S::MakeFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
+        (S::OpenFile | S::MakeFile | S::InspectFile, E::ENOENT | E::ENOTDIR) => Verdict::Missing,
         (S::OpenFile, E::EISDIR) => Verdict::NotAFile,
+        (S::OpenFile, E::ELOOP) => Verdict::SymbolicLink,
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
             Verdict::Unsupported
         }
-        (S::AttachLoop | S::ReadDiskseq | S::TargetVersion, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
+        (S::ReadDiskseq | S::TargetVersion | S::SyncFile, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
             Verdict::Unsupported
         }
+        (S::AttachLoop, E::ENOTTY | E::ENOSYS) => Verdict::Unsupported,
+        (S::PunchHole, E::EOPNOTSUPP | E::ENODEV | E::ENOSYS) => Verdict::Unsupported,
         (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
         (_, E::ENOMEM | E::ENOSPC | E::ENFILE | E::EMFILE | E::EDQUOT) => Verdict::Exhausted,
         _ => Verdict::Fatal,
@@ -138,7 +147,7 @@ mod tests {
     #[test]
     fn the_documented_table_is_the_policy_for_every_step_and_errno() {
         let rows = documented();
-        assert_eq!(rows.len(), 19);
+        assert_eq!(rows.len(), 22);
         let fits =
             |names: &[String], name: &str| names.iter().any(|each| each == "*" || each == name);
         for step in Step::ALL {

@@ -51,6 +51,14 @@ pub enum Refusal {
         /// Its uuid; empty without one.
         uuid: String,
     },
+    /// A dm device without a uuid that cannot be taken over as a snapshot.
+    #[error("cannot adopt {name:?}: {why}")]
+    NotAdoptable {
+        /// The device's name.
+        name: String,
+        /// What it is instead, or what is in the way.
+        why: String,
+    },
     /// The origin image holds no whole sector.
     #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
     OriginTooShort {
@@ -80,6 +88,15 @@ pub enum Refusal {
         /// What it is.
         found: OriginIdentity,
     },
+    /// The image has the size and modification time of the one that the COW file's exceptions were made over, and other
+    /// content.
+    #[error(
+        "origin image {path:?} is another one: its size and modification time are those of the image that the snapshot was made over, its content is not"
+    )]
+    OriginDiffers {
+        /// The image.
+        path: PathBuf,
+    },
     /// The COW file is the origin image, by whatever path (hard link, symlink, bind mount).
     #[error("COW file {cow:?} and origin image {origin:?} are the same file")]
     SameFile {
@@ -95,6 +112,45 @@ pub enum Refusal {
         path: PathBuf,
         /// Its permission bits.
         mode: u32,
+    },
+    /// The COW file is a block device that takes no writes.
+    #[error("COW device {path:?} is read-only")]
+    CowDeviceReadOnly {
+        /// The device.
+        path: PathBuf,
+    },
+    /// The COW file begins with zeroes, which the kernel takes for blank, and goes on with something: another file
+    /// system or RAID, or a store whose header was lost.
+    #[error(
+        "COW file {path:?} begins with zeroes and has data at byte {at}: it is not blank, and has no header of a snapshot's exception store"
+    )]
+    CowHeadless {
+        /// The COW file.
+        path: PathBuf,
+        /// The first 4 KiB block that is not zeroes.
+        at: u64,
+    },
+    /// The disk's sectors are larger than the chunks.
+    #[error(
+        "chunks of {chunk} sectors ({} bytes) are smaller than the disk's sectors of {sector_bytes} bytes", .chunk.sectors().count() * 512
+    )]
+    ChunkUnderSector {
+        /// The chunk size asked for.
+        chunk: ChunkSize,
+        /// The sector size asked for.
+        sector_bytes: u32,
+    },
+    /// The image is no whole number of the disk's sectors.
+    #[error(
+        "origin image {path:?} has {bytes} bytes, no multiple of the disk's sectors of {sector_bytes} bytes"
+    )]
+    OriginPartSector {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The sector size asked for.
+        sector_bytes: u32,
     },
     /// The COW file cannot hold the store's header, its first metadata area and one chunk of data.
     #[error(
@@ -252,6 +308,16 @@ pub enum Refusal {
     DiscardChunk {
         /// The chunk size asked for.
         chunk: ChunkSize,
+    },
+    /// A discard that crosses into another chunk destroys a third one's data: only where no discard can is it safe.
+    #[error(
+        "discard with chunks of {chunk} sectors on a disk with sectors of {sector_bytes} bytes is not safe: the kernel lets a discard that crosses two chunks destroy a third; make chunks and sectors of one size, or say that the guest's discards are aligned to chunks"
+    )]
+    DiscardUnaligned {
+        /// The chunk size asked for.
+        chunk: ChunkSize,
+        /// The logical sector size of the disk, in bytes.
+        sector_bytes: u64,
     },
     /// The device has no live table, or one of another target.
     #[error("{name:?} is not a live snapshot")]

@@ -34,12 +34,14 @@ steps! {
     MoveFile = "move",
     /// `ftruncate` or `fallocate` of the COW file, new or longer than it was.
     SizeFile = "set aside space for",
-    /// `fstat` of the origin image, the COW file or a device node.
+    /// `fstat` or `stat` of the origin image, the COW file or a device node, or `BLKROGET`.
     InspectFile = "inspect",
     /// `flock` of the origin image or the COW file.
     LockFile = "lock",
     /// `pread` of the COW file or the origin image.
     ReadFile = "read",
+    /// `fallocate` with `FALLOC_FL_PUNCH_HOLE` behind the end of the COW file, where it changes nothing.
+    PunchHole = "punch a hole into",
     /// `lseek` with `SEEK_DATA` or `SEEK_HOLE` in the origin image.
     FindData = "find the data of",
     /// `pwrite` or `ftruncate` of an export.
@@ -54,6 +56,8 @@ steps! {
     OpenLoopControl = "open loop control",
     /// `LOOP_CTL_GET_FREE`.
     FindLoop = "find a free loop device through",
+    /// `LOOP_CTL_ADD`.
+    AddLoop = "add a loop device through",
     /// `open` of a loop device.
     OpenLoop = "open loop device",
     /// `flock` of a loop device's node.
@@ -66,7 +70,7 @@ steps! {
     ReadDiskseq = "read the disk sequence number of",
     /// `LOOP_GET_STATUS64` or `fstat` of a loop device, or its backing file's path in sysfs.
     InspectLoop = "inspect loop device",
-    /// `BLKGETSIZE64`.
+    /// `BLKGETSIZE64` or `BLKSSZGET`.
     SizeLoop = "read the size of",
     /// `LOOP_SET_CAPACITY`.
     ResizeLoop = "resize loop device",

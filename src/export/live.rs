@@ -1,6 +1,5 @@
 //! A running snapshot: what is behind it, and the flush.
 
-use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
@@ -8,12 +7,12 @@ use std::time::Duration;
 use super::{ExportOptions, ExportProgress, Exported, Source};
 use crate::backing::{Backing, open_origin, open_unlocked};
 use crate::base::{DeviceId, DeviceUuid, Kind, MAPPER_DIR};
-use crate::call::{ask, patiently};
+use crate::call::{ask, ask_unobserved, patiently};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, errno_of, policy};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, policy};
 use crate::find;
 use crate::find::{LoopFacts, SnapshotInfo, State};
-use crate::kernel::{DeviceMapper, Host, MACHINE};
+use crate::kernel::{Host, MACHINE};
 
 pub(super) fn export(
     options: &ExportOptions,
@@ -21,27 +20,64 @@ pub(super) fn export(
     output: &Path,
     progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
 ) -> Result<Option<Exported>> {
-    let info = find::status_of(&MACHINE, snapshot)?;
-    let params = exportable(&info)?;
-    let origin = path_of(&info, info.origin.as_ref())?;
-    let cow = path_of(&info, info.cow.as_ref())?;
-    let origin = open_origin(&MACHINE, origin, &options.origin_options())?;
-    let cow = open_unlocked(&MACHINE, cow)?;
-    same_file(&origin, info.origin.as_ref(), &info)?;
-    same_file(&cow, info.cow.as_ref(), &info)?;
-
+    let host = &MACHINE;
+    let info = find::status_of(host, snapshot)?;
+    let flushed = flushed(host, options, &info)?;
     let mapper = Path::new(MAPPER_DIR).join(&info.name);
-    write_back(&info)?;
-    let status = flush(&MACHINE, &info.uuid, &mapper)?;
-    let end = free_chunk(status, params);
-    let source = Source { origin, cow, end };
+    let source = Source {
+        origin: flushed.origin,
+        cow: flushed.cow,
+        end: flushed.end,
+    };
     // A COW file whose snapshot was taken down while it was read may have been anything.
-    source.export(options, output, progress, || {
-        ask(Step::Query, &mapper, || {
-            let device = MACHINE.query(Address::Uuid(info.uuid.as_str()))?;
-            let another = info.uuid.kind() == Kind::Pooled && device.name != info.name;
-            if another { Err(policy::GONE) } else { Ok(()) }
-        })
+    source.export(options, output, progress, || still(host, &info, &mapper))
+}
+
+/// What is behind a snapshot that was flushed.
+struct Flushed<'a, F> {
+    origin: Backing<'a, F>,
+    cow: Backing<'a, F>,
+    /// The COW chunk from which on the store is not looked at.
+    end: Option<u64>,
+}
+
+/// Opens what is behind the snapshot, and flushes it.
+fn flushed<'a, H: Host>(
+    host: &H,
+    options: &ExportOptions,
+    info: &'a SnapshotInfo,
+) -> Result<Flushed<'a, H::File>> {
+    let params = exportable(info)?;
+    let origin = path_of(info, info.origin.as_ref())?;
+    let cow = path_of(info, info.cow.as_ref())?;
+    let origin = open_origin(host, origin, &options.origin_options())?;
+    let cow = open_unlocked(host, cow)?;
+    same_file(&origin, info.origin.as_ref(), info)?;
+    same_file(&cow, info.cow.as_ref(), info)?;
+    // One flush at a time: the second one's resume would end the first one's suspension early. The kernel frees the
+    // lock with its holder.
+    let node = info.cow.as_ref().map(|facts| facts.device.as_path());
+    let node = node.unwrap_or(Path::new(""));
+    let held = ask(Step::OpenLoop, node, || host.open_loop(node, false))?;
+    patiently(host, &FLUSH_RETRY, Verdict::InUse, || {
+        ask(Step::TestLock, node, || host.lock_loop(&held, true))
+    })?;
+    let mapper = Path::new(MAPPER_DIR).join(&info.name);
+    write_back(host, info, &mapper)?;
+    let status = flush(host, &info.uuid, &mapper)?;
+    let end = free_chunk(status, params);
+    Ok(Flushed { origin, cow, end })
+}
+
+/// Another export's flush takes milliseconds, and what is written back before it seconds.
+const FLUSH_RETRY: Retry = Retry::until(Duration::from_secs(15));
+
+/// Fails unless the device still is the snapshot that was flushed.
+fn still<H: Host>(host: &H, info: &SnapshotInfo, mapper: &Path) -> Result<()> {
+    ask(Step::Query, mapper, || {
+        let device = host.query(Address::Uuid(info.uuid.as_str()))?;
+        let another = info.uuid.kind() == Kind::Pooled && device.name != info.name;
+        if another { Err(policy::GONE) } else { Ok(()) }
     })
 }
 
@@ -84,13 +120,11 @@ fn same_file<F>(
 
 /// Has the host write out what it has cached of the device, before anything is suspended for it: a VMM that opens the
 /// disk without O_DIRECT has its guest's flushed writes there.
-fn write_back(info: &SnapshotInfo) -> Result<()> {
-    let device = info.dev.dm_node();
-    let opened =
-        File::open(&device).or_else(|_| File::open(Path::new(MAPPER_DIR).join(&info.name)));
-    opened
-        .and_then(|opened| opened.sync_all())
-        .map_err(|error| Error::failed(Step::SyncFile, device, errno_of(&error)))
+fn write_back<H: Host>(host: &H, info: &SnapshotInfo, mapper: &Path) -> Result<()> {
+    let node = host.find_node(info.dev);
+    let node = node.as_deref().unwrap_or(mapper);
+    let device = ask(Step::OpenFile, node, || host.open_backing(node, false))?;
+    ask(Step::SyncFile, node, || host.sync_file(&device))
 }
 
 /// Suspends the snapshot and resumes it: when a suspension is complete, every write before it is in the COW file, and
@@ -100,11 +134,11 @@ pub(crate) fn flush<H: Host>(
     uuid: &DeviceUuid,
     mapper: &Path,
 ) -> Result<Option<SnapshotStatus>> {
-    ask(Step::Suspend, mapper, || host.suspend(uuid))?;
-    let status = ask(Step::Status, mapper, || host.status(uuid));
+    ask_unobserved(Step::Suspend, mapper, || host.suspend(uuid))?;
+    let status = ask_unobserved(Step::Status, mapper, || host.status(uuid));
     // Nothing may come between this and the suspension that could fail or wait.
     let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
-        ask(Step::Resume, mapper, || host.resume(uuid))
+        ask_unobserved(Step::Resume, mapper, || host.resume(uuid))
     });
     if let Err(error) = resumed {
         let left = vec![Leftover::new(mapper, error.clone())];
@@ -137,7 +171,9 @@ mod tests {
 
     use super::*;
     use crate::base::DeviceName;
+    use crate::kernel::DeviceMapper;
     use crate::kernel::fake::Script;
+    use crate::snapshot::{SnapshotOptions, create};
 
     const MAPPER: &str = "/dev/mapper/vm";
 
@@ -176,6 +212,52 @@ mod tests {
                 (Some(_), other) => panic!("{other:?}"),
             }
             assert!(!suspended(&script, &uuid));
+        }
+    }
+
+    /// A machine with a live snapshot, and what a list says of it.
+    fn snapshot(
+        fault: impl Fn(Step, usize) -> Option<Errno> + Send + Sync + 'static,
+    ) -> (Script, SnapshotInfo) {
+        let script = Script::new(|_, _| None);
+        let name = DeviceName::new("vm").expect("a name");
+        let (image, cow) = (Path::new("/image"), Path::new("/cow"));
+        let options = SnapshotOptions::new();
+        let _ = create(&script, &options, image, cow, &name).expect("nothing fails");
+        let info = find::status_of(&script, &DeviceId::from("vm")).expect("it is there");
+        script.restart(fault);
+        (script, info)
+    }
+
+    #[test]
+    fn whichever_call_up_to_the_flush_fails_the_error_names_it_and_nothing_stays_suspended() {
+        let options = ExportOptions::new();
+        let (script, info) = snapshot(|_, _| None);
+        flushed(&script, &options, &info).expect("nothing fails");
+        let calls = script.calls.take();
+        assert_eq!(calls.len(), 12, "{calls:?}");
+        for (index, step) in calls.iter().enumerate() {
+            let (script, info) = snapshot(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
+            let before = script.world.borrow().residue();
+            let error = flushed(&script, &options, &info).map(drop);
+            let error = error.expect_err("one call failed");
+            if *step == Step::Resume {
+                assert_eq!(error.left()[0].object, Path::new(MAPPER));
+                assert!(suspended(&script, &info.uuid));
+                continue;
+            }
+            let Error::Failed { step: named, .. } = &error else {
+                panic!("{error}");
+            };
+            // The fake knows a lock by one step.
+            let named = if *named == Step::TestLock {
+                Step::LockLoop
+            } else {
+                *named
+            };
+            assert_eq!(named, *step, "call {index}");
+            assert!(!suspended(&script, &info.uuid));
+            assert_eq!(script.world.borrow().residue(), before);
         }
     }
 

@@ -15,7 +15,8 @@ use copy::Copier;
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, check_header, check_identity, open_origin, open_store, unsound,
+    Backing, CowOptions, Sample, check_header, check_identity, open_origin, open_store, sample,
+    unsound,
 };
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
 use crate::call::ask;
@@ -281,7 +282,17 @@ impl Source<'_> {
             let path = path.to_owned();
             return Err(Refusal::CowInvalid { path }.into());
         }
-        check_header(&self.origin, &self.cow, store.header(), options.any_origin)?;
+        let fingerprint = Sample {
+            take: &|| sample(&MACHINE, &self.origin),
+            marks: false,
+        };
+        check_header(
+            &self.origin,
+            &self.cow,
+            store.header(),
+            fingerprint,
+            options.any_origin,
+        )?;
         store = store.over(Sectors::from_bytes_floor(length));
         if let Some(end) = self.end {
             store = store.ending_at(end);

@@ -1,6 +1,6 @@
 //! A snapshot that another program made, taken over.
 
-use super::list::{LoopFacts, loop_facts, status_of};
+use super::list::{LoopFacts, SnapshotInfo, loop_facts, status_of};
 use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
 use crate::call::ask;
 use crate::dm::Target;
@@ -14,51 +14,53 @@ use crate::kernel::{DevId, Host, MACHINE};
 ///
 /// # Errors
 ///
-/// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid, or is no snapshot over two loop
-/// devices.
+/// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid, [`Refusal::NotAdoptable`]
+/// with the reason for one that is no snapshot over two loop devices. Neither is touched.
 pub fn adopt(device: impl Into<DeviceId>) -> Result<Handles> {
     adopt_on(&MACHINE, &device.into())
 }
 
 pub(crate) fn adopt_on<H: Host>(host: &H, device: &DeviceId) -> Result<Handles> {
-    match status_of(host, device) {
+    let info = match status_of(host, device) {
         Err(Error::Refused(Refusal::NotOurs { name, uuid })) if uuid.is_empty() => {
-            take_over(host, &DeviceName::new(name)?)?;
-            status_of(host, device).map(|info| info.handles())
+            take_over(host, &DeviceName::new(name)?)?
         }
-        found => found.map(|info| info.handles()),
-    }
+        found => found?,
+    };
+    detach_with(host, &info)?;
+    Ok(info.handles())
 }
 
-fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<()> {
+/// Gives the device its uuid. Nothing of it is touched before the step that can fail.
+fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
     let path = name.mapper_path();
-    let not_ours = || Refusal::NotOurs {
+    let refused = |why: String| Refusal::NotAdoptable {
         name: name.to_string(),
-        uuid: String::new(),
+        why,
     };
-    let table = ask(Step::Status, &path, || host.table(DevId::Name(name), false))?;
-    let Some(Ok(Target::Snapshot(params))) = table.map(|(kind, text)| Target::parse(&kind, &text))
-    else {
-        return Err(not_ours().into());
+    let table = || ask(Step::Status, &path, || host.table(DevId::Name(name), false));
+    let Some(line) = table()? else {
+        return Err(refused("it has no live table".to_owned()).into());
     };
-    let facts = [params.origin, params.cow].map(|number| loop_facts(host, number));
-    let [Some(origin), Some(cow)] = facts else {
-        return Err(not_ours().into());
+    let params = match Target::parse(&line.0, &line.1) {
+        Ok(Target::Snapshot(params)) => params,
+        _ => return Err(refused(format!("its target is {}", line.0)).into()),
     };
-    let cow_loop = cow.device.to_string_lossy();
-    let cow_loop = cow_loop.strip_prefix("/dev/loop").map(str::parse);
-    let Some(Ok(cow_loop)) = cow_loop else {
-        return Err(not_ours().into());
+    let loop_of = |what: &str, number| {
+        let found = loop_facts(host, number);
+        found.ok_or_else(|| refused(format!("its {what} {number} is no loop device")))
     };
-    // While the dm table holds them, `LOOP_CLR_FD` only sets autoclear. Loops first: a snapshot that is ours has loops
-    // that detach themselves, at every moment.
-    for facts in [&origin, &cow] {
-        let device = ask(Step::OpenLoop, &facts.device, || {
-            host.open_loop(&facts.device, true)
-        })?;
-        ask(Step::DetachLoop, &facts.device, || {
-            host.detach_loop(&device)
-        })?;
+    let origin = loop_of("origin", params.origin)?;
+    let cow = loop_of("COW device", params.cow)?;
+    let number = cow.device.to_string_lossy();
+    let Some(Ok(cow_loop)) = number.strip_prefix("/dev/loop").map(str::parse) else {
+        return Err(refused(format!("its COW device is {number}")).into());
+    };
+    // Open, they cannot be bound to anything else; what was looked at before is looked at again.
+    let _open = [&origin, &cow].map(|facts| host.open_loop(&facts.device, false));
+    let now = [params.origin, params.cow].map(|number| loop_facts(host, number));
+    if table()?.as_ref() != Some(&line) || now != [Some(origin.clone()), Some(cow)] {
+        return Err(refused("it has another table by now".to_owned()).into());
     }
     let random = ask(Step::Random, &path, || host.random())?;
     let unknown = OriginIdentity {
@@ -67,7 +69,30 @@ fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<()> {
     };
     let identity = origin_identity(host, &origin).unwrap_or(unknown);
     let uuid = DeviceUuid::fresh(random, identity, cow_loop, Kind::Own);
-    ask(Step::SetUuid, &path, || host.set_uuid(name, &uuid))
+    ask(Step::SetUuid, &path, || host.set_uuid(name, &uuid))?;
+    status_of(host, &DeviceId::from(&uuid))
+}
+
+/// Has the loop devices of a snapshot detach themselves with it. While the dm table holds them, `LOOP_CLR_FD` only sets
+/// autoclear. A process killed before it leaves a snapshot of ours without; the next one that adopts it mends that.
+fn detach_with<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
+    for facts in [&info.origin, &info.cow].into_iter().flatten() {
+        if facts.autoclear != Some(false) {
+            continue;
+        }
+        let device = ask(Step::OpenLoop, &facts.device, || {
+            host.open_loop(&facts.device, true)
+        });
+        let detached = device.and_then(|device| {
+            ask(Step::DetachLoop, &facts.device, || {
+                host.detach_loop(&device)
+            })
+        });
+        detached.map_err(|error| {
+            error.noted("the snapshot is adopted, and this loop device will outlive it")
+        })?;
+    }
+    Ok(())
 }
 
 /// What the origin image is now, if it still is where the kernel says it was.

@@ -49,7 +49,7 @@ pub struct SnapshotInfo {
 )]
 #[non_exhaustive]
 pub enum State {
-    /// Made, and never given a table: left by a process that died.
+    /// Created, and never given a table: left by a process that died.
     NoTable,
     /// Given a table, and never resumed: left by a process that died.
     Loaded,
@@ -71,6 +71,8 @@ pub struct LoopFacts {
     pub backing: Option<FileId>,
     /// The number of this binding (Linux 5.15 and later).
     pub diskseq: Option<u64>,
+    /// Whether it detaches itself when nobody uses it any more.
+    pub autoclear: Option<bool>,
 }
 
 impl SnapshotInfo {
@@ -213,7 +215,8 @@ pub(super) fn loop_facts<H: Host>(host: &H, number: DeviceNumber) -> Option<Loop
     Some(LoopFacts {
         device,
         path,
-        backing: status.map(|status| status.backing),
+        backing: status.as_ref().map(|status| status.backing),
+        autoclear: status.as_ref().map(|status| status.autoclear),
         diskseq,
     })
 }

@@ -4,6 +4,8 @@ mod adopt;
 mod list;
 mod lookup;
 mod select;
+#[cfg(test)]
+mod tests;
 
 pub use adopt::adopt;
 pub use list::{LoopFacts, SnapshotInfo, State, list, status};

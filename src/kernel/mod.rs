@@ -3,6 +3,8 @@
 
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+pub(crate) mod headers;
 mod machine;
 mod seam;
 pub(crate) mod sys;

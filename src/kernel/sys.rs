@@ -1,4 +1,5 @@
-//! The only unsafe code: one safe function per ioctl that neither nix, loopdev nor devicemapper has.
+//! The only unsafe code: one safe function per ioctl that nix has not, and that loopdev and devicemapper, where they are
+//! used, have not as it is wanted.
 //!
 //! Functions are grouped by the file descriptor they act on. They borrow it, return the bare errno, and hold no
 //! path, no retry and no policy. Request codes and layouts are pinned to the kernel's numbers by the tests below.
@@ -17,13 +18,33 @@ use nix::errno::Errno;
 
 use crate::dm::HEAD_BYTES;
 
+#[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+compile_error!(
+    "dmsnap is for 64-bit Linux: the kernel's ioctls are declared here with the layouts they have there"
+);
+
+#[cfg(any(
+    target_arch = "mips64",
+    target_arch = "mips64r6",
+    target_arch = "powerpc64",
+    target_arch = "sparc64"
+))]
+compile_error!(
+    "dmsnap has not this architecture's ioctl numbers: it encodes them in a way of its own"
+);
+
 /// What glibc and musl call an ioctl's request differs in type; the kernel's is 32 bits.
 type Request = u32;
 
+#[cfg(any(test, not(feature = "loopdev")))]
+const LOOP_CLR_FD: Request = 0x4C01;
 const LOOP_GET_STATUS64: Request = 0x4C05;
 const LOOP_SET_CAPACITY: Request = 0x4C07;
 const LOOP_CONFIGURE: Request = 0x4C0A;
+const LOOP_CTL_ADD: Request = 0x4C80;
 const LOOP_CTL_GET_FREE: Request = 0x4C82;
+const BLKROGET: Request = 0x125E;
+const BLKSSZGET: Request = 0x1268;
 const BLKGETSIZE64: Request = 0x8008_1272;
 const BLKGETDISKSEQ: Request = 0x8008_1280;
 const FICLONE: Request = 0x4004_9409;
@@ -96,14 +117,22 @@ pub(crate) fn loop_find_free(control: BorrowedFd<'_>) -> Result<u32, Errno> {
     check(number).map(libc::c_int::unsigned_abs)
 }
 
+/// `LOOP_CTL_ADD` (3.1): makes the loop device of that number; EEXIST where there is one.
+pub(crate) fn loop_add(control: BorrowedFd<'_>, number: u32) -> Result<(), Errno> {
+    // SAFETY: `control` is open for as long as it is borrowed; the argument is a number, so the kernel touches no memory
+    // of ours; any other kind of file answers ENOTTY or EINVAL.
+    check(unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_ADD as _, number) }).map(drop)
+}
+
 // --- /dev/loopN ---
 
-/// `LOOP_CONFIGURE` (5.8): binds `backing` and sets `flags` in one step. The loop device keeps the open file
+/// `LOOP_CONFIGURE` (5.8): binds `backing` and sets `flags` and the logical block size in one step. The loop device keeps the open file
 /// description, and with it any `flock` it holds, until it is cleared.
 pub(crate) fn loop_configure(
     device: BorrowedFd<'_>,
     backing: BorrowedFd<'_>,
     flags: u32,
+    block_size: u32,
     file_name: &[u8],
 ) -> Result<(), Errno> {
     let fd = u32::try_from(backing.as_raw_fd()).map_err(|_| Errno::EBADF)?;
@@ -115,7 +144,7 @@ pub(crate) fn loop_configure(
     info.file_name[..kept].copy_from_slice(&file_name[..kept]);
     let config = LoopConfig {
         fd,
-        block_size: 0,
+        block_size,
         info,
         reserved: [0; 8],
     };
@@ -123,6 +152,14 @@ pub(crate) fn loop_configure(
     // `config`, and writes none; a file that is no loop device answers ENOTTY or EINVAL.
     check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE as _, &raw const config) })
         .map(drop)
+}
+
+/// `LOOP_CLR_FD`: unbinds the device, at its last close if anybody else has it open. ENXIO when nothing is bound.
+#[cfg(not(feature = "loopdev"))]
+pub(crate) fn loop_clear(device: BorrowedFd<'_>) -> Result<(), Errno> {
+    // SAFETY: `device` is open for as long as it is borrowed; the request has no argument, so the kernel touches no
+    // memory of ours; a file that is no loop device answers ENOTTY or EINVAL.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CLR_FD as _, 0) }).map(drop)
 }
 
 /// `LOOP_GET_STATUS64` (2.6): the backing file's device and inode, and the flags. ENXIO when nothing is bound.
@@ -155,6 +192,24 @@ pub(crate) fn block_diskseq(device: BorrowedFd<'_>) -> Result<u64, Errno> {
     block_u64(device, BLKGETDISKSEQ)
 }
 
+/// `BLKROGET`: whether it is read-only.
+pub(crate) fn block_is_read_only(device: BorrowedFd<'_>) -> Result<bool, Errno> {
+    block_int(device, BLKROGET).map(|value| value != 0)
+}
+
+/// `BLKSSZGET`: its logical block size in bytes.
+pub(crate) fn block_sector_bytes(device: BorrowedFd<'_>) -> Result<u32, Errno> {
+    block_int(device, BLKSSZGET).map(libc::c_int::unsigned_abs)
+}
+
+fn block_int(device: BorrowedFd<'_>, request: Request) -> Result<libc::c_int, Errno> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: `device` is open for as long as it is borrowed; the kernel writes an `int`, which `value` is, for either
+    // request; a file that is no block device answers ENOTTY.
+    check(unsafe { libc::ioctl(device.as_raw_fd(), request as _, &raw mut value) })?;
+    Ok(value)
+}
+
 fn block_u64(device: BorrowedFd<'_>, request: Request) -> Result<u64, Errno> {
     let mut value = 0u64;
     // SAFETY: `device` is open for as long as it is borrowed; the kernel writes 8 bytes, the size of `value`, for
@@ -184,17 +239,25 @@ pub(crate) fn dm_ioctl(
     check(unsafe { libc::ioctl(control.as_raw_fd(), request as _, message.as_mut_ptr()) }).map(drop)
 }
 
-// --- any file ---
+// --- descriptors of loopdev's, which it hands out raw only ---
 
-/// An owner of an open descriptor that hands it out raw only. Not for integers, which own nothing.
-pub(crate) trait OwnsFd: AsRawFd {}
-
-/// The owner's descriptor, for as long as the owner is borrowed.
-pub(crate) fn borrow(owner: &impl OwnsFd) -> BorrowedFd<'_> {
-    // SAFETY: `owner` keeps its descriptor open for as long as it lives, as `OwnsFd` demands; no memory is involved;
-    // what kind of file it is does not matter here.
-    unsafe { BorrowedFd::borrow_raw(owner.as_raw_fd()) }
+/// `/dev/loop-control` as the crate holds it open.
+#[cfg(feature = "loopdev")]
+pub(crate) fn fd_of_loop_control(control: &loopdev::LoopControl) -> BorrowedFd<'_> {
+    // SAFETY: the crate's type owns a `File` that it closes when it is dropped, which cannot be while it is borrowed; no
+    // memory is involved; what kind of file it is does not matter here.
+    unsafe { BorrowedFd::borrow_raw(control.as_raw_fd()) }
 }
+
+/// A loop device's node as the crate holds it open.
+#[cfg(feature = "loopdev")]
+pub(crate) fn fd_of_loop_device(device: &loopdev::LoopDevice) -> BorrowedFd<'_> {
+    // SAFETY: the crate's type owns a `File` that it closes when it is dropped, which cannot be while it is borrowed; no
+    // memory is involved; what kind of file it is does not matter here.
+    unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) }
+}
+
+// --- any file ---
 
 /// Takes a `flock` without waiting; EAGAIN when somebody else's is in the way. It belongs to the open file
 /// description, so a loop device that is given the file holds it too.
@@ -304,32 +367,95 @@ mod tests {
     use std::mem::{offset_of, size_of};
 
     use super::*;
-
-    /// `_IOC` of include/uapi/asm-generic/ioctl.h.
-    fn ioc(direction: u32, kind: u32, number: u32, size: usize) -> u32 {
-        direction << 30 | u32::try_from(size).expect("small") << 16 | kind << 8 | number
-    }
+    use crate::kernel::headers;
 
     #[test]
     fn layouts_are_the_kernels() {
-        assert_eq!(size_of::<LoopInfo>(), 232);
-        assert_eq!(size_of::<LoopConfig>(), 304);
-        assert_eq!(offset_of!(LoopInfo, flags), 52);
-        assert_eq!(offset_of!(LoopInfo, file_name), 56);
-        assert_eq!(offset_of!(LoopConfig, info), 8);
+        let pins = [
+            (size_of::<LoopInfo>(), "sizeof(struct loop_info64)"),
+            (
+                offset_of!(LoopInfo, device),
+                "offsetof(struct loop_info64, lo_device)",
+            ),
+            (
+                offset_of!(LoopInfo, inode),
+                "offsetof(struct loop_info64, lo_inode)",
+            ),
+            (
+                offset_of!(LoopInfo, rdevice),
+                "offsetof(struct loop_info64, lo_rdevice)",
+            ),
+            (
+                offset_of!(LoopInfo, offset),
+                "offsetof(struct loop_info64, lo_offset)",
+            ),
+            (
+                offset_of!(LoopInfo, sizelimit),
+                "offsetof(struct loop_info64, lo_sizelimit)",
+            ),
+            (
+                offset_of!(LoopInfo, number),
+                "offsetof(struct loop_info64, lo_number)",
+            ),
+            (
+                offset_of!(LoopInfo, flags),
+                "offsetof(struct loop_info64, lo_flags)",
+            ),
+            (
+                offset_of!(LoopInfo, file_name),
+                "offsetof(struct loop_info64, lo_file_name)",
+            ),
+            (
+                offset_of!(LoopInfo, crypt_name),
+                "offsetof(struct loop_info64, lo_crypt_name)",
+            ),
+            (
+                offset_of!(LoopInfo, encrypt_key),
+                "offsetof(struct loop_info64, lo_encrypt_key)",
+            ),
+            (
+                offset_of!(LoopInfo, init),
+                "offsetof(struct loop_info64, lo_init)",
+            ),
+            (size_of::<LoopConfig>(), "sizeof(struct loop_config)"),
+            (
+                offset_of!(LoopConfig, fd),
+                "offsetof(struct loop_config, fd)",
+            ),
+            (
+                offset_of!(LoopConfig, block_size),
+                "offsetof(struct loop_config, block_size)",
+            ),
+            (
+                offset_of!(LoopConfig, info),
+                "offsetof(struct loop_config, info)",
+            ),
+            (
+                offset_of!(LoopConfig, reserved),
+                "offsetof(struct loop_config, __reserved)",
+            ),
+        ];
+        headers::assert_agree(&pins.map(|(ours, theirs)| (ours as u64, theirs)));
     }
 
     #[test]
-    fn request_codes_are_the_kernels() {
-        assert_eq!(BLKGETSIZE64, ioc(2, 0x12, 114, 8));
-        assert_eq!(BLKGETDISKSEQ, ioc(2, 0x12, 128, 8));
-        assert_eq!(FICLONE, ioc(1, 0x94, 9, 4));
-        assert_eq!(DM_IOCTL, ioc(3, 0xfd, 0, HEAD_BYTES));
-        assert_eq!(
-            DM_IOCTL | 9,
-            0xC138_FD09,
-            "DM_TABLE_LOAD as strace prints it"
-        );
+    fn request_codes_and_flags_are_the_kernels() {
+        headers::assert_agree(&[
+            (LOOP_CLR_FD, "LOOP_CLR_FD"),
+            (LOOP_GET_STATUS64, "LOOP_GET_STATUS64"),
+            (LOOP_SET_CAPACITY, "LOOP_SET_CAPACITY"),
+            (LOOP_CONFIGURE, "LOOP_CONFIGURE"),
+            (LOOP_CTL_GET_FREE, "LOOP_CTL_GET_FREE"),
+            (BLKROGET, "BLKROGET"),
+            (BLKSSZGET, "BLKSSZGET"),
+            (BLKGETSIZE64, "BLKGETSIZE64"),
+            (BLKGETDISKSEQ, "BLKGETDISKSEQ"),
+            (FICLONE, "FICLONE"),
+            (DM_IOCTL | 9, "DM_TABLE_LOAD"),
+            (LO_READ_ONLY, "LO_FLAGS_READ_ONLY"),
+            (LO_AUTOCLEAR, "LO_FLAGS_AUTOCLEAR"),
+            (LO_DIRECT_IO, "LO_FLAGS_DIRECT_IO"),
+        ]);
     }
 
     #[test]

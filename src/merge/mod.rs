@@ -12,7 +12,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::backing::{Backing, Reader, attach, open_locked_origin, open_merged_cow, unsound};
-use crate::base::{ChunkSize, DeviceName, Handles, Kind, OriginIdentity, Sectors, Store};
+use crate::base::{
+    ChunkSize, DeviceName, Handles, Kind, OriginIdentity, SectorSize, Sectors, Store,
+};
 use crate::call::{absent, ask, timings};
 use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, policy};
@@ -244,6 +246,7 @@ impl<H: Host> Pair<'_, H> {
             host,
             &self.origin,
             LO_AUTOCLEAR,
+            SectorSize::Bytes512,
             self.origin.path,
             &mut handles.origin_loop,
         )?;
@@ -251,6 +254,7 @@ impl<H: Host> Pair<'_, H> {
             host,
             &self.cow,
             LO_AUTOCLEAR,
+            SectorSize::Bytes512,
             self.cow.path,
             &mut handles.cow_loop,
         )?;

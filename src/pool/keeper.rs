@@ -4,13 +4,13 @@ use std::fmt;
 use std::path::Path;
 
 use crate::backing::{Backing, attach};
-use crate::base::{ChunkSize, DeviceName, Handles, Kind, Sectors, Store};
+use crate::base::{ChunkSize, DeviceName, Handles, Kind, SectorSize, Sectors, Store};
 use crate::call::ask;
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Result, Retry, Step};
 use crate::kernel::Host;
 use crate::kernel::sys::LO_AUTOCLEAR;
-use crate::snapshot::{Base, Made, link, load, make_device, undone};
+use crate::snapshot::{Base, MappedDevice, link, load, make_device, undone};
 use crate::teardown;
 
 /// Enough for a chunk of a transient store, in which nothing is ever kept.
@@ -22,7 +22,7 @@ const COW_BYTES: u64 = 64 << 10;
 ///
 /// It is open for as long as the pool's process lives, which is how others know that it does.
 pub(crate) struct Keeper<H: Host> {
-    pub(crate) made: Made,
+    pub(crate) made: MappedDevice,
     handles: Handles,
     open: H::File,
 }
@@ -56,7 +56,14 @@ fn build<H: Host>(
     let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
     let cow = Backing { path, file, facts };
     // Its lock says that the maker is at work, until the node is open and says so.
-    let cow_loop = attach(host, &cow, LO_AUTOCLEAR, path, &mut handles.cow_loop)?;
+    let cow_loop = attach(
+        host,
+        &cow,
+        LO_AUTOCLEAR,
+        SectorSize::Bytes512,
+        path,
+        &mut handles.cow_loop,
+    )?;
     let identity = base.image().identity();
     let line = |target| TargetLine {
         start: Sectors::default(),

@@ -11,7 +11,7 @@ use recycle::{Ending, TakenBack};
 use shared::{Shared, State};
 
 use crate::base::{DeviceName, Handles, POOLED};
-use crate::call::overlapped;
+use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Result, Retry, Verdict};
 use crate::kernel::{MACHINE, Machine};
 use crate::snapshot::Snapshot;
@@ -63,7 +63,7 @@ pub struct Released {
     pub file: Option<File>,
 }
 
-/// How a pool is doing.
+/// What a pool has, and what failed last.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PoolStatus {
@@ -79,10 +79,10 @@ pub struct PoolStatus {
     pub failures: u32,
     /// Why the last attempt failed; `None` after one that did not.
     pub last_error: Option<Error>,
-    /// How long the next attempt is put off after a failure.
+    /// What is left of the pause before the next attempt, after a failure.
     pub retry_in: Option<Duration>,
-    /// Why the last device that was taken back could not be recycled; `None` if it could. It was removed instead, but
-    /// for what the error names.
+    /// Why the last device that was taken back could not be recycled; `None` if it could. What
+    /// [`Error::left`] lists is still there; the rest of it was removed.
     pub recycle_error: Option<Error>,
 }
 
@@ -93,11 +93,13 @@ pub struct PoolStatus {
 /// not, also after a kill. [`release`](Self::release) renames it back and deletes its COW file; another thread then
 /// swaps its table instead of removing it, and the device serves another snapshot later.
 ///
-/// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool is open for
-/// as long as the pool's process lives, so what a killed pool leaves is known for it: the next pool that is opened on
-/// the host takes it down, as any [`reap`](crate::ReapOptions::reap) does, and never touches what was claimed.
+/// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool, its keeper,
+/// is open for as long as the pool's process lives; once it is closed, the unclaimed devices are known to be a dead
+/// pool's: the next pool that is opened on the host takes them down, as any [`reap`](crate::ReapOptions::reap) does,
+/// and never touches what was claimed.
 ///
-/// Dropping the pool drains it, and hides what could not be taken down; [`drain`](Self::drain) names it.
+/// Threads may share a pool. Dropping it drains it, and hides what could not be taken down; [`drain`](Self::drain)
+/// names it.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -115,9 +117,10 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a bad name; [`Refusal::PoolEmpty`](crate::error::Refusal::PoolEmpty) when none became ready in
-    /// the time that it was to wait. [`ErrorKind::Conflict`](crate::ErrorKind::Conflict) when there is such a device; the pool keeps what it had.
-    /// When it has to make one, as [`SnapshotOptions::create_on`](crate::SnapshotOptions::create_on).
+    /// [`Error::Refused`] for a bad name. When none became ready in the time that it was to wait ([`WhenEmpty::Wait`]):
+    /// the refill's last error where refills fail, otherwise [`Refusal::PoolEmpty`](crate::error::Refusal::PoolEmpty).
+    /// [`ErrorKind::Conflict`](crate::ErrorKind::Conflict) when a device of that name exists; the pool keeps its
+    /// snapshot. When it has to make one, as [`SnapshotOptions::create_on`](crate::SnapshotOptions::create_on).
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;
         loop {
@@ -160,13 +163,13 @@ impl Pool {
     /// has opened it meanwhile, as a page of it may be cached. A COW file that is kept is the caller's alone when this
     /// returns.
     ///
-    /// What no pool made, what is over another image, and what is beyond [`PoolOptions::size`] of such devices, is
-    /// removed, as by [`cleanup`](crate::cleanup).
+    /// A device is removed instead if no pool made it, if it is over another image, or if [`PoolOptions::size`] spare
+    /// ones exist already, as by [`cleanup`](crate::cleanup).
     ///
     /// # Errors
     ///
     /// [`Error::Failed`] when it is still busy at the deadline: it stays as it is, and claimed.
-    /// [`Error::Debris`] names what remains otherwise. What fails in the thread is told by
+    /// [`Error::Debris`] names what remains otherwise. What fails in the thread is in
     /// [`PoolStatus::recycle_error`].
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let (host, site) = (&MACHINE, self.shared.site());
@@ -198,7 +201,7 @@ impl Pool {
         })
     }
 
-    /// How it is doing.
+    /// Returns what the pool has, and what failed last.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         let state = self.shared.lock();
@@ -215,7 +218,10 @@ impl Pool {
         }
     }
 
-    /// Waits until so many are ready, or all that there are to be; says whether they are.
+    /// Waits for up to `deadline` until `count` snapshots, or [`PoolOptions::size`] if that is less, are ready. Returns
+    /// whether they are.
+    ///
+    /// Failed refills do not end the wait: [`PoolStatus::last_error`] has them.
     pub fn wait_ready(&self, count: usize, deadline: Duration) -> bool {
         let count = count.min(self.shared.size);
         self.shared
@@ -262,18 +268,18 @@ impl Pool {
             }
         };
         let ready = Vec::from(ready);
-        let discarded = overlapped(&ready, |ready| ready::discard(&MACHINE, ready));
+        let discarded = in_parallel(&ready, |ready| ready::discard(&MACHINE, ready));
         for (ready, discarded) in ready.iter().zip(discarded) {
             note(&ready.made.mapper, discarded);
         }
         let retry = Retry::default();
-        let removed = overlapped(&taken_back, |taken| {
+        let removed = in_parallel(&taken_back, |taken| {
             recycle::remove(&MACHINE, taken, &retry)
         });
         for (taken, removed) in taken_back.iter().zip(removed) {
             note(&taken.made.mapper, removed);
         }
-        let removed = overlapped(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
+        let removed = in_parallel(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
         for (spare, removed) in spares.iter().zip(removed) {
             note(&spare.mapper, removed);
         }

@@ -65,25 +65,27 @@ impl PoolOptions {
         }
     }
 
-    /// How the snapshots are made: store, chunk size, COW file.
+    /// Sets how the snapshots are made: store, chunk size, COW file. `replace_cow` has no effect, and without
+    /// `make_cow` the COW files have the worst case's size.
     pub fn snapshot(&mut self, options: &SnapshotOptions) -> &mut Self {
         self.snapshot = options.clone();
         self
     }
 
-    /// How many are to be ready. As many spare dm devices are kept besides, at most.
+    /// Sets how many are kept ready. As many spare dm devices are kept besides, at most.
     pub fn size(&mut self, size: usize) -> &mut Self {
         self.size = size;
         self
     }
 
-    /// What a claim does when none is ready.
+    /// Sets what a claim does when none is ready.
     pub fn when_empty(&mut self, when_empty: WhenEmpty) -> &mut Self {
         self.when_empty = when_empty;
         self
     }
 
-    /// Opens a pool over `origin` that makes its COW files in `directory`, and begins to fill it.
+    /// Opens a pool over `origin` that makes its COW files in `directory`, which must exist and which pools may share,
+    /// and begins to fill it.
     ///
     /// What pools left whose process was killed is taken down first, as far as it can be: their devices on this host,
     /// and their COW files in `directory`.
@@ -91,7 +93,7 @@ impl PoolOptions {
     /// # Errors
     ///
     /// [`Error::Failed`] when device-mapper or loop devices cannot be had, or no thread. A failure to make snapshots
-    /// ready is told by [`Pool::status`].
+    /// ready is in [`Pool::status`].
     pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
         let host = &MACHINE;
         snapshot::open_controls(host)?;

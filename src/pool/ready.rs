@@ -11,7 +11,7 @@ use crate::dm::Address;
 use crate::error::{Leftover, Result, Retry, Step};
 use crate::kernel::Host;
 use crate::snapshot::{
-    Base, Built, Made, Onto, Snapshot, SnapshotOptions, build, prepare, unbuilt,
+    Base, Destination, LiveDevice, MappedDevice, Snapshot, SnapshotOptions, build, prepare, unbuilt,
 };
 use crate::teardown;
 
@@ -25,7 +25,7 @@ pub(crate) struct Site<'a, L> {
 /// A live snapshot under a name of the pool's, without an alias.
 #[derive(Debug)]
 pub(crate) struct Ready {
-    pub(crate) made: Made,
+    pub(crate) made: MappedDevice,
     pub(crate) cow: PathBuf,
     /// The pool's. The claimant's differ in the names.
     pub(crate) handles: Handles,
@@ -58,7 +58,7 @@ pub(crate) fn make<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
     name: &DeviceName,
-    spare: impl FnOnce() -> Option<Made>,
+    spare: impl FnOnce() -> Option<MappedDevice>,
 ) -> Result<Ready> {
     let options = site.options;
     let path = site.dir.join(format!("{name}.cow"));
@@ -68,15 +68,15 @@ pub(crate) fn make<H: Host>(
     let spare = spare();
     let kind = Kind::Pooled;
     let onto = match &spare {
-        Some(made) => Onto::Recycled(made),
-        None => Onto::New { name, kind },
+        Some(made) => Destination::Recycled(made),
+        None => Destination::New { name, kind },
     };
     let built = build(host, options, &site.base.over(), &cow, &onto, &mut handles);
     let moved = built.and_then(|built| {
         ask(Step::MoveFile, &lasting, || host.move_file(&path, &lasting)).map(|()| built)
     });
     match moved {
-        Ok(Built { made, warnings, .. }) => Ok(Ready {
+        Ok(LiveDevice { made, warnings, .. }) => Ok(Ready {
             cow: lasting,
             handles,
             node: host.find_node(made.dev),

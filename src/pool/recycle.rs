@@ -11,7 +11,7 @@ use crate::dm::{Target, TargetLine};
 use crate::error::{Error, Leftover, Result, Retry, Step, Verdict, policy};
 use crate::find::Bound;
 use crate::kernel::{DevId, Device, Host};
-use crate::snapshot::{Made, load};
+use crate::snapshot::{MappedDevice, load};
 use crate::teardown::{Subject, When};
 use crate::{find, teardown};
 
@@ -20,7 +20,7 @@ pub(crate) enum Ending<F> {
     /// Its device is the pool's again; its table is to follow ([`empty`]).
     TakenBack(TakenBack),
     /// Its device is a spare one already, and its COW file the caller's.
-    Spare(Made, Option<CowFile<F>>),
+    Spare(MappedDevice, Option<CowFile<F>>),
     /// It was removed, or was gone already, or goes at its last close.
     Gone(Option<CowFile<F>>),
 }
@@ -28,7 +28,7 @@ pub(crate) enum Ending<F> {
 /// A dm device that has a name of the pool's, and still the table of a snapshot that was released.
 #[derive(Debug)]
 pub(crate) struct TakenBack {
-    pub(crate) made: Made,
+    pub(crate) made: MappedDevice,
     cow_loop: Option<LoopHandle>,
 }
 
@@ -69,8 +69,9 @@ pub(crate) fn release<H: Host>(
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
     let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
     let (Some(to), Some(made)) = (to, fitting) else {
-        delete(host, doomed)?;
+        // The file goes last: whoever has opened the device meanwhile still has its writes there.
         teardown::clean(host, handles, retry)?;
+        delete(host, doomed)?;
         return Ok(Ending::Gone(cow));
     };
     // A leftover that has a COW file to be kept has a name that says so.
@@ -146,12 +147,12 @@ fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
 }
 
 /// The device, if it is one that may serve again over the pool's image.
-fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<Made> {
+fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<MappedDevice> {
     let uuid = DeviceUuid::new(device.uuid.as_str()).ok()?;
     let name = DeviceName::new(device.name.as_str()).ok()?;
     let same_image = uuid.origin() == Some(site.base.image().identity());
     let usable = device.live_table && !device.inactive_table && !device.deferred_remove;
-    (uuid.kind() == Kind::Pooled && same_image && usable).then(|| Made {
+    (uuid.kind() == Kind::Pooled && same_image && usable).then(|| MappedDevice {
         mapper: name.mapper_path(),
         dev: device.number,
         name,
@@ -161,7 +162,11 @@ fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<Made> {
 
 /// From the rename on it is the pool's again, and a leftover of it if the process dies. `None` when it is gone
 /// meanwhile.
-fn take_back<H: Host>(host: &H, made: Made, to: &DeviceName) -> Result<Option<Made>> {
+fn take_back<H: Host>(
+    host: &H,
+    made: MappedDevice,
+    to: &DeviceName,
+) -> Result<Option<MappedDevice>> {
     ask(Step::Unlink, &made.mapper, || {
         host.remove_alias(&made.mapper, made.dev)
     })?;
@@ -201,7 +206,7 @@ fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
 /// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
 /// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into
 /// the cache: that nobody has it open is asked for in the answer to the swap itself.
-fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &Made) -> Result<bool> {
+fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &MappedDevice) -> Result<bool> {
     let line = TargetLine {
         start: Sectors::default(),
         length: site.base.over().length,
@@ -291,6 +296,6 @@ fn expected<H: Host>(
     })
 }
 
-pub(crate) fn remove_spare<H: Host>(host: &H, spare: &Made) -> Result<()> {
+pub(crate) fn remove_spare<H: Host>(host: &H, spare: &MappedDevice) -> Result<()> {
     teardown::clean(host, &spare.handles(), &Retry::default()).map(drop)
 }

@@ -10,11 +10,11 @@ use super::ready::{self, Ready, Site};
 use super::recycle::{self, TakenBack};
 use super::{Claimed, WhenEmpty, pool_name};
 use crate::base::{DeviceName, POOLED};
-use crate::call::overlapped;
+use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Refusal, Result, Retry};
 use crate::kernel::{LoopDevice, MACHINE, sys};
 use crate::snapshot;
-use crate::snapshot::{Made, Origin, SnapshotOptions};
+use crate::snapshot::{MappedDevice, Origin, SnapshotOptions};
 
 #[derive(Debug)]
 pub(super) struct Shared {
@@ -37,7 +37,7 @@ pub(super) struct Shared {
 pub(super) struct State {
     pub(super) ready: VecDeque<Ready>,
     pub(super) taken_back: Vec<TakenBack>,
-    pub(super) spares: Vec<Made>,
+    pub(super) spares: Vec<MappedDevice>,
     /// Popped from `ready`, and neither claimed nor back yet.
     pub(super) leaving: usize,
     /// Releases under way that may end with one more spare.
@@ -212,7 +212,7 @@ impl Shared {
                 return taken_back.into_iter().chain(bound).collect();
             }
             drop(state);
-            let emptied = overlapped(&taken_back, empty);
+            let emptied = in_parallel(&taken_back, empty);
             let mut settled = Vec::new();
             for (taken, emptied) in taken_back.into_iter().zip(emptied) {
                 match emptied {
@@ -244,7 +244,7 @@ impl Shared {
 
 impl State {
     /// Devices that were taken back are spares, or gone, or neither.
-    fn settle(&mut self, devices: Vec<Result<Option<Made>>>) {
+    fn settle(&mut self, devices: Vec<Result<Option<MappedDevice>>>) {
         self.recycling -= devices.len();
         for device in devices {
             match device {

@@ -3,7 +3,7 @@
 use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -18,7 +18,7 @@ use crate::kernel::fake::{Script, ScriptLoop};
 use crate::kernel::{Clock, DeviceMapper};
 use crate::pool::ready::{Ready, Site};
 use crate::pool::recycle::Ending;
-use crate::snapshot::{Base, Made, SnapshotOptions, open_origin};
+use crate::snapshot::{Base, MappedDevice, SnapshotOptions, open_origin};
 use crate::{snapshot, teardown};
 
 /// A pool's things, without its thread.
@@ -62,12 +62,12 @@ impl Stage {
         }
     }
 
-    fn make(&self, nth: u32, spare: Option<Made>) -> Result<Ready, Error> {
+    fn make(&self, nth: u32, spare: Option<MappedDevice>) -> Result<Ready, Error> {
         let name = name(&format!("dmsnap-pool-1-{nth}"));
         ready::make(&self.script, &self.site(), &name, || spare)
     }
 
-    fn made(&self, nth: u32, spare: Option<Made>) -> Ready {
+    fn made(&self, nth: u32, spare: Option<MappedDevice>) -> Ready {
         let ready = self.make(nth, spare).expect("nothing fails");
         self.script.restart(never);
         ready
@@ -80,12 +80,16 @@ impl Stage {
         claimed.expect("nothing fails").into_handles()
     }
 
-    fn release(&self, handles: &Handles) -> Result<Option<Made>, Error> {
+    fn release(&self, handles: &Handles) -> Result<Option<MappedDevice>, Error> {
         self.release_with(handles, CowFate::Delete)
     }
 
     /// As the pool and its thread do one after the other. The device, if it may serve again.
-    fn release_with(&self, handles: &Handles, fate: CowFate) -> Result<Option<Made>, Error> {
+    fn release_with(
+        &self,
+        handles: &Handles,
+        fate: CowFate,
+    ) -> Result<Option<MappedDevice>, Error> {
         let to = name("dmsnap-pool-1-99");
         let (script, retry) = (&self.script, Retry::default());
         let site = self.site();
@@ -100,7 +104,7 @@ impl Stage {
         }
     }
 
-    fn spare(&self, nth: u32) -> Made {
+    fn spare(&self, nth: u32) -> MappedDevice {
         let released = self.release(&self.claimed(nth)).expect("nothing fails");
         self.script.restart(never);
         released.expect("nobody has it open")
@@ -126,7 +130,7 @@ fn residue_named(error: &Error) -> BTreeSet<PathBuf> {
 #[test]
 fn whichever_call_of_making_one_ready_fails_nothing_of_it_is_left() {
     let calls = Stage::calls(|stage| drop(stage.made_quietly(1)));
-    assert_eq!(calls, 17);
+    assert_eq!(calls, 18);
     for call in 1..=calls {
         let stage = Stage::new();
         let before = stage.residue();
@@ -239,7 +243,7 @@ fn a_device_that_is_opened_while_its_tables_are_swapped_is_not_used_again() {
     for fate in [CowFate::Delete, CowFate::Keep, CowFate::HandBack] {
         let stage = Stage::new();
         let handles = stage.claimed(1);
-        let world = Rc::clone(&stage.script.world);
+        let world = Arc::clone(&stage.script.world);
         stage.script.restart(move |step, _| {
             if step == Step::Load {
                 world.borrow_mut().busy_until = Duration::from_secs(3600);
@@ -357,7 +361,7 @@ fn a_cow_file_that_is_to_be_kept_is_never_a_leftover_of_the_pools() {
                 handles.uuid.as_ref().expect("a uuid").as_str(),
             ));
             if let Ok(found) = found {
-                let made = Made {
+                let made = MappedDevice {
                     name: name(&found.name),
                     uuid: handles.uuid.clone().expect("a uuid"),
                     mapper: name(&found.name).mapper_path(),
@@ -371,7 +375,7 @@ fn a_cow_file_that_is_to_be_kept_is_never_a_leftover_of_the_pools() {
     }
 }
 
-fn info_of(made: &Made, cow_loop: u32) -> SnapshotInfo {
+fn info_of(made: &MappedDevice, cow_loop: u32) -> SnapshotInfo {
     SnapshotInfo {
         name: made.name.to_string(),
         uuid: made.uuid.clone(),

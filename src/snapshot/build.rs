@@ -4,14 +4,14 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::SnapshotOptions;
-use crate::backing::{Attached, Cow, Warning, attach, note_sizes};
+use crate::backing::{Attached, Backing, Cow, Mark, Warning, attach, note_sizes};
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, Sectors};
 use crate::call::{ask, patiently};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::sys::{LO_AUTOCLEAR, LO_DIRECT_IO};
-use crate::kernel::{FileFacts, Host, MAPPER_CONTROL, TargetVersion};
-use crate::store::{self, MARK_AT};
+use crate::kernel::{FileFacts, FileKind, Host, MAPPER_CONTROL, TargetVersion};
+use crate::store::{self, CONTENT_AT, CONTENT_BYTES, MARK_AT};
 use crate::teardown;
 
 /// The origin as a device: the image, and the loop device that serves it.
@@ -61,7 +61,14 @@ pub(crate) fn build<H: Host>(
     }
     let direct_io = if options.direct_io { LO_DIRECT_IO } else { 0 };
     let flags = LO_AUTOCLEAR | direct_io;
-    let cow_loop = attach(host, cow, flags, cow.path, &mut handles.cow_loop)?;
+    let cow_loop = attach(
+        host,
+        cow,
+        flags,
+        options.sector_size,
+        cow.path,
+        &mut handles.cow_loop,
+    )?;
     let mut warnings = note_sizes(&options.cow, origin.length, origin.facts, &cow.facts);
     warnings.extend(warning.clone());
     if options.direct_io {
@@ -71,9 +78,12 @@ pub(crate) fn build<H: Host>(
         }
     }
 
-    let discard = if options.discard {
+    let discard = if !options.discard {
+        Discard::Unsupported
+    } else if takes_holes(host, cow)? {
         Discard::ZeroesCow
     } else {
+        warnings.push(Warning::DiscardUnavailable);
         Discard::Unsupported
     };
     let params = SnapshotParams {
@@ -99,12 +109,8 @@ pub(crate) fn build<H: Host>(
             (*made).clone()
         }
     };
-    if *mark {
-        // The kernel has written the header by now, and does not write it again while the store is valid.
-        let mark = store::mark(identity, None);
-        ask(Step::MarkFile, cow.path, || {
-            host.write_at(&cow.file, &mark, MARK_AT)
-        })?;
+    if let Some(mark) = mark {
+        write_mark(host, cow, identity, mark)?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
     Ok(LiveDevice {
@@ -112,6 +118,48 @@ pub(crate) fn build<H: Host>(
         warnings,
         _lock: cow_loop,
     })
+}
+
+/// Ties the store to its origin. The kernel has written the header by now, and does not write it again while the store
+/// is valid.
+fn write_mark<H: Host>(
+    host: &H,
+    cow: &Backing<'_, H::File>,
+    origin: OriginIdentity,
+    mark: &Mark,
+) -> Result<()> {
+    let first = store::mark(origin, None);
+    let Some(sample) = mark.sample else {
+        let write = || host.write_at(&cow.file, &first, MARK_AT);
+        return ask(Step::MarkFile, cow.path, write);
+    };
+    let second = store::content(origin, sample);
+    let write = |bytes: &[u8], at| {
+        ask(Step::MarkFile, cow.path, || {
+            host.write_at(&cow.file, bytes, at)
+        })
+    };
+    if mark.fresh {
+        let mut both = [0; CONTENT_AT - MARK_AT + CONTENT_BYTES];
+        both[..first.len()].copy_from_slice(&first);
+        both[CONTENT_AT - MARK_AT..].copy_from_slice(&second);
+        return write(&both, MARK_AT);
+    }
+    // What is between the two stays. Torn apart, the second one is void.
+    write(&second, CONTENT_AT)?;
+    write(&first, MARK_AT)
+}
+
+/// Whether a discard of the guest's can become a hole in the COW file: asked for behind its end.
+fn takes_holes<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<bool> {
+    if cow.facts.kind != FileKind::Regular {
+        return Ok(true);
+    }
+    let punch = || host.try_punch(&cow.file, cow.facts.size_bytes);
+    match ask(Step::PunchHole, cow.path, punch) {
+        Err(error) if error.verdict() == Some(Verdict::Unsupported) => Ok(false),
+        punched => punched.map(|()| true),
+    }
 }
 
 /// A dm device that dmsnap made.
@@ -161,7 +209,15 @@ pub(crate) fn make_device<H: Host>(
     let mapper = name.mapper_path();
     let random = ask(Step::Random, &mapper, || host.random())?;
     let uuid = DeviceUuid::fresh(random, origin, cow_loop.number, kind);
-    let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
+    let dev =
+        ask(Step::Create, &mapper, || host.create(name, &uuid)).map_err(|error| {
+            match error.verdict() {
+                Some(Verdict::NameTaken) => {
+                    error.noted("there is a dm device of that name already")
+                }
+                _ => error,
+            }
+        })?;
     let made = MappedDevice {
         name: name.clone(),
         uuid,
@@ -209,6 +265,14 @@ const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
     if !options.discard {
         return Ok(());
+    }
+    let (chunk, sector_bytes) = (options.cow.chunk, u64::from(options.sector_size.bytes()));
+    if chunk.bytes() != sector_bytes && !options.trust_discards {
+        return Err(Refusal::DiscardUnaligned {
+            chunk,
+            sector_bytes,
+        }
+        .into());
     }
     let version = target_version(host)?;
     if version.target < [1, 16, 0] {

@@ -5,16 +5,19 @@
 
 use std::path::{Path, PathBuf};
 
-use super::build::{Destination, MappedDevice, OriginDevice, build, check_target, undone};
+use super::build::{
+    Destination, LiveDevice, MappedDevice, OriginDevice, build, check_target, undone,
+};
 use super::{Base, Origin, Snapshot, SnapshotOptions};
 use crate::backing::{
-    Cow, Warning, attach, check_identity, loop_length, open_cow, open_origin, unmake,
+    Backing, Cow, Sample, Warning, attach, check_identity, loop_length, open_cow, open_origin,
+    sample, unmake,
 };
-use crate::base::{DeviceName, Handles, Kind};
+use crate::base::{DeviceName, Handles, Kind, SectorSize};
 use crate::call::{ask, spans};
-use crate::error::{Error, Result, Step};
+use crate::error::{Error, Refusal, Result, Step, Verdict};
 use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
-use crate::kernel::{Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
+use crate::kernel::{FileKind, Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
 
 impl SnapshotOptions {
     /// Makes the snapshot `name` over `origin`, with its writes in `cow`, and brings it live.
@@ -71,7 +74,12 @@ pub(crate) fn create<H: Host>(
     open_controls(host)?;
     check_target(host, options)?;
     let origin = open_origin(host, origin, &options.cow)?;
-    let cow = open_cow(host, cow, &origin, &options.cow)?;
+    check_sectors(options, &origin)?;
+    let fingerprint = Sample {
+        take: &|| sample(host, &origin),
+        marks: origin.identity().is_undated(),
+    };
+    let cow = open_cow(host, cow, &origin, fingerprint, &options.cow)?;
 
     let mut handles = Handles {
         origin: Some(origin.identity()),
@@ -79,7 +87,14 @@ pub(crate) fn create<H: Host>(
     };
     let mut attached = || -> Result<_> {
         let flags = LO_READ_ONLY | LO_AUTOCLEAR;
-        let origin_loop = attach(host, &origin, flags, origin.path, &mut handles.origin_loop)?;
+        let origin_loop = attach(
+            host,
+            &origin,
+            flags,
+            SectorSize::Bytes512,
+            origin.path,
+            &mut handles.origin_loop,
+        )?;
         let length = loop_length(host, &origin_loop)?;
         let origin_device = OriginDevice {
             facts: &origin.facts,
@@ -96,7 +111,7 @@ pub(crate) fn create<H: Host>(
             &destination,
             &mut handles,
         )?;
-        Ok((link(host, &built.made)?, built.warnings))
+        linked(host, built)
     };
     let built = attached();
     finish(host, options, &cow, built, handles)
@@ -124,7 +139,7 @@ pub(crate) fn create_on<H: Host>(
             &destination,
             &mut handles,
         )?;
-        Ok((link(host, &built.made)?, built.warnings))
+        linked(host, built)
     };
     let built = live();
     if built.is_ok() {
@@ -144,11 +159,58 @@ pub(crate) fn prepare<'a, H: Host>(
     let image = base.image();
     let (expected, any) = (options.cow.expected_origin, options.cow.any_origin);
     check_identity(image.path, image.identity(), expected, any)?;
+    check_sectors(options, &image)?;
+    check_unchanged(host, &image)?;
     let handles = Handles {
         origin: Some(image.identity()),
         ..Handles::default()
     };
-    Ok((open_cow(host, cow, &image, &options.cow)?, handles))
+    let fingerprint = Sample {
+        take: &|| Ok(base.sample()),
+        marks: true,
+    };
+    let cow = open_cow(host, cow, &image, fingerprint, &options.cow)?;
+    Ok((cow, handles))
+}
+
+/// Refuses a disk whose sectors are larger than what it is made of.
+fn check_sectors<F>(options: &SnapshotOptions, origin: &Backing<'_, F>) -> Result<()> {
+    let sector_bytes = options.sector_size.bytes();
+    let chunk = options.cow.chunk;
+    if chunk.sectors().to_bytes().unwrap_or(u64::MAX) < u64::from(sector_bytes) {
+        return Err(Refusal::ChunkUnderSector {
+            chunk,
+            sector_bytes,
+        }
+        .into());
+    }
+    let bytes = origin.facts.size_bytes;
+    if options.sector_size != SectorSize::default() && bytes % u64::from(sector_bytes) != 0 {
+        return Err(Refusal::OriginPartSector {
+            path: origin.path.to_owned(),
+            bytes,
+            sector_bytes,
+        }
+        .into());
+    }
+    Ok(())
+}
+
+/// Refuses an image that was written in place since it was attached: what a COW file is marked with would be what it
+/// was. Another file under its path says nothing of the one that is attached.
+fn check_unchanged<H: Host>(host: &H, image: &Backing<'_, ()>) -> Result<()> {
+    if image.facts.kind != FileKind::Regular {
+        return Ok(());
+    }
+    match ask(Step::InspectFile, image.path, || {
+        host.look(image.path, true)
+    }) {
+        Ok(found) if found.id == image.facts.id => {
+            check_identity(image.path, found.identity(), Some(image.identity()), false)
+        }
+        Err(error) if error.verdict() != Some(Verdict::Missing) => Err(error),
+        _ => Ok(()),
+    }
 }
 
 pub(crate) fn open_controls<H: Host>(host: &H) -> Result<()> {
@@ -158,6 +220,26 @@ pub(crate) fn open_controls<H: Host>(host: &H) -> Result<()> {
     ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
         host.open_loop_control()
     })
+}
+
+/// The path to the device, and what is worth knowing. An alias that cannot be made is that only, where the device has
+/// a node.
+fn linked<H: Host>(host: &H, mut built: LiveDevice<H::Loop>) -> Result<(PathBuf, Vec<Warning>)> {
+    let mut warnings = std::mem::take(&mut built.warnings);
+    let made = &built.made;
+    let node = host.find_node(made.dev);
+    let make = || host.make_alias(&made.mapper, made.dev, node.as_deref());
+    match (ask(Step::Link, &made.mapper, make), node) {
+        (Ok(()), node) => Ok((node.unwrap_or_else(|| made.mapper.clone()), warnings)),
+        (Err(error), Some(node)) => {
+            warnings.push(Warning::NoAlias {
+                alias: made.mapper.clone(),
+                errno: error.errno().unwrap_or_default(),
+            });
+            Ok((node, warnings))
+        }
+        (Err(error), None) => Err(error.noted("this /dev does not get the kernel's nodes")),
+    }
 }
 
 /// Makes the device's alias. The path that leads to it without that, where /dev has one.
@@ -196,7 +278,7 @@ pub(crate) fn unbuilt<H: Host>(
 ) -> Error {
     let error = undone(host, error, handles);
     if options.cow.make.is_some() {
-        unmake(host, error, cow.backing.path)
+        unmake(host, error, cow.backing.path, cow.backing.facts.id)
     } else {
         error
     }

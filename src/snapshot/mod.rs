@@ -12,8 +12,10 @@ mod recover;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use build::{Destination as Onto, LiveDevice as Built, MappedDevice as Made};
+pub(crate) use build::{Destination, LiveDevice};
 pub(crate) use build::{MappedDevice, build, load, make_device, undone};
+#[cfg(test)]
+pub(crate) use create::create;
 pub(crate) use create::{create_on, link, open_controls, prepare, unbuilt};
 pub use grow::{GrowOptions, grow, recover};
 pub use handle::Snapshot;

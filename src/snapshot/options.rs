@@ -1,7 +1,7 @@
 //! How a snapshot is to be made.
 
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{ChunkSize, OriginIdentity, Store};
+use crate::base::{ChunkSize, OriginIdentity, SectorSize, Store};
 
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
@@ -21,6 +21,8 @@ pub struct SnapshotOptions {
     pub(crate) cow: CowOptions,
     pub(crate) direct_io: bool,
     pub(crate) discard: bool,
+    pub(crate) trust_discards: bool,
+    pub(crate) sector_size: SectorSize,
 }
 
 impl SnapshotOptions {
@@ -50,16 +52,45 @@ impl SnapshotOptions {
         self
     }
 
+    /// Sets the sector size that the guest sees: 512 bytes, unless the image was made for another. Direct I/O keeps it:
+    /// where the COW file's file system cannot do direct I/O in such sectors, as on a disk with sectors of 4096 bytes,
+    /// the I/O is buffered, and [`Warning::DirectIoUnavailable`](crate::Warning::DirectIoUnavailable) says so.
+    ///
+    /// Refused where the chunk is smaller, or the image no whole number of such sectors.
+    pub fn sector_size(&mut self, sector_size: SectorSize) -> &mut Self {
+        self.sector_size = sector_size;
+        self
+    }
+
     /// Lets a guest's discard of whole written chunks zero them and give their space back to the COW file's file
     /// system (`discard_zeroes_cow`). A discarded chunk that was never written goes on reading the origin. Without the
     /// option the disk says that it takes no discards, and one that a guest sends all the same, as `fstrim` does, fails
     /// with EOPNOTSUPP; no harm is done, and a hypervisor may have to be told not to offer it.
     ///
+    /// Where the COW file's file system cannot punch holes, the disk is made without it, and
+    /// [`Warning::DiscardUnavailable`](crate::Warning::DiscardUnavailable) says so.
+    ///
     /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::dm::Discard::Passdown) says why.
+    ///
+    /// Refused unless chunks and logical sectors are of one size: on every kernel seen (5.10 to 7.3), a discard that
+    /// crosses into another chunk destroys the data of a third one. With both of one size no discard can.
+    /// [`trust_discards`](Self::trust_discards) takes other sizes.
     ///
     /// Refused with chunks under 512 sectors on kernels newer than 6.12: loading such a table crashes Linux 7.3.4.
     pub fn discard(&mut self, discard: bool) -> &mut Self {
         self.discard = discard;
+        self
+    }
+
+    /// Takes the caller's word that no discard of the guest crosses into another chunk, so that
+    /// [`discard`](Self::discard) is not refused where one could.
+    ///
+    /// **One that does destroys data**, without an error. Chunks of 8 sectors and a file system with blocks of 4096 bytes,
+    /// on the whole disk or on partitions that begin at a multiple of 4096 bytes, keep the word: its discards begin and
+    /// end with blocks, and the kernel hands them over in pieces of a chunk. A file system with smaller blocks, as
+    /// `mke2fs` makes on small disks, does not; nor does any with larger chunks.
+    pub fn trust_discards(&mut self, trust: bool) -> &mut Self {
+        self.trust_discards = trust;
         self
     }
 
@@ -81,14 +112,16 @@ impl SnapshotOptions {
     }
 
     /// Makes the COW file too: mode 0600, sparse, and never over an existing one unless
-    /// [`replace_cow`](Self::replace_cow) says so. If the snapshot then fails, the file is removed again.
+    /// [`replace_cow`](Self::replace_cow) says so. One longer than the process may make files (RLIMIT_FSIZE) is an error
+    /// (EFBIG), and no SIGXFSZ. If the snapshot then fails, the file is removed again.
     pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
         self.cow.make = Some(size);
         self
     }
 
     /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it,
-    /// whatever it is. A file that a snapshot has, the image itself and a block device are refused.
+    /// whatever it is. A file that a snapshot has, the image itself, a symbolic link and a block device
+    /// are refused.
     pub fn replace_cow(&mut self, replace_cow: bool) -> &mut Self {
         self.cow.replace = replace_cow;
         self

@@ -4,10 +4,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::build::OriginDevice;
-use crate::backing::{Attached, Backing, attach, diskseq, loop_length, open_locked_origin};
-use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, Sectors, loop_node};
+use crate::backing::{Attached, Backing, attach, diskseq, loop_length, open_locked_origin, sample};
+use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node};
 use crate::call::ask;
-use crate::error::{Result, Step};
+use crate::error::{Result, Step, Verdict};
 use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
 use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, MACHINE, SHARED_ORIGIN};
 
@@ -34,6 +34,8 @@ pub struct Origin(pub(crate) Arc<Base<LoopDevice>>);
 pub(crate) struct Base<L> {
     path: PathBuf,
     facts: FileFacts,
+    /// A fingerprint of what it held when it was opened.
+    sample: u128,
     length: Sectors,
     device: Attached<L>,
     pub(crate) handle: LoopHandle,
@@ -47,6 +49,10 @@ impl<L> Base<L> {
             file: (),
             facts: self.facts,
         }
+    }
+
+    pub(crate) fn sample(&self) -> u128 {
+        self.sample
     }
 
     pub(crate) fn over(&self) -> OriginDevice<'_> {
@@ -95,7 +101,11 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path) -> Result<Base<H::Loop>> {
         host.open_loop_control()
     })?;
     let origin = open_locked_origin(host, path, false)?;
-    ask(Step::SyncFile, path, || host.sync_file(&origin.file))?;
+    match ask(Step::SyncFile, path, || host.sync_file(&origin.file)) {
+        // A file system that is never written, as squashfs and erofs are.
+        Err(error) if error.verdict() == Some(Verdict::Unsupported) => (),
+        synced => synced?,
+    }
     let found = host.read_only_loops().into_iter();
     let (device, handle) = match found
         .filter_map(|number| join(host, &origin, number))
@@ -106,13 +116,21 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path) -> Result<Base<H::Loop>> {
             let mut label = PathBuf::from(SHARED_ORIGIN).into_os_string();
             label.push(path);
             let (mut handle, flags) = (None, LO_READ_ONLY | LO_AUTOCLEAR);
-            let device = attach(host, &origin, flags, Path::new(&label), &mut handle)?;
+            let device = attach(
+                host,
+                &origin,
+                flags,
+                SectorSize::Bytes512,
+                Path::new(&label),
+                &mut handle,
+            )?;
             let handle = handle.unwrap_or_else(|| LoopHandle::at(&device.path));
             (device, handle)
         }
     };
     Ok(Base {
         length: loop_length(host, &device)?,
+        sample: sample(host, &origin)?,
         path: path.to_owned(),
         facts: origin.facts,
         device,

@@ -5,9 +5,10 @@ use super::create::create;
 use super::grow::lengthen;
 use super::{GrowOptions, Snapshot, SnapshotOptions};
 use crate::backing::check_identity;
-use crate::base::{DeviceId, DeviceName};
+use crate::base::{DeviceId, DeviceName, SectorSize};
+use crate::call::ask;
 use crate::dm::{Discard, SnapshotStatus};
-use crate::error::{Refusal, Result};
+use crate::error::{Refusal, Result, Step};
 use crate::find::{bound, live, reach};
 use crate::kernel::Host;
 use crate::teardown::{Subject, When, remove_subject};
@@ -32,6 +33,10 @@ pub(crate) fn recover_on<H: Host>(
         .chunk_size(live.params.chunk)
         .direct_io(live.cow.status.direct_io)
         .discard(live.params.discard != Discard::Unsupported);
+    let sectors = || host.loop_sector_bytes(&live.cow.device);
+    if ask(Step::SizeLoop, &live.cow.node, sectors)? == SectorSize::Bytes4096.bytes() {
+        anew.sector_size(SectorSize::Bytes4096);
+    }
     anew.cow.expected_origin = live.uuid.origin();
     check_target(host, &anew)?;
     let origin = bound(host, live.params.origin)?;

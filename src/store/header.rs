@@ -36,6 +36,8 @@ pub(crate) struct Header {
     pub(crate) origin: Option<OriginIdentity>,
     /// The inode of the image that it is being merged into, or was when a merge was cut off.
     pub(crate) merging_into: Option<u64>,
+    /// A fingerprint of what the origin held ([`content`]).
+    pub(crate) sample: Option<u128>,
 }
 
 /// Where our mark stands: in the part of the header's sector that the kernel zeroes when it writes a new header and
@@ -63,6 +65,47 @@ pub(crate) fn mark(origin: OriginIdentity, merging_into: Option<u64>) -> [u8; 64
         mark[48..56].copy_from_slice(&inode.to_le_bytes());
     }
     mark
+}
+
+/// Where the second mark stands, which says what the origin held. What is between the two is zeroes, and free.
+pub(crate) const CONTENT_AT: usize = 256;
+
+/// What the second mark begins with. The fingerprint follows, 128 bits; then 72 bytes that are zeroes, for digests of
+/// other kinds; then a checksum.
+const CONTENT: [u8; 16] = *b"dmsnap content 1";
+
+/// The length of the second mark.
+pub(crate) const CONTENT_BYTES: usize = 112;
+
+/// The mark that says what the origin held, for when its modification time says nothing. It counts for the origin of
+/// the first mark alone: once that names another, as a merge has it, this one is void.
+pub(crate) fn content(origin: OriginIdentity, sample: u128) -> [u8; CONTENT_BYTES] {
+    let mut mark = [0; CONTENT_BYTES];
+    mark[..16].copy_from_slice(&CONTENT);
+    mark[16..32].copy_from_slice(&sample.to_le_bytes());
+    let sum = sum(&mark[..CONTENT_BYTES - 8], origin);
+    mark[CONTENT_BYTES - 8..].copy_from_slice(&sum.to_le_bytes());
+    mark
+}
+
+/// FNV-1a, 64 bits.
+fn sum(mark: &[u8], origin: OriginIdentity) -> u64 {
+    let (size, mtime) = (
+        origin.size_bytes.to_le_bytes(),
+        origin.mtime_ns.to_le_bytes(),
+    );
+    let bytes = mark.iter().chain(&size).chain(&mtime);
+    bytes.fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
+        (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
+    })
+}
+
+fn sampled(start: &[u8]) -> Option<u128> {
+    let origin = marked(start)?;
+    let mark = start.get(CONTENT_AT..CONTENT_AT + CONTENT_BYTES)?;
+    let sample = mark.strip_prefix(&CONTENT)?.first_chunk()?;
+    let sample = u128::from_le_bytes(*sample);
+    (mark == content(origin, sample)).then_some(sample)
 }
 
 fn merging_into(start: &[u8]) -> Option<u64> {
@@ -119,6 +162,7 @@ pub(crate) fn probe(start: &[u8]) -> Probe {
             chunk,
             origin: marked(start),
             merging_into: merging_into(start),
+            sample: sampled(start),
         }),
         (VERSION, 0 | 1, Err(_)) => damaged("chunk_size", chunk),
         (VERSION, _, _) => damaged("valid", valid),
@@ -172,7 +216,8 @@ mod tests {
                 valid: true,
                 chunk,
                 origin: None,
-                merging_into: None
+                merging_into: None,
+                sample: None,
             })
         );
         assert_eq!(
@@ -181,7 +226,8 @@ mod tests {
                 valid: false,
                 chunk,
                 origin: None,
-                merging_into: None
+                merging_into: None,
+                sample: None,
             })
         );
         for (fields, field, value) in [
@@ -214,6 +260,23 @@ mod tests {
                 (header.origin, header.merging_into),
                 (Some(origin), merging)
             );
+            assert_eq!(header.sample, None, "an old mark");
+            let at = CONTENT_AT..CONTENT_AT + CONTENT_BYTES;
+            start[at.clone()].copy_from_slice(&content(origin, 7));
+            let sample = |start: &[u8]| match probe(&start[..512]) {
+                Probe::Store(header) => header.sample,
+                other => panic!("{other:?}"),
+            };
+            assert_eq!(sample(&start), Some(7));
+            let other = OriginIdentity {
+                mtime_ns: 5,
+                ..origin
+            };
+            start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(other, None));
+            assert_eq!(sample(&start), None, "of another origin");
+            start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(origin, None));
+            start[at.start + 16] ^= 1;
+            assert_eq!(sample(&start), None, "damaged");
         }
     }
 }

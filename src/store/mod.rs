@@ -10,7 +10,10 @@ mod sizing;
 
 pub use extents::{Extent, Extents};
 pub use fault::{StoreError, StoreFault};
-pub(crate) use header::{Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe, mark, probe};
+pub(crate) use header::{
+    CONTENT_AT, CONTENT_BYTES, Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe, content, mark,
+    probe,
+};
 pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
 pub(crate) use sizing::{grown, sound, sound_from, worst_case};
 pub use sizing::{least_bytes, sound as sound_bytes, worst_case as worst_case_bytes};

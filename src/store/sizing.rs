@@ -53,7 +53,7 @@ pub fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64
 pub fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     let chunks = bytes.max(least_bytes(store, chunk)).div_ceil(chunk.bytes());
     let area = chunk.bytes() / EXCEPTION_BYTES + 1;
-    let trapped = store.is_persistent() && (chunks - 1).is_multiple_of(area);
+    let trapped = store.is_persistent() && (chunks - 1) % area == 0;
     (chunks + u64::from(trapped)).checked_mul(chunk.bytes())
 }
 

@@ -12,8 +12,8 @@ use crate::kernel::{Host, MACHINE, MAPPER_CONTROL};
 
 /// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
 ///
-/// What is already gone, or is by now something else, counts as success. When one of them cannot be removed, the others still are.
-/// Waits up to 15 seconds in all while something is busy. The image and the COW file stay.
+/// What is already gone, or is by now something else, counts as success. When one of them cannot be removed, the others
+/// still are. Waits up to 15 seconds in all while something is busy. The image and the COW file stay.
 ///
 /// # Errors
 ///
@@ -32,9 +32,32 @@ pub(crate) fn clean_deferred<H: Host>(
     let Some(subject) = Subject::of(host, handles)? else {
         return clean(host, handles, retry);
     };
+    let claims = claims(host, handles);
     match remove::remove_subject(host, &subject, &Retry::ONCE, When::LastClose)? {
-        Outcome::Deferred { open_count } => Ok(Outcome::Deferred { open_count }),
-        settled => clean(host, handles, retry).map(|_| settled),
+        Outcome::Deferred { open_count } => {
+            defer_loops(host, &claims)?;
+            Ok(Outcome::Deferred { open_count })
+        }
+        settled => clean_claimed(host, handles, &claims, retry).map(|_| settled),
+    }
+}
+
+/// Has loop devices that do not clear themselves do so behind the dm device that still holds them.
+fn defer_loops<H: Host>(host: &H, claims: &Claims<'_>) -> Result<()> {
+    let mut left = Vec::new();
+    for (handle, claim) in claims {
+        let deferred = match claim {
+            Ok(Some(claim)) if !claim.is_ours => detach(host, claim).map(drop),
+            Ok(_) => Ok(()),
+            Err(error) => Err(error.clone()),
+        };
+        if let Err(error) = deferred {
+            left.push(Leftover::new(&handle.path, error));
+        }
+    }
+    match left.first() {
+        None => Ok(()),
+        Some(first) => Err(first.error.clone().leaving(left)),
     }
 }
 
@@ -63,7 +86,9 @@ pub(crate) fn clean_claimed<H: Host>(
     let start = host.now();
     let removed = remove_device(host, handles, retry);
     let retry = retry.less(host.now().saturating_sub(start));
-    release_loops(host, handles, removed, claims, &retry)
+    let released = release_loops(host, handles, removed, claims, &retry);
+    host.sweep_nodes();
+    released
 }
 
 /// What follows a dm device's removal, or the failure of it.
@@ -81,8 +106,16 @@ pub(crate) fn release_loops<H: Host>(
         left.push(Leftover::new(object, error));
         Outcome::AlreadyGone
     });
-    // A device that stays holds its loops; waiting for them would be in vain.
     let removed = left.is_empty();
+    let busy = left
+        .first()
+        .map(|device| device.error.clone())
+        .filter(|error| error.verdict() == Some(Verdict::Busy));
+    let in_use = busy.as_ref().and_then(|_| remove::look(host, handles));
+    let holds = |path: &Path| {
+        let number = in_use.as_ref().map(|device| device.number);
+        number.is_some_and(|number| host.stacked_on(path).contains(&number))
+    };
     for (handle, claim) in claims {
         let elapsed = host.now().saturating_sub(start);
         let patience = if removed {
@@ -91,6 +124,12 @@ pub(crate) fn release_loops<H: Host>(
             Retry::ONCE
         };
         let released = match claim {
+            // A device that is in use holds its loops: they are not touched, and remain for its reason.
+            Ok(Some(claim)) if holds(&claim.handle.path) => match binding(host, &claim.handle) {
+                Ok(Binding::Gone) => Ok(()),
+                Ok(_) => busy.clone().map_or(Ok(()), Err),
+                Err(error) => Err(error),
+            },
             Ok(Some(claim)) => release_loop(host, claim, removed.then_some(handles), &patience),
             Ok(None) => Ok(()),
             Err(error) => Err(error.clone()),
@@ -173,10 +212,10 @@ fn release_loop<H: Host>(
         if !detach(host, claim)? || matches!(binding(host, &claim.handle)?, Binding::Gone) {
             return Ok(());
         }
-        if let Some(gone) = gone
-            && is_shared(host, gone, path)?
-        {
-            return Ok(());
+        if let Some(gone) = gone {
+            if is_shared(host, gone, path)? {
+                return Ok(());
+            }
         }
         Err(Error::failed(Step::DetachLoop, path, policy::BUSY))
     })
@@ -237,11 +276,11 @@ pub(super) fn wait_gone<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> 
 }
 
 fn look_gone<H: Host>(host: &H, handles: &Handles) -> Result<()> {
-    if let Some(subject) = Subject::of(host, handles)?
-        && let Some(device) = subject.query(host)?
-    {
-        let busy = Error::failed(Step::Remove, subject.path, policy::BUSY);
-        return Err(busy.noted(format!("open count {}", device.open_count)));
+    if let Some(subject) = Subject::of(host, handles)? {
+        if let Some(device) = subject.query(host)? {
+            let busy = Error::failed(Step::Remove, subject.path, policy::BUSY);
+            return Err(busy.noted(format!("open count {}", device.open_count)));
+        }
     }
     for handle in own_loops(handles).filter(|handle| handle.has_identity()) {
         let gone = match binding(host, handle)? {

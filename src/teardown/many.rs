@@ -88,8 +88,8 @@ impl Pending<'_> {
         }
     }
 
-    /// Asks whether somebody has the device open. Done by the calling thread, as it takes a thousandth of a removal; any
-    /// other failure is left to the attempt to report.
+    /// Asks whether somebody has the device open. Done by the calling thread, as it takes a thousandth of a removal;
+    /// any other failure is left to the attempt to report.
     fn is_busy<H: Host>(&self, host: &H) -> bool {
         let device = remove::look(host, self.handles);
         device.is_some_and(|device| device.open_count > 0)

@@ -6,6 +6,8 @@ mod options;
 mod pool_mark;
 mod reap;
 mod remove;
+#[cfg(test)]
+mod tests;
 
 pub(crate) use cleanup::clean;
 pub use cleanup::cleanup;

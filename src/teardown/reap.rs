@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::remove::{self, Outcome};
 use super::{cleanup, pool_mark};
-use crate::base::{DeviceUuid, MAPPER_DIR, loop_node};
+use crate::base::{MAPPER_DIR, loop_node};
 use crate::call::{absent, ask, in_parallel, patiently};
 use crate::error::{Result, Retry, Step, Verdict};
 use crate::find;
@@ -44,8 +44,8 @@ pub struct ReapOptions {
 pub struct Reaped {
     /// The dm device's name.
     pub name: String,
-    /// What was known of it before; `None` when it could not be read (`keep` was not asked then, and it stays), or was an
-    /// alias alone.
+    /// What was known of it before; `None` when it could not be read (`keep` was not asked then, and it stays), or was
+    /// an alias alone.
     pub snapshot: Option<SnapshotInfo>,
     /// What became of it, or why that failed. A failure does not stop the sweep.
     pub fate: Result<Fate>,
@@ -126,11 +126,44 @@ impl ReapOptions {
         host: &H,
         mut keep: impl FnMut(&SnapshotInfo) -> bool,
     ) -> Result<Vec<Reaped>> {
-        let mut reaped: Vec<_> = find::all(host)?
+        let found = find::all(host)?;
+        // Before `keep` is asked: a snapshot whose maker is done by then is one that `keep` can know of.
+        let mut making: Vec<_> = found
+            .iter()
+            .map(|(_, info)| match info {
+                Ok(info) => in_progress(host, info, &Retry::ONCE),
+                Err(_) => Ok(false),
+            })
+            .collect();
+        // What looks like a maker may be a probe, which is waited for, for all at once.
+        let locked = found.iter().zip(&mut making);
+        let (infos, locked): (Vec<_>, Vec<_>) = locked
+            .filter(|(_, making)| **making == Ok(true))
+            .filter_map(|((_, info), making)| Some((info.as_ref().ok()?, making)))
+            .unzip();
+        let still = in_parallel(&infos, |info| in_progress(host, info, &MAKER_RETRY));
+        for (locked, still) in locked.into_iter().zip(still) {
+            *locked = still;
+        }
+        let judge = |(info, making): (Result<SnapshotInfo>, Result<bool>)| {
+            let info = info?;
+            let fate = making.map(|making| match making {
+                true => Fate::InProgress,
+                false if keep(&info) => Fate::Kept,
+                false => Fate::Due,
+            });
+            Ok((info, fate))
+        };
+        let judged = found.into_iter().zip(making);
+        let (names, judged): (Vec<_>, Vec<_>) = judged
+            .map(|((name, info), making)| (name, (info, making)))
+            .unzip();
+        let mut reaped: Vec<_> = names
             .into_iter()
-            .map(|(name, info)| match info {
-                Ok(info) => Reaped {
-                    fate: Ok(if keep(&info) { Fate::Kept } else { Fate::Due }),
+            .zip(judged.into_iter().map(judge))
+            .map(|(name, judged)| match judged {
+                Ok((info, fate)) => Reaped {
+                    fate,
                     snapshot: Some(info),
                     name,
                 },
@@ -154,9 +187,6 @@ impl ReapOptions {
     }
 
     fn reap_one<H: Host>(&self, host: &H, info: &SnapshotInfo) -> Result<Fate> {
-        if in_progress(host, &info.uuid)? {
-            return Ok(Fate::InProgress);
-        }
         if pool_mark::is_alive(host, &info.name)? {
             return Ok(Fate::Pooled);
         }
@@ -211,26 +241,34 @@ impl ReapOptions {
     }
 }
 
-/// Whether the snapshot's maker is at work on it: then it holds a lock on the COW file's loop device, an exclusive one,
+/// Whether somebody is at work on the snapshot: its maker holds a lock on the COW file's loop device, an exclusive one,
 /// or one beside a probe's (udev's, say) and a mark.
 ///
-/// That device may serve somebody else by now, whose lock is taken for the maker's: then the snapshot stays until the
-/// next sweep.
-fn in_progress<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<bool> {
-    let Some(number) = uuid.cow_loop() else {
-        return Ok(false);
-    };
-    let path = loop_node(number);
-    let opened = ask(Step::InspectLoop, &path, || host.open_loop(&path, false));
+/// The device that the uuid names may serve somebody else by now, whose lock is taken for the maker's: then the
+/// snapshot stays until the next sweep. The one that the table has is looked at too, where that is another.
+fn in_progress<H: Host>(host: &H, info: &SnapshotInfo, retry: &Retry) -> Result<bool> {
+    let made_with = info.uuid.cow_loop().map(loop_node);
+    let has = info.cow.as_ref().map(|cow| cow.device.clone());
+    let other = has.filter(|path| made_with.as_ref() != Some(path));
+    for path in made_with.into_iter().chain(other) {
+        if is_locked(host, &path, retry)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+fn is_locked<H: Host>(host: &H, path: &Path, retry: &Retry) -> Result<bool> {
+    let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
     let Some(device) = absent(opened)? else {
         return Ok(false);
     };
-    let beside = patiently(host, &MAKER_RETRY, Verdict::InUse, || {
-        ask(Step::TestLock, &path, || host.lock_loop(&device, false))
+    let beside = patiently(host, retry, Verdict::InUse, || {
+        ask(Step::TestLock, path, || host.lock_loop(&device, false))
     });
     match beside {
         Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),
         Err(error) => Err(error),
-        Ok(()) => ask(Step::TestLock, &path, || host.loop_is_marked(&device)),
+        Ok(()) => ask(Step::TestLock, path, || host.loop_is_marked(&device)),
     }
 }

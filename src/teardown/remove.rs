@@ -189,6 +189,7 @@ pub(crate) fn remove_subject<H: Host>(
     };
     let attempt = || try_once(host, subject, when);
     let outcome = watchfully(host, retry, Verdict::Busy, node, attempt);
+    host.sweep_nodes();
     match outcome {
         // Looking for holders takes far longer than an attempt: worth it for who has waited in vain, not for who asks
         // from an event loop.
@@ -210,9 +211,7 @@ pub(crate) fn remove_subject<H: Host>(
 fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome> {
     let path = &subject.path;
     let Some(device) = subject.query(host)? else {
-        if let Key::Plain(find::Key::Number(number)) = subject.key
-            && host.is_present(number)
-        {
+        if matches!(subject.key, Key::Plain(find::Key::Number(number)) if host.is_present(number)) {
             return Err(Refusal::NotADmDevice { path: path.clone() }.into());
         }
         sweep_alias(host, path)?;

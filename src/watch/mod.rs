@@ -1,19 +1,21 @@
 //! Watching COW files fill up: a descriptor to poll, and a look at what has changed.
 
+#[cfg(test)]
+mod tests;
 mod track;
+mod watcher;
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use track::{Bounds, LONGEST, Track};
-
-use crate::base::{ChunkSize, DeviceId, DeviceNumber, DeviceUuid, MAPPER_DIR};
-use crate::call::ask;
-use crate::dm::{Target, Usage};
-use crate::error::{Error, Refusal, Result, Step, Verdict};
-use crate::find;
-use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine};
+use crate::base::{DeviceId, DeviceUuid};
+use crate::dm::Usage;
+#[expect(unused_imports, reason = "named in the documentation")]
+use crate::error::Refusal;
+use crate::error::{Error, Result};
+use crate::kernel::{MACHINE, Machine};
+use watcher::Watcher;
 
 /// Watches snapshots, without a thread of its own: [`Watch::check`] says what is new, and whoever calls it waits in
 /// between, until the descriptor is readable or [`Watch::pause`] has passed.
@@ -21,14 +23,16 @@ use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine
 /// The descriptor (`DM_DEV_ARM_POLL`) wakes for removals and for stores that become invalid. It does not wake for the
 /// one thing that can still be helped: the kernel raises no event while a store fills up, and none when a `PO` store
 /// overflows. So there is the pause: half of what the room in the fullest store lasts at the peak rate, and no more
-/// than a second. Whoever is told that one is above the threshold has half of the room that was left above it to do
-/// something.
+/// than a second. At the peak rate, half of the room above
+/// the threshold is still free when [`Change::Above`] is returned.
 ///
 /// Nothing is missed: what happens between a check and the wait wakes the wait, and each check compares what it sees
 /// with what was told before. A process that starts anew is told everything anew.
 ///
 /// ```no_run
 /// use dmsnap::watch::{Change, Watch};
+///
+/// const MAX_BYTES: u64 = 8 << 30;
 ///
 /// let mut watch = Watch::new()?;
 /// watch.threshold(80);
@@ -37,9 +41,13 @@ use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine
 ///     for event in watch.check()? {
 ///         match event.change {
 ///             Change::Above(usage) => {
-///                 let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
-///                 dmsnap::snapshot::grow(&event.uuid, bytes.saturating_mul(2))?;
+///                 // A failure to grow one does not end the watch of the others, and growth has a maximum.
+///                 let bytes = usage.total.to_bytes().unwrap_or(MAX_BYTES).saturating_mul(2);
+///                 if let Err(error) = dmsnap::snapshot::grow(event.name.as_str(), bytes.min(MAX_BYTES)) {
+///                     eprintln!("{}: {error}", event.name);
+///                 }
 ///             }
+///             // After `recover` the uuid is a new one: `add` the name again.
 ///             other => println!("{}: {other}", event.name),
 ///         }
 ///     }
@@ -47,24 +55,12 @@ use crate::kernel::{Clock, DevId, DeviceMapper, MACHINE, MAPPER_CONTROL, Machine
 /// }
 /// # Ok::<(), dmsnap::Error>(())
 /// ```
-#[derive(Debug)]
-pub struct Watch {
-    events: <Machine as DeviceMapper>::Events,
-    bounds: Bounds,
-    watched: Vec<Watched>,
-    /// Until when events do not have everything looked at.
-    rest: Duration,
-    /// When everything is to be looked at after a rest.
-    woken: bool,
-}
+pub struct Watch(Watcher<'static, Machine>);
 
-#[derive(Debug)]
-struct Watched {
-    name: String,
-    uuid: DeviceUuid,
-    number: DeviceNumber,
-    path: PathBuf,
-    track: Track,
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Watch").field(&self.0.watched).finish()
+    }
 }
 
 /// Something new about a watched snapshot.
@@ -127,28 +123,19 @@ impl Watch {
     ///
     /// [`Error::Failed`] when device-mapper's control node cannot be opened.
     pub fn new() -> Result<Self> {
-        let control = Path::new(MAPPER_CONTROL);
-        let events = ask(Step::OpenMapper, control, || MACHINE.open_events())?;
-        ask(Step::OpenMapper, control, || MACHINE.open_mapper())?;
-        Ok(Self {
-            events,
-            bounds: Bounds::default(),
-            watched: Vec::new(),
-            rest: Duration::ZERO,
-            woken: false,
-        })
+        Watcher::new(&MACHINE).map(Self)
     }
 
     /// Sets from how many percent on [`Change::Above`] is told. From 100 on it is when no chunk fits any more.
     pub fn threshold(&mut self, percent: u8) -> &mut Self {
-        self.bounds.threshold = percent;
+        self.0.bounds.threshold = percent;
         self
     }
 
     /// Sets how fast a guest can write to chunks that it has never written before, at most, in bytes per second. One
     /// that is seen to be faster is looked at more often by itself; this is for a first burst out of the blue.
     pub fn peak_rate(&mut self, bytes_per_second: u64) -> &mut Self {
-        self.bounds.peak_rate = bytes_per_second;
+        self.0.bounds.peak_rate = bytes_per_second;
         self
     }
 
@@ -159,97 +146,42 @@ impl Watch {
     /// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) when there is no such device; [`Refusal::NotOurs`],
     /// [`Refusal::NotLive`].
     pub fn add(&mut self, device: impl Into<DeviceId>) -> Result<()> {
-        let (device, uuid) = find::find(&MACHINE, &device.into())?;
-        let path = Path::new(MAPPER_DIR).join(&device.name);
-        let table = ask(Step::Status, &path, || {
-            MACHINE.table(DevId::Uuid(&uuid), false)
-        })?;
-        let chunk = table.and_then(|(kind, text)| chunk_of(&kind, &text));
-        let Some(chunk) = chunk else {
-            return Err(Refusal::NotLive { name: device.name }.into());
-        };
-        self.watched.retain(|watched| watched.uuid != uuid);
-        self.watched.push(Watched {
-            name: device.name,
-            number: device.number,
-            uuid,
-            path,
-            track: Track::new(chunk),
-        });
-        Ok(())
+        self.0.add(&device.into())
     }
 
     /// How many snapshots are watched.
     #[must_use]
     pub fn len(&self) -> usize {
-        self.watched.len()
+        self.0.watched.len()
     }
 
     /// Whether none is.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.watched.is_empty()
+        self.0.watched.is_empty()
     }
 
     /// Watches that snapshot no more. Says whether it was watched.
     pub fn forget(&mut self, device: impl Into<DeviceId>) -> bool {
-        let device = device.into();
-        let before = self.watched.len();
-        let is_it = |each: &Watched| match &device {
-            DeviceId::Name(name) => each.name == *name,
-            DeviceId::Uuid(uuid) => each.uuid.as_str() == uuid,
-            DeviceId::Number(number) => each.number == *number,
-            DeviceId::Path(path) => each.path == *path || each.number.dm_node() == *path,
-        };
-        self.watched.retain(|watched| !is_it(watched));
-        self.watched.len() < before
+        self.0.forget(&device.into())
     }
 
     /// Looks at what is due, or after a dm event at everything, and says what is new. Never waits.
     ///
-    /// On a host where dm devices come and go all the time, events alone make it spend a quarter of its time at most.
+    /// Events of other dm devices have it look at everything too: it spends at most a quarter of the time on that.
     ///
     /// # Errors
     ///
     /// [`Error::Failed`] when the descriptor cannot be armed. A snapshot that cannot be read is
     /// [`Change::Unreadable`] and hides no other.
     pub fn check(&mut self) -> Result<Vec<WatchEvent>> {
-        // Armed before anything is read: what happens from here on wakes the next wait.
-        self.woken |= self.is_readable();
-        ask(Step::ArmPoll, Path::new(MAPPER_CONTROL), || {
-            MACHINE.arm(&self.events)
-        })?;
-        let begin = MACHINE.now();
-        let all = self.woken && begin >= self.rest;
-        let bounds = self.bounds;
-        let mut news = Vec::new();
-        self.watched.retain_mut(|watched| {
-            if !all && watched.track.due() > begin {
-                return true;
-            }
-            let (change, stays) = watched.look(bounds);
-            news.extend(change.map(|change| WatchEvent {
-                name: watched.name.clone(),
-                uuid: watched.uuid.clone(),
-                change,
-            }));
-            stays
-        });
-        if all {
-            let end = MACHINE.now();
-            self.rest = end + end.saturating_sub(begin) * 3;
-            self.woken = false;
-        }
-        Ok(news)
+        self.0.check()
     }
 
     /// For how long the next check can wait if the descriptor stays unreadable; at most a second.
     #[must_use]
     pub fn pause(&self) -> Duration {
-        let due = self.watched.iter().map(|watched| watched.track.due());
-        let due = due.chain(self.woken.then_some(self.rest)).min();
-        let now = MACHINE.now();
-        due.map_or(LONGEST, |due| due.saturating_sub(now))
+        self.0.pause()
     }
 
     /// Waits until the next check is due, for who has nothing else to wait for. A signal that is caught ends it too.
@@ -258,56 +190,12 @@ impl Watch {
     ///
     /// [`Error::Failed`] when the descriptor cannot be polled.
     pub fn wait(&self) -> Result<()> {
-        self.poll(self.pause()).map(drop)
-    }
-}
-
-impl Watch {
-    fn is_readable(&self) -> bool {
-        self.poll(Duration::ZERO).unwrap_or(true)
-    }
-
-    fn poll(&self, at_most: Duration) -> Result<bool> {
-        match MACHINE.poll(&self.events, at_most) {
-            Ok(ready) => Ok(ready),
-            Err(errno) => {
-                let error = Error::failed(Step::ArmPoll, MAPPER_CONTROL, errno);
-                match error.verdict() {
-                    Some(Verdict::Again) => Ok(false),
-                    _ => Err(error),
-                }
-            }
-        }
+        self.0.poll(self.pause()).map(drop)
     }
 }
 
 impl AsFd for Watch {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.events.as_fd()
-    }
-}
-
-impl Watched {
-    /// What is new, and whether it is to be watched on.
-    fn look(&mut self, bounds: Bounds) -> (Option<Change>, bool) {
-        let seen = ask(Step::Status, &self.path, || {
-            MACHINE.glance(&self.uuid, &self.name)
-        });
-        let now = MACHINE.now();
-        match seen {
-            Ok(status) => (self.track.see(now, status, bounds), true),
-            Err(error) if error.verdict() == Some(Verdict::Gone) => (Some(Change::Gone), false),
-            Err(error) => {
-                let news = self.track.miss(now);
-                (news.then_some(Change::Unreadable(error)), true)
-            }
-        }
-    }
-}
-
-fn chunk_of(kind: &str, params: &str) -> Option<ChunkSize> {
-    match Target::parse(kind, params) {
-        Ok(Target::Snapshot(params) | Target::SnapshotMerge(params)) => Some(params.chunk),
-        _ => None,
+        self.0.events.as_fd()
     }
 }

@@ -88,6 +88,43 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#""/dev/loop7" is not a dm device"#,
         ),
         (
+            Refusal::OriginDiffers { path: image() },
+            r#"origin image "/images/base.ext4" is another one: its size and modification time are those of the image that the snapshot was made over, its content is not"#,
+        ),
+        (
+            Refusal::CowDeviceReadOnly { path: cow() },
+            r#"COW device "/run/vm 42.cow" is read-only"#,
+        ),
+        (
+            Refusal::CowHeadless {
+                path: cow(),
+                at: 4096,
+            },
+            r#"COW file "/run/vm 42.cow" begins with zeroes and has data at byte 4096: it is not blank, and has no header of a snapshot's exception store"#,
+        ),
+        (
+            Refusal::ChunkUnderSector {
+                chunk: chunk(4),
+                sector_bytes: 4096,
+            },
+            "chunks of 4 sectors (2048 bytes) are smaller than the disk's sectors of 4096 bytes",
+        ),
+        (
+            Refusal::OriginPartSector {
+                path: image(),
+                bytes: 5000,
+                sector_bytes: 4096,
+            },
+            r#"origin image "/images/base.ext4" has 5000 bytes, no multiple of the disk's sectors of 4096 bytes"#,
+        ),
+        (
+            Refusal::NotAdoptable {
+                name: "swap".to_owned(),
+                why: "its target is linear".to_owned(),
+            },
+            r#"cannot adopt "swap": its target is linear"#,
+        ),
+        (
             Refusal::OriginTooShort {
                 path: image(),
                 bytes: 511,
@@ -274,6 +311,13 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             "discard with chunks of 8 sectors crashes kernels as new as this one: use 512 or more",
         ),
         (
+            Refusal::DiscardUnaligned {
+                chunk: ChunkSize::DEFAULT,
+                sector_bytes: 512,
+            },
+            "discard with chunks of 8 sectors on a disk with sectors of 512 bytes is not safe: the kernel lets a discard that crosses two chunks destroy a third; make chunks and sectors of one size, or say that the guest's discards are aligned to chunks",
+        ),
+        (
             Refusal::TargetLacks {
                 version: "1.15.0".to_owned(),
                 feature: "discard_zeroes_cow (1.16.0)",
@@ -360,6 +404,8 @@ fn every_step_makes_a_sentence() {
         (Step::List, "cannot list the devices of X"),
         (Step::Link, "cannot make X"),
         (Step::MoveFile, "cannot move X"),
+        (Step::PunchHole, "cannot punch a hole into X"),
+        (Step::AddLoop, "cannot add a loop device through X"),
         (Step::Rename, "cannot rename X"),
         (Step::StartThread, "cannot start the thread X"),
         (Step::Unlink, "cannot unlink X"),
@@ -397,7 +443,18 @@ fn every_warning_reads_as_it_should() {
         ),
         (
             Warning::DirectIoUnavailable,
-            "the COW file's file system cannot do direct I/O",
+            "the COW file's file system cannot do direct I/O in the disk's sectors: it is buffered",
+        ),
+        (
+            Warning::DiscardUnavailable,
+            "the COW file's file system cannot punch holes: the disk takes no discard",
+        ),
+        (
+            Warning::NoAlias {
+                alias: Path::new("/dev/mapper/vm").to_owned(),
+                errno: 30,
+            },
+            "cannot make /dev/mapper/vm: Read-only file system (os error 30)",
         ),
     ];
     for (warning, text) in &warnings {

@@ -25,7 +25,7 @@ fn sources(directory: &Path, into: &mut Vec<PathBuf>) {
             .into_owned();
         if path.is_dir() {
             sources(&path, into);
-        } else if name.ends_with(".rs") && !name.ends_with("tests.rs") {
+        } else if name.ends_with(".rs") && !name.ends_with("tests.rs") && name != "headers.rs" {
             into.push(path);
         }
     }
@@ -55,6 +55,9 @@ fn named(code: &str) -> BTreeSet<String> {
     };
     let mut rooms = BTreeSet::new();
     for (at, _) in code.match_indices("crate::") {
+        if code[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_') {
+            continue;
+        }
         let rest = &code[at + "crate::".len()..];
         let Some(group) = rest.strip_prefix('{') else {
             rooms.insert(word(rest));

@@ -7,6 +7,8 @@ use std::path::Path;
 use std::process::Command;
 
 use dmsnap::{ChunkSize, SnapshotOptions, Store};
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
 
 use crate::common::rows::Row;
 use crate::common::scene::{COW_BYTES, ext4};
@@ -122,8 +124,8 @@ fn a_cow_file_that_losetup_has() {
 fn a_cow_file_that_somebody_has_locked() {
     let scene = Scene::new();
     let cow = scene.cow("cow");
-    let (mut ready, writer) = std::io::pipe().expect("a pipe");
-    let (held, mut release) = std::io::pipe().expect("a pipe");
+    let (ready, writer) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
+    let (held, release) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
     let mut holder = Command::new("flock")
         .arg(&cow)
         .args(["sh", "-c", "echo locked; read line"])
@@ -131,6 +133,7 @@ fn a_cow_file_that_somebody_has_locked() {
         .stdout(writer)
         .spawn()
         .expect("flock starts");
+    let (mut ready, mut release) = (File::from(ready), File::from(release));
     let mut word = [0; 7];
     ready.read_exact(&mut word).expect("it has the lock");
     let options = SnapshotOptions::new();

@@ -177,7 +177,7 @@ fn no_snapshot_target() {
         ("no snapshot target", false),
         ("no snapshot target, discard asked for", true),
     ] {
-        options.discard(discard);
+        options.discard(discard).trust_discards(true);
         let (error, message) = Row::new(&scene, what, scene.image(), &cow).refused(&options);
         assert_eq!(
             message,
@@ -197,7 +197,10 @@ fn a_target_that_is_not_loaded_yet_is_loaded() {
         let without = WithoutTarget::unload(None);
         let mut options = SnapshotOptions::new();
         let chunk = ChunkSize::new(512).expect("a chunk size on which no kernel trips");
-        options.discard(discard).chunk_size(chunk);
+        options
+            .discard(discard)
+            .trust_discards(true)
+            .chunk_size(chunk);
         let snapshot = scene.snapshot_with(&options);
         assert!(Path::new("/sys/module/dm_snapshot").exists());
         snapshot.cleanup().expect("nobody has it open");

@@ -82,7 +82,7 @@ fn a_name_that_a_foreign_device_has() {
     assert_eq!(
         message,
         format!(
-            "cannot create /dev/mapper/{}: Device or resource busy (os error 16)",
+            "cannot create /dev/mapper/{}: Device or resource busy (os error 16): there is a dm device of that name already",
             row.name
         )
     );

@@ -4,6 +4,8 @@ use std::io::Read;
 use std::process::{Command, Stdio};
 
 use dmsnap::Handles;
+use nix::fcntl::OFlag;
+use nix::unistd::pipe2;
 
 use crate::common::reading::{dm_exists, dm_table};
 use crate::common::tools::{complaint, finish, success};
@@ -128,7 +130,7 @@ fn handles_that_are_none() {
 fn a_reader_that_has_seen_enough_is_no_failure() {
     let scene = Scene::new();
     let snapshot = scene.snapshot();
-    let (reader, writer) = std::io::pipe().expect("a pipe");
+    let (reader, writer) = pipe2(OFlag::O_CLOEXEC).expect("a pipe");
     drop(reader);
     let mut list = dmsnap();
     list.arg("list").stdout(writer).stderr(Stdio::piped());

@@ -66,7 +66,9 @@ fn of_two_processes_with_one_name_one_wins() {
         let line = complaint(losers[0]);
         assert_eq!(
             line,
-            format!("cannot create /dev/mapper/{name}: Device or resource busy (os error 16)")
+            format!(
+                "cannot create /dev/mapper/{name}: Device or resource busy (os error 16): there is a dm device of that name already"
+            )
         );
         let alias = std::path::Path::new("/dev/mapper").join(&name);
         assert_eq!(content(&alias), content(scene.image()));

@@ -315,7 +315,7 @@ fn a_live_export_beside_a_writer_has_all_that_stands_still() {
             while !stop.load(Ordering::Relaxed) {
                 let at = still as u64 + numbers.below(512) * 4096;
                 device.write_all_at(&[0xee; 4096], at).expect("it goes on");
-                if rounds.is_multiple_of(8) {
+                if rounds % 8 == 0 {
                     device.sync_data().expect("it goes on");
                 }
                 rounds += 1;

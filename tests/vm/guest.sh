@@ -20,15 +20,21 @@ guest_timeout=600
 guest_out=
 guest_console=
 guest_times=0
+guest_vmm=0
 guest_files=()
 
 guest_dir=
 guest_pids=()
 
+guest_is_arm64() {
+    [[ $guest_kernel == arm64 ]]
+}
+
 # Runs COMMAND in a guest as the guest_* settings say, and exits.
 guest_exec() {
     local status
     kernel_ensure "$guest_kernel"
+    ((guest_vmm == 0)) || vmm_files "$guest_kernel"
     guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
     trap guest_cleanup EXIT
     trap 'exit 130' INT
@@ -71,7 +77,7 @@ guest_is_stillborn() {
 
 # Returns when the guest is gone, however it ended.
 guest_boot() {
-    local qemu relay append cpu clock cpus=2
+    local qemu relay append cpu clock cpus=2 machine=(qemu-system-x86_64)
     # oops=panic, panic=-1 and -no-reboot: a guest that fails ends at once.
     append="console=ttyS0 panic=-1 oops=panic random.trust_cpu=on no_timer_check"
     # Crypto self-tests and the like are a third of the boot under emulation.
@@ -91,9 +97,10 @@ guest_boot() {
         # 5.10 and 6.1 then never get past bringing up a second core.
         [[ $guest_kernel != 5.10 && $guest_kernel != 6.1 ]] || cpus=1
     fi
+    ! guest_is_arm64 || arm64_machine
     (
         cd "$guest_dir"
-        exec timeout --kill-after=5 "$guest_timeout" qemu-system-x86_64 \
+        exec timeout --kill-after=5 "$guest_timeout" "${machine[@]}" \
             "${clock[@]}" -cpu "$cpu" -smp "${guest_cpus:-$cpus}" -m "$guest_memory" \
             -nodefaults -no-user-config -display none -no-reboot \
             -kernel vmlinuz -initrd initramfs -append "$append" \

@@ -5,9 +5,11 @@
 packages_guest="qemu-system-x86 busybox-static|busybox cpio kmod xz-utils zstd util-linux mount
     dmsetup e2fsprogs strace debian-archive-keyring"
 packages_udev="udev dmsetup"
+packages_arm64="qemu-system-arm binutils"
+packages_arm64_build="gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
 # bindgen, which devicemapper's build runs, loads libclang and reads clang's
-# own headers and libdevmapper's.
-packages_build="gcc libc6-dev pkg-config|pkgconf libdevmapper-dev libclang-dev ca-certificates"
+# own headers and libdevmapper's. Constants are compared with linux-libc-dev's.
+packages_build="gcc libc6-dev linux-libc-dev pkg-config|pkgconf libdevmapper-dev libclang-dev ca-certificates"
 
 apt_updated=0
 
@@ -41,6 +43,7 @@ host_packages() {
 host_guest() {
     host_packages $packages_guest
     ((guest_udev == 0)) || host_packages $packages_udev
+    ! guest_is_arm64 || host_packages $packages_arm64
 }
 
 # shellcheck disable=SC2086

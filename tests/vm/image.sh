@@ -7,7 +7,7 @@
 # Real tools; busybox has all the rest. Debian's busybox prefers its own
 # applets to what PATH holds, losetup for one, so whatever starts programs is
 # among the real ones: shells, env, timeout and so on.
-guest_tools="losetup blockdev dmsetup mke2fs e2fsck strace kmod mount umount date
+guest_tools="losetup blockdev blkdiscard dmsetup mke2fs e2fsck strace kmod mount umount date
     dash bash env timeout nice nohup chroot find xargs setsid flock taskset unshare"
 
 cpio_pack() {
@@ -16,6 +16,10 @@ cpio_pack() {
 
 # The path of a tool, also when PATH lacks sbin, as a plain user's does.
 tool() {
+    if guest_is_arm64; then
+        PATH=$cache/arm64-tools/usr/bin:$cache/arm64-tools/usr/sbin type -P "$1" || die "no $1 among arm64's tools"
+        return 0
+    fi
     PATH=$PATH:/usr/sbin:/sbin type -P "$1" || die "no $1 on this machine"
 }
 
@@ -23,6 +27,10 @@ tool() {
 copy_libraries() {
     local tree=$1 libraries
     shift
+    if guest_is_arm64; then
+        arm64_copy_libraries "$tree" "$@"
+        return 0
+    fi
     # ldd fails on a static program, which is as well.
     libraries=$( (ldd "$@" 2>/dev/null || true) | awk '
         / => \// { print $3 }
@@ -44,7 +52,7 @@ image_skeleton() {
     cp "$here/init" "$tree/init"
     # udev's rules name groups, and devtmpfs shows their numbers.
     cp /etc/passwd /etc/group "$tree/etc"
-    [[ ! -e /etc/ld.so.cache ]] || cp /etc/ld.so.cache "$tree/etc"
+    guest_is_arm64 || [[ ! -e /etc/ld.so.cache ]] || cp /etc/ld.so.cache "$tree/etc"
     [[ ! -e /etc/mke2fs.conf ]] || cp /etc/mke2fs.conf "$tree/etc"
 }
 
@@ -54,7 +62,8 @@ image_tools() {
     paths+=("$busybox")
     cp -L "$busybox" "$tree/usr/bin/busybox"
     # One ln for all of them: each applet's name, beside busybox, is a link to it.
-    (cd "$tree/usr/bin" && "$busybox" --list | grep -vx busybox | xargs -n 1 ln -s busybox)
+    # This machine's busybox says which there are, as it can be run.
+    (cd "$tree/usr/bin" && busybox --list | grep -vx busybox | xargs -n 1 ln -s busybox)
     for name in $guest_tools; do
         path=$(tool "$name")
         paths+=("$path")
@@ -96,9 +105,11 @@ image_files() {
         cp -L --preserve=mode,timestamps "$file" "$tree/vm/work/"
     done
     (($# == 0)) || copy_libraries "$tree" "$@"
-    if [[ -x $target_dir/release/dmsnap ]]; then
-        cp "$target_dir/release/dmsnap" "$tree/usr/local/bin/"
-        copy_libraries "$tree" "$target_dir/release/dmsnap"
+    file=$target_dir/release/dmsnap
+    ! guest_is_arm64 || file=$(arm64_cli)
+    if [[ -x $file ]]; then
+        cp "$file" "$tree/usr/local/bin/"
+        copy_libraries "$tree" "$file"
     fi
 }
 

@@ -27,18 +27,23 @@ stage() {
     [[ $verdict == ok ]]
 }
 
-# The features of the crate but the one that has tests ask for a real kernel.
-host_features() {
+# The features of the crate without the crates that the default is made of.
+slim_features() {
     awk '/^\[/ { on = ($0 == "[features]") ; next }
         on && match($0, /^[a-z][a-z0-9_-]*/) { print substr($0, 1, RLENGTH) }' "$root/Cargo.toml" |
-        grep -vxE 'default|kernel-tests' | paste -sd,
+        grep -vxE 'default|devicemapper|loopdev' | paste -sd,
 }
 
 # build_target KIND NAME CARGO-ARGS...: builds and prints the executable's path.
 build_target() {
-    local kind=$1 name=$2 messages path
-    shift 2
-    messages=$(cargo "$@" --locked --message-format=json-render-diagnostics) || return 1
+    build_target_by cargo "$@"
+}
+
+# build_target_by CARGO KIND NAME CARGO-ARGS...
+build_target_by() {
+    local cargo=$1 kind=$2 name=$3 messages path
+    shift 3
+    messages=$("$cargo" "$@" --locked --message-format=json-render-diagnostics) || return 1
     path=$(grep '"reason":"compiler-artifact"' <<<"$messages" |
         grep -F "\"kind\":[\"$kind\"]" | grep -F "\"name\":\"$name\"" |
         sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
@@ -58,6 +63,23 @@ build_kernel_tests() {
     cp "$path" "$target_dir/vm/kernel"
 }
 
+# The same without the crates that the default is made of.
+build_slim_kernel_tests() {
+    local path
+    path=$(build_target test kernel test --no-run --no-default-features --features "$(slim_features)" \
+        --test kernel) || return 1
+    mkdir -p "$target_dir/vm/slim"
+    cp "$path" "$target_dir/vm/slim/kernel"
+}
+
+kernel_tests_path() {
+    case $1 in
+        arm64) echo "$target_dir/vm/arm64/kernel" ;;
+        *+slim) echo "$target_dir/vm/slim/kernel" ;;
+        *) echo "$target_dir/vm/kernel" ;;
+    esac
+}
+
 # The fuzz targets' corpus, replayed by plain tests of the fuzz workspace.
 fuzz_replay() {
     cargo test --manifest-path fuzz/Cargo.toml --locked
@@ -65,7 +87,7 @@ fuzz_replay() {
 
 command_test() {
     # Those that take longest come first, so that none of them is the last to end.
-    local kernels="5.10 6.12+udev 6.1 6.12 latest" kernel begin line
+    local kernels="5.10 6.12+udev 6.1 6.12 latest 6.12+slim" kernel begin line
     while (($# > 0)); do
         case $1 in
             --kernels) option_value "$@"; kernels=$2; shift 2 ;;
@@ -75,7 +97,7 @@ command_test() {
     done
     [[ -n ${kernels// /} ]] || usage_error "test: --kernels names none"
     for kernel in $kernels; do
-        known_kernel "${kernel%+udev}"
+        known_kernel "${kernel%+*}"
         [[ $kernel != *+udev ]] || guest_udev=1
     done
     begin=$(now_ms)
@@ -86,7 +108,7 @@ command_test() {
 
     # An empty cache fills up beside the builds. Whatever comes of it, each kernel is asked for again when it is used.
     # shellcheck disable=SC2046,SC2086
-    "$here/run" fetch $(printf '%s\n' $kernels | sed 's/+udev$//' | sort -u) &
+    "$here/run" fetch $(printf '%s\n' $kernels | sed 's/+.*$//' | sort -u) &
     test_fetch=$!
     trap 'kill $(jobs -rp) 2>/dev/null || true' EXIT
     trap 'exit 130' INT
@@ -94,11 +116,18 @@ command_test() {
 
     stage "fmt" cargo fmt --all --check || true
     stage "clippy" cargo clippy --all-targets --all-features --locked -- -D warnings || true
+    # No part of all targets, as its tests are none of `cargo test`'s.
+    stage "clippy, kernel tests" cargo clippy --test kernel --all-features --locked -- -D warnings || true
     stage "check, no default features" cargo check --no-default-features --locked || true
     RUSTDOCFLAGS='-D warnings' stage "doc" cargo doc --no-deps --all-features --locked || true
-    stage "test on this machine" cargo test --features "$(host_features)" --locked || true
+    stage "test on this machine" cargo test --all-features --locked || true
+    stage "test on this machine, no default features" \
+        cargo test --no-default-features --features "$(slim_features)" --locked || true
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
-    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests; then
+    stage "check, Rust $(rust_version)" check_rust_version || true
+    stage "build for arm64" build_arm64 || true
+    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests &&
+        { [[ $kernels != *+slim* ]] || stage "build the kernel tests, no default features" build_slim_kernel_tests; }; then
         kernel_tests $kernels
     fi
 
@@ -115,23 +144,23 @@ test_jobs=2
 
 declare -A job_spec=() job_part=() job_begin=()
 
-# kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev".
+# kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
 kernel_tests() {
-    local spec kernel part
+    local spec kernel part ready=()
     wait "$test_fetch" || true
     for spec in "$@"; do
-        kernel=${spec%+udev}
+        kernel=${spec%+*}
         if ! "$here/run" fetch "$kernel"; then
             stage_failures=$((stage_failures + 1))
             stage_report+=("FAILED            kernel $spec: cannot be had")
             continue
         fi
-        # A core that would be idle at the end takes half of the last one: the proof is about half of the time.
-        local parts=('')
-        if [[ $spec == "${!#}" ]] && (($# % test_jobs != 0)); then
-            parts=(proof rest)
-        fi
-        for part in "${parts[@]}"; do
+        ready+=("$spec")
+    done
+    # In halves, so that no core waits long for another at the end: the proof, which is about half of the time and the
+    # longer one, comes first.
+    for part in proof rest; do
+        for spec in "${ready[@]}"; do
             while ((${#job_spec[@]} >= test_jobs)); do
                 kernel_tests_end
             done
@@ -143,33 +172,32 @@ kernel_tests() {
     done
 }
 
-# kernel_tests_begin SPEC PART: PART is "proof", "rest" or, for all of the tests, empty.
+# kernel_tests_begin SPEC PART: PART is "proof" or "rest".
 kernel_tests_begin() {
-    local spec=$1 part=$2 kernel=${1%+udev} filter=()
-    local options=(--kernel "$kernel" --timeout 2400 --times --file "$target_dir/vm/kernel")
+    local spec=$1 part=$2 kernel=${1%+*} filter=()
+    local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$spec")")
+    [[ $kernel == arm64 ]] || options+=(--vmm)
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
     if [[ $spec == *+udev ]]; then
         options+=(--udev)
         variables+=(DMSNAP_TEST_UDEV=1)
-        # Arguments, and what is in COW files: udevd has no part in either.
-        filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip made_cow:: --skip sizes:: --skip stores::)
+        # Arguments, what is in COW files, and VMs: udevd has no part in any of them.
+        filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip made_cow:: --skip sizes:: --skip stores:: --skip vmm::)
     fi
     case $part in
         proof) filter+=(proof::) ;;
         rest) filter+=(--skip proof::) ;;
     esac
-    "$here/run" exec "${options[@]}" -- env "${variables[@]}" ./kernel --test-threads=1 "${filter[@]}" \
-        >"$target_dir/vm/test-$spec${part:+-$part}.log" 2>&1 &
+    "$here/run" exec "${options[@]}" -- env "${variables[@]}" ./kernel --exact side_by_side "${filter[@]}" \
+        >"$target_dir/vm/test-$spec-$part.log" 2>&1 &
     job_spec[$!]=$spec
     job_part[$!]=$part
     job_begin[$!]=$(now_ms)
 }
 
-# The tests of a log that took longest. A line is whole when its test has ended, and the next one begins then.
+# The tests of a log that took longest: each has a line that ends with its time, as in <1.234s>.
 slowest_tests() {
-    awk '$1 + 0 < 1e15 { next }
-        before && $2 == "test" && $3 != "result:" { printf "%.1f s %s\n", ($1 - before) / 1e6, $3 }
-        { before = $1 }' "$1" | sort -rn | head -n 5
+    sed -n 's/^test \([^ ]*\) \.\.\. [a-zA-Z]* <\([0-9]*\.[0-9]\)[0-9]*s>$/\2 s \1/p' "$1" | sort -rn | head -n 5
 }
 
 # Waits for one guest to end, and prints what it printed.
@@ -178,13 +206,13 @@ kernel_tests_end() {
     wait -n -p pid "${!job_spec[@]}" || status=$?
     spec=${job_spec[$pid]}
     part=${job_part[$pid]}
-    log=$target_dir/vm/test-$spec${part:+-$part}.log
+    log=$target_dir/vm/test-$spec-$part.log
     ms=$(($(now_ms) - job_begin[$pid]))
     unset "job_spec[$pid]" "job_part[$pid]" "job_begin[$pid]"
-    printf '\n== kernel %s\n' "$spec${part:+, $part}"
-    sed 's/^[0-9]\{16,\} //' "$log"
+    printf '\n== kernel %s, %s\n' "$spec" "$part"
+    cat "$log"
     read -r passed failed ignored < <(awk '
-        $2 == "test" && $3 == "result:" { passed += $5; failed += $7; ignored += $9 }
+        $1 == "test" && $2 == "result:" { passed += $4; failed += $6; ignored += $8 }
         END { print passed + 0, failed + 0, ignored + 0 }' "$log")
     total_passed=$((total_passed + passed))
     total_failed=$((total_failed + failed))
@@ -193,8 +221,8 @@ kernel_tests_end() {
         verdict=FAILED
         stage_failures=$((stage_failures + 1))
     fi
-    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s)%s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
-        "$spec" "$(kernel_release "${spec%+udev}")" "${part:+, $part}" "$passed" "$failed" "$ignored")")
+    stage_report+=("$(printf '%-6s %7s s  kernel %s (%s), %s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
+        "$spec" "$(kernel_release "${spec%+*}")" "$part" "$passed" "$failed" "$ignored")")
     while read -r line; do
         stage_report+=("                     $line")
     done < <(slowest_tests "$log")
@@ -257,5 +285,5 @@ command_soak() {
     ((guest_udev == 0)) || variables+=(DMSNAP_TEST_UDEV=1)
     [[ -z ${DMSNAP_TEST_SEED:-} ]] || variables+=("DMSNAP_TEST_SEED=$DMSNAP_TEST_SEED")
     guest_files+=("$target_dir/vm/kernel")
-    guest_exec env "${variables[@]}" ./kernel --test-threads=1 --show-output "${guest_command[@]}"
+    guest_exec env "${variables[@]}" ./kernel --exact side_by_side --show-output "${guest_command[@]}"
 }

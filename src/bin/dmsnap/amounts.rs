@@ -22,7 +22,8 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
         .iter()
         .find_map(|(unit, power)| Some((text.strip_suffix(unit)?, *power)));
     let (number, power) = unit.unwrap_or((text, 0));
-    let count: u64 = plain(number)?;
+    let count: u64 = plain(number)
+        .map_err(|error| format!("{error}: need bytes, or 512K, 64MiB, 2G, in whole numbers"))?;
     let too_large = || "too large".to_owned();
     count.checked_mul(1 << power).ok_or_else(too_large)
 }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
-use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
+use dmsnap::{ChunkSize, CowSize, SectorSize, SnapshotOptions, Store};
 
 use crate::amounts::{bytes, cow_size, duration, percent};
 use crate::cow::Cow;
@@ -154,8 +154,11 @@ pub(crate) struct Reap {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+    /// Take down every snapshot that nobody has open, whoever made it
+    #[arg(long, conflicts_with_all = ["keep", "keep_open"])]
+    pub(crate) all: bool,
     /// Keep this snapshot (may be repeated)
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["all", "dry_run", "keep_open"])]
     pub(crate) keep: Vec<String>,
     /// Keep every snapshot that somebody has open
     #[arg(long)]
@@ -176,9 +179,15 @@ pub(crate) struct Create {
     /// Have the COW file bypass the page cache
     #[arg(long)]
     direct_io: bool,
+    /// The sector size that the guest sees: 512, or 4096 for images made so
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = sector_size)]
+    sector_size: SectorSize,
     /// Let the guest's discards give space back to the COW file's file system
     #[arg(long)]
     discard: bool,
+    /// Take discards though chunks are larger than sectors: the guest's never cross into another chunk, or data is lost
+    #[arg(long, requires = "discard")]
+    trust_discards: bool,
     /// Make the COW file too, this large: bytes (or 512K, 64M, 2G), a share of the image (25%), or worst-case
     #[arg(long, value_name = "SIZE", value_parser = cow_size)]
     make_cow: Option<CowSize>,
@@ -229,7 +238,9 @@ impl Create {
             .store(self.store.into())
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
+            .sector_size(self.sector_size)
             .discard(self.discard)
+            .trust_discards(self.trust_discards)
             .any_origin(self.any_origin)
             .replace_cow(self.replace_cow)
             .reserve(self.reserve);
@@ -243,6 +254,14 @@ impl Create {
 pub(crate) fn chunk_size(text: &str) -> Result<ChunkSize, String> {
     let sectors = text.parse().map_err(|error| format!("{error}"))?;
     ChunkSize::new(sectors).map_err(|refusal| refusal.to_string())
+}
+
+fn sector_size(text: &str) -> Result<SectorSize, String> {
+    match text {
+        "512" => Ok(SectorSize::Bytes512),
+        "4096" => Ok(SectorSize::Bytes4096),
+        _ => Err("need 512 or 4096".to_owned()),
+    }
 }
 
 fn positive(text: &str) -> Result<u64, String> {

@@ -59,6 +59,9 @@ enum Failure {
     Interrupted(u8),
     #[error("cannot write to stdout")]
     Output(#[source] io::Error),
+    /// A watch went on without telling.
+    #[error("some events were not told: stdout could not be written")]
+    Unlogged,
     #[error("cannot wait for events")]
     Wait(#[source] io::Error),
     /// A merge was stopped by a signal of that number.
@@ -84,7 +87,7 @@ fn run(command: Command) -> Result<(), Failure> {
             for warning in made.warnings() {
                 output::note(warning);
             }
-            print_json(made.handles()).or_else(|unprinted| {
+            print_all(made.handles()).or_else(|unprinted| {
                 // Nobody would know of it.
                 made.cleanup()?;
                 Err(unprinted)
@@ -264,6 +267,18 @@ fn print_json(value: &impl serde::Serialize) -> Result<(), Failure> {
         serde_json::to_string_pretty(value).map_err(|error| Failure::Output(error.into()))?;
     text.push('\n');
     print(text)
+}
+
+/// What has to reach its reader: a closed pipe is a failure too.
+fn print_all(value: &impl serde::Serialize) -> Result<(), Failure> {
+    let mut text =
+        serde_json::to_string_pretty(value).map_err(|error| Failure::Output(error.into()))?;
+    text.push('\n');
+    let mut stdout = io::stdout().lock();
+    let written = stdout.write_all(text.as_bytes());
+    written
+        .and_then(|()| stdout.flush())
+        .map_err(Failure::Output)
 }
 
 /// A reader that has seen enough closes the pipe; that is no failure.

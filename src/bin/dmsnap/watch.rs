@@ -22,16 +22,23 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
     for name in &options.names {
         watch.add(name)?;
     }
+    // A log that cannot be written is no reason to let a disk run full.
+    let mut unlogged = None;
     loop {
         let events = watch.check()?;
         // All of them grown first, and told of then: whoever reads may be slow.
         let grown: Vec<_> = events.iter().map(|event| grow(options, event)).collect();
         for (event, grown) in events.iter().zip(&grown) {
-            tell(options, &Line::of(event))?;
-            grown.as_ref().map_or(Ok(()), |line| tell(options, line))?;
+            let lines = [Some(Line::of(event)), grown.as_ref().cloned()];
+            for line in lines.iter().flatten() {
+                if let (Err(failure), None) = (tell(options, line), &unlogged) {
+                    output::note(output::chain(&failure));
+                    unlogged = Some(failure);
+                }
+            }
         }
         if watch.is_empty() || wait(&watch, &signals)? {
-            return Ok(());
+            return unlogged.map_or(Ok(()), |_| Err(Failure::Unlogged));
         }
     }
 }
@@ -95,7 +102,7 @@ fn tell(options: &Watch, line: &Line<'_>) -> Result<(), Failure> {
 }
 
 /// A line of `watch`. The keys are stable; new ones may be added.
-#[derive(Debug, serde::Serialize)]
+#[derive(Clone, Debug, serde::Serialize)]
 struct Line<'a> {
     name: &'a str,
     uuid: &'a DeviceUuid,

@@ -18,6 +18,10 @@ impl Files for Script {
         Ok(moved.unwrap_or_else(|| inode(path)))
     }
 
+    fn open_replaced(&self, path: &Path) -> Result<u64, Errno> {
+        self.open_file(path, true)
+    }
+
     fn open_backing(&self, path: &Path, writable: bool) -> Result<u64, Errno> {
         self.open_file(path, writable)
     }
@@ -72,8 +76,18 @@ impl Files for Script {
             size_bytes: *self.world.borrow().sizes.get(file).unwrap_or(&FILE_BYTES),
             mtime_ns: mtime.unwrap_or(1),
             links: 1,
+            read_only: false,
             has_blocks: false,
         })
+    }
+
+    fn look(&self, path: &Path, _follow: bool) -> Result<FileFacts, Errno> {
+        let moved = self.world.borrow().moved.get(path).copied();
+        self.inspect_file(&moved.unwrap_or_else(|| inode(path)))
+    }
+
+    fn try_punch(&self, _file: &u64, _at: u64) -> Result<(), Errno> {
+        self.call(Step::PunchHole)
     }
 
     fn lock_file(&self, _file: &u64, _exclusive: bool) -> Result<(), Errno> {

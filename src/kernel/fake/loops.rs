@@ -1,7 +1,7 @@
 //! Loop devices of the fake machine.
 
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
+use std::sync::Arc;
 
 use nix::errno::Errno;
 
@@ -27,6 +27,10 @@ impl Loops for Script {
             .unwrap_or(0))
     }
 
+    fn add_loop(&self, _number: u32) -> Result<(), Errno> {
+        self.call(Step::AddLoop)
+    }
+
     fn open_loop(&self, path: &Path, _writable: bool) -> Result<ScriptLoop, Errno> {
         self.call(Step::OpenLoop)?;
         let text = path.to_string_lossy();
@@ -38,7 +42,7 @@ impl Loops for Script {
             binding.opens += 1;
         }
         Ok(ScriptLoop {
-            world: Rc::clone(&self.world),
+            world: Arc::clone(&self.world),
             number,
         })
     }
@@ -48,6 +52,7 @@ impl Loops for Script {
         device: &ScriptLoop,
         backing: &u64,
         flags: u32,
+        _sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno> {
         self.call(Step::AttachLoop)?;
@@ -132,6 +137,13 @@ impl Loops for Script {
         self.call(Step::SizeLoop)?;
         Ok(1 << 20)
     }
+
+    fn loop_sector_bytes(&self, _device: &ScriptLoop) -> Result<u32, Errno> {
+        self.call(Step::SizeLoop)?;
+        Ok(512)
+    }
+
+    fn sweep_nodes(&self) {}
 
     fn read_only_loops(&self) -> Vec<u32> {
         let world = self.world.borrow();

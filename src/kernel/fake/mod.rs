@@ -9,8 +9,7 @@ mod loops;
 mod mapper;
 pub(crate) mod world;
 
-use std::cell::{Cell, RefCell};
-use std::rc::Rc;
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -20,18 +19,48 @@ use crate::dm::Address;
 use crate::error::Step;
 
 /// Whether the call made as `Step`, the n-th of all (from 1), is to fail, and how.
-type Fault = Box<dyn Fn(Step, usize) -> Option<Errno>>;
+type Fault = Box<dyn Fn(Step, usize) -> Option<Errno> + Send + Sync>;
+
+/// What threads share, borrowed as from a `RefCell`.
+#[derive(Default)]
+pub(crate) struct Shared<T>(RwLock<T>);
+
+impl<T> Shared<T> {
+    pub(crate) fn borrow(&self) -> RwLockReadGuard<'_, T> {
+        self.0.read().expect("no panic while it was borrowed")
+    }
+
+    pub(crate) fn borrow_mut(&self) -> RwLockWriteGuard<'_, T> {
+        self.0.write().expect("no panic while it was borrowed")
+    }
+}
+
+impl<T: Default> Shared<T> {
+    pub(crate) fn take(&self) -> T {
+        std::mem::take(&mut *self.borrow_mut())
+    }
+}
+
+impl<T: Copy> Shared<T> {
+    fn get(&self) -> T {
+        *self.borrow()
+    }
+
+    fn set(&self, value: T) {
+        *self.borrow_mut() = value;
+    }
+}
 
 pub(crate) struct Script {
-    fault: RefCell<Fault>,
+    fault: Shared<Fault>,
     /// Every call so far, in order.
-    pub(crate) calls: RefCell<Vec<Step>>,
-    pub(crate) world: Rc<RefCell<World>>,
-    clock: Cell<Duration>,
+    pub(crate) calls: Shared<Vec<Step>>,
+    pub(crate) world: Arc<Shared<World>>,
+    clock: Shared<Duration>,
 }
 
 pub(crate) struct ScriptLoop {
-    world: Rc<RefCell<World>>,
+    world: Arc<Shared<World>>,
     number: u32,
 }
 
@@ -46,17 +75,22 @@ impl Drop for ScriptLoop {
 }
 
 impl Script {
-    pub(crate) fn new(fault: impl Fn(Step, usize) -> Option<Errno> + 'static) -> Self {
+    pub(crate) fn new(
+        fault: impl Fn(Step, usize) -> Option<Errno> + Send + Sync + 'static,
+    ) -> Self {
         Self {
-            fault: RefCell::new(Box::new(fault)),
-            calls: RefCell::default(),
-            world: Rc::default(),
-            clock: Cell::default(),
+            fault: Shared(RwLock::new(Box::new(fault))),
+            calls: Shared::default(),
+            world: Arc::default(),
+            clock: Shared::default(),
         }
     }
 
     /// From now on, faults are these, and calls are counted from 1 again.
-    pub(crate) fn restart(&self, fault: impl Fn(Step, usize) -> Option<Errno> + 'static) {
+    pub(crate) fn restart(
+        &self,
+        fault: impl Fn(Step, usize) -> Option<Errno> + Send + Sync + 'static,
+    ) {
         *self.fault.borrow_mut() = Box::new(fault);
         self.calls.borrow_mut().clear();
     }

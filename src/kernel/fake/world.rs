@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::base::{DeviceNumber, FileId};
-use crate::dm::{SnapshotParams, Target, TargetLine};
+use crate::base::{ChunkSize, DeviceNumber, FileId, Sectors, Store};
+use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::kernel::Label;
 
 /// The chunk size of a store that a test puts into the COW file.
@@ -115,6 +115,33 @@ impl World {
             opens: 0,
         };
         self.loops.insert(number, binding);
+    }
+
+    /// Makes a live snapshot over two bound loop devices as another program does: without a uuid.
+    pub(crate) fn make_foreign(&mut self, name: &str, origin: u32, cow: u32) {
+        let number = |minor| DeviceNumber { major: 7, minor };
+        let params = SnapshotParams {
+            origin: number(origin),
+            cow: number(cow),
+            store: Store::Persistent,
+            chunk: ChunkSize::DEFAULT,
+            discard: Discard::Unsupported,
+        };
+        let device = ScriptDevice {
+            name: name.to_owned(),
+            number: DeviceNumber {
+                major: 254,
+                minor: 200,
+            },
+            table: Some(TargetLine {
+                start: Sectors::default(),
+                length: Sectors::new(2048),
+                target: Target::Snapshot(params),
+            }),
+            live: true,
+            suspended: false,
+        };
+        self.devices.insert(String::new(), device);
     }
 
     pub(crate) fn holding(&self, number: u32) -> impl Iterator<Item = DeviceNumber> {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use nix::sys::stat::{Mode, SFlag, mknod};
 
+use super::nodes;
 use crate::base::DeviceNumber;
 use crate::error::{Step, Verdict, errno_of, policy};
 
@@ -31,6 +32,7 @@ pub(crate) fn make(path: &Path, number: DeviceNumber, node: Option<&Path>) -> Re
             symlink(format!("{SPELLING}{}", number.minor), path).map_err(|error| errno_of(&error))
         }
         None => {
+            nodes::note_missing();
             let mode = Mode::S_IRUSR | Mode::S_IWUSR;
             mknod(path, SFlag::S_IFBLK, mode, number.to_dev_t())
         }
@@ -60,7 +62,10 @@ pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
         Ok(target) => target.file_name() == number.dm_node().file_name(),
         Err(error) => match fs::symlink_metadata(path) {
             Ok(found) if found.is_symlink() => return Err(errno_of(&error)),
-            _ => leads_to(path, number),
+            _ => {
+                nodes::note_missing();
+                leads_to(path, number)
+            }
         },
     };
     if ours { unlink(path) } else { Ok(false) }

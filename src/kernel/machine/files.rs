@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, OFlag, open};
-use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens};
+use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens, lstat, stat};
 use nix::sys::time::TimeSpec;
 
 use super::Machine;
@@ -31,6 +32,12 @@ impl Files for Machine {
             access | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY,
             Mode::empty(),
         )
+    }
+
+    fn open_replaced(&self, path: &Path) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_RDWR | OFlag::O_EXCL | OFlag::O_NOFOLLOW;
+        let flags = flags | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+        open(path, flags, Mode::empty())
     }
 
     /// Without `O_EXCL`: a block device is claimed by the loop device over it.
@@ -59,7 +66,7 @@ impl Files for Machine {
     }
 
     fn size_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
-        let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        let length = length_within_limit(bytes)?;
         if reserve {
             nix::fcntl::fallocate(file, FallocateFlags::empty(), 0, length)
         } else {
@@ -70,7 +77,7 @@ impl Files for Machine {
     /// `fallocate` of the last byte alone, or of all: unlike `ftruncate` it never makes a file shorter that somebody
     /// else has just made longer still, and it leaves what is there as it is.
     fn lengthen_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
-        let length = libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)?;
+        let length = length_within_limit(bytes)?;
         let from = if reserve { 0 } else { (length - 1).max(0) };
         nix::fcntl::fallocate(file, FallocateFlags::empty(), from, length - from)
     }
@@ -80,9 +87,11 @@ impl Files for Machine {
         match facts.kind {
             FileKind::BlockDevice(_) => {
                 let size_bytes = sys::block_size_bytes(file.as_fd())?;
+                let read_only = sys::block_is_read_only(file.as_fd())?;
                 // Writing through the node changes its time, whoever writes and whatever.
                 Ok(FileFacts {
                     size_bytes,
+                    read_only,
                     mtime_ns: 0,
                     has_blocks: true,
                     ..facts
@@ -90,6 +99,17 @@ impl Files for Machine {
             }
             _ => Ok(facts),
         }
+    }
+
+    fn look(&self, path: &Path, follow: bool) -> Result<FileFacts, Errno> {
+        let found = if follow { stat(path) } else { lstat(path) };
+        found.map(|found| facts(&found))
+    }
+
+    fn try_punch(&self, file: &OwnedFd, at: u64) -> Result<(), Errno> {
+        let at = libc::off_t::try_from(at).map_err(|_| Errno::EFBIG)?;
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        nix::fcntl::fallocate(file, flags, at, 4096)
     }
 
     fn lock_file(&self, file: &OwnedFd, exclusive: bool) -> Result<(), Errno> {
@@ -131,15 +151,25 @@ impl Files for Machine {
     }
 }
 
+/// The length of a file that is made or lengthened. Over the process's limit (RLIMIT_FSIZE) the kernel would not only
+/// refuse but send SIGXFSZ, of which the process dies.
+fn length_within_limit(bytes: u64) -> Result<libc::off_t, Errno> {
+    let (soft, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
+    if bytes > soft {
+        return Err(Errno::EFBIG);
+    }
+    libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)
+}
+
 fn offset(at: usize) -> Result<libc::off_t, Errno> {
     libc::off_t::try_from(at).map_err(|_| Errno::EOVERFLOW)
 }
 
-pub(super) fn facts(stat: &FileStat) -> FileFacts {
-    let format = SFlag::from_bits_truncate(stat.st_mode & SFlag::S_IFMT.bits());
+pub(super) fn facts(found: &FileStat) -> FileFacts {
+    let format = SFlag::from_bits_truncate(found.st_mode & SFlag::S_IFMT.bits());
     let kind = match format {
         SFlag::S_IFREG => FileKind::Regular,
-        SFlag::S_IFBLK => FileKind::BlockDevice(DeviceNumber::from_dev_t(stat.st_rdev)),
+        SFlag::S_IFBLK => FileKind::BlockDevice(DeviceNumber::from_dev_t(found.st_rdev)),
         SFlag::S_IFDIR => FileKind::Other("a directory"),
         SFlag::S_IFIFO => FileKind::Other("a FIFO"),
         SFlag::S_IFCHR => FileKind::Other("a character device"),
@@ -147,17 +177,19 @@ pub(super) fn facts(stat: &FileStat) -> FileFacts {
     };
     FileFacts {
         id: FileId {
-            dev: DeviceNumber::from_dev_t(stat.st_dev),
-            inode: stat.st_ino,
+            dev: DeviceNumber::from_dev_t(found.st_dev),
+            inode: found.st_ino,
         },
         kind,
-        mode: stat.st_mode & 0o7777,
-        size_bytes: u64::try_from(stat.st_size).unwrap_or(0),
-        mtime_ns: stat
+        mode: found.st_mode & 0o7777,
+        size_bytes: u64::try_from(found.st_size).unwrap_or(0),
+        mtime_ns: found
             .st_mtime
             .saturating_mul(1_000_000_000)
-            .saturating_add(stat.st_mtime_nsec),
-        links: stat.st_nlink,
-        has_blocks: stat.st_blocks != 0,
+            .saturating_add(found.st_mtime_nsec),
+        #[allow(clippy::useless_conversion, reason = "its width is the architecture's")]
+        links: found.st_nlink.into(),
+        read_only: false,
+        has_blocks: found.st_blocks != 0,
     }
 }

@@ -37,9 +37,36 @@ fn stacked(number: DeviceNumber) -> Vec<DirEntry> {
     devices.into_iter().flatten().flatten().collect()
 }
 
-/// `/proc/self/mountinfo`: the third word is the device, the fifth the mount point with its blanks escaped.
+/// The mounts of this mount namespace, or of the first other one that has any. `/proc/<pid>/mountinfo`: the third word is the device, the fifth the mount point with its blanks escaped.
 fn mounts(number: DeviceNumber) -> Vec<String> {
-    let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+    let here = mounts_of("self", number);
+    if !here.is_empty() {
+        return here;
+    }
+    let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/mnt")).ok();
+    let mut seen = vec![namespace("self")];
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    for entry in entries {
+        let pid = entry.file_name().to_string_lossy().into_owned();
+        if pid.parse::<u32>().is_err() {
+            continue;
+        }
+        let found = namespace(&pid);
+        if found.is_none() || seen.contains(&found) {
+            continue;
+        }
+        seen.push(found);
+        let there = mounts_of(&pid, number);
+        if !there.is_empty() {
+            let place = format!(" in the mount namespace of pid {pid}");
+            return there.into_iter().map(|mount| mount + &place).collect();
+        }
+    }
+    Vec::new()
+}
+
+fn mounts_of(pid: &str, number: DeviceNumber) -> Vec<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     let number = number.to_string();
     let mounted = |line: &str| {
         let words: Vec<_> = line.split(' ').collect();

@@ -1,6 +1,6 @@
 //! Loop devices: the control node, attaching, inspecting, detaching.
 //!
-//! The only importer of `loopdev`, which opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
+//! With the feature `loopdev` that crate opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
 //! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds. So does
 //! `LOOP_SET_CAPACITY`, which the crate asks for through a node that is open for writing: its close wakes udev's watch.
 
@@ -14,6 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl, open};
 use nix::sys::stat::{Mode, fstat};
 
+use super::loop_crate::{Control, Node};
 use crate::base::{DeviceNumber, FileId};
 use crate::error::errno_of;
 use crate::kernel::seam::{Label, LoopStatus};
@@ -33,7 +34,9 @@ pub(crate) fn node_of(number: DeviceNumber) -> Result<PathBuf, Errno> {
 pub(crate) fn backing_path(number: DeviceNumber) -> Result<PathBuf, Errno> {
     let read = fs::read(format!("/sys/dev/block/{number}/loop/backing_file"));
     let mut bytes = read.map_err(|error| errno_of(&error))?;
-    bytes.pop_if(|last| *last == b'\n');
+    if bytes.last() == Some(&b'\n') {
+        bytes.pop();
+    }
     Ok(PathBuf::from(OsString::from_vec(bytes)))
 }
 
@@ -52,18 +55,21 @@ pub(crate) fn read_only() -> Vec<u32> {
 
 /// `/dev/loop-control`, open.
 #[derive(Debug)]
-pub(crate) struct LoopControl(loopdev::LoopControl);
+pub(crate) struct LoopControl(Control);
 
 impl LoopControl {
     pub(crate) fn open() -> Result<Self, Errno> {
-        loopdev::LoopControl::open()
-            .map(Self)
-            .map_err(|error| errno_of(&error))
+        Control::open().map(Self)
     }
 
     /// The number of a device that was free a moment ago.
     pub(crate) fn find_free(&self) -> Result<u32, Errno> {
-        sys::loop_find_free(sys::borrow(&self.0))
+        sys::loop_find_free(self.0.as_fd())
+    }
+
+    /// Makes the device of that number.
+    pub(crate) fn add(&self, number: u32) -> Result<(), Errno> {
+        sys::loop_add(self.0.as_fd(), number)
     }
 }
 
@@ -72,7 +78,7 @@ impl LoopControl {
 #[derive(Debug)]
 pub(crate) enum LoopDevice {
     /// Open for reading and writing, as an attached COW device must be.
-    Writable(loopdev::LoopDevice),
+    Writable(Node),
     /// Open for reading: makes a device attached through it read-only, and its close wakes no udev watch.
     ReadOnly(OwnedFd),
 }
@@ -93,17 +99,17 @@ const MARK: libc::flock = libc::flock {
 impl LoopDevice {
     pub(crate) fn open(path: &Path, writable: bool) -> Result<Self, Errno> {
         if writable {
-            loopdev::LoopDevice::open(path)
-                .map(Self::Writable)
-                .map_err(|error| errno_of(&error))
+            Node::open(path).map(Self::Writable)
         } else {
-            open(path, OFlag::O_RDONLY | OFlag::O_CLOEXEC, Mode::empty()).map(Self::ReadOnly)
+            // `O_NONBLOCK` keeps a FIFO that stands there from blocking the open.
+            let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+            open(path, flags, Mode::empty()).map(Self::ReadOnly)
         }
     }
 
     fn fd(&self) -> BorrowedFd<'_> {
         match self {
-            Self::Writable(device) => sys::borrow(device),
+            Self::Writable(node) => node.as_fd(),
             Self::ReadOnly(fd) => fd.as_fd(),
         }
     }
@@ -113,12 +119,14 @@ impl LoopDevice {
         &self,
         backing: BorrowedFd<'_>,
         flags: u32,
+        sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno> {
         sys::loop_configure(
             self.fd(),
             backing,
             flags,
+            sector_bytes,
             path.as_os_str().as_encoded_bytes(),
         )
     }
@@ -143,7 +151,7 @@ impl LoopDevice {
 
     pub(crate) fn detach(&self) -> Result<(), Errno> {
         match self {
-            Self::Writable(device) => device.detach().map_err(|error| errno_of(&error)),
+            Self::Writable(node) => node.detach(),
             Self::ReadOnly(_) => Err(Errno::EBADF),
         }
     }
@@ -178,7 +186,8 @@ impl LoopDevice {
     pub(crate) fn size_bytes(&self) -> Result<u64, Errno> {
         sys::block_size_bytes(self.fd())
     }
-}
 
-impl sys::OwnsFd for loopdev::LoopControl {}
-impl sys::OwnsFd for loopdev::LoopDevice {}
+    pub(crate) fn sector_bytes(&self) -> Result<u32, Errno> {
+        sys::block_sector_bytes(self.fd())
+    }
+}

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 
 use super::loop_device::{self, LoopDevice};
-use super::{Machine, holders};
+use super::{Machine, holders, nodes};
 use crate::base::DeviceNumber;
+use crate::error::{Step, Verdict, policy};
 use crate::kernel::seam::{DeviceMapper, LoopStatus, Loops};
 
 impl Loops for Machine {
@@ -21,8 +22,20 @@ impl Loops for Machine {
         self.loops()?.find_free()
     }
 
+    fn add_loop(&self, number: u32) -> Result<(), Errno> {
+        self.loops()?.add(number)
+    }
+
     fn open_loop(&self, path: &Path, writable: bool) -> Result<LoopDevice, Errno> {
-        LoopDevice::open(path, writable)
+        match LoopDevice::open(path, writable) {
+            Err(errno) if policy::verdict(Step::OpenLoop, errno) == Verdict::TakeAnother => {
+                if !nodes::make_for_loop(path) {
+                    return Err(errno);
+                }
+                LoopDevice::open(path, writable)
+            }
+            opened => opened,
+        }
     }
 
     fn attach_loop(
@@ -30,9 +43,10 @@ impl Loops for Machine {
         device: &LoopDevice,
         backing: &OwnedFd,
         flags: u32,
+        sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno> {
-        device.attach(backing.as_fd(), flags, path)
+        device.attach(backing.as_fd(), flags, sector_bytes, path)
     }
 
     fn detach_loop(&self, device: &LoopDevice) -> Result<(), Errno> {
@@ -69,6 +83,14 @@ impl Loops for Machine {
 
     fn loop_size_bytes(&self, device: &LoopDevice) -> Result<u64, Errno> {
         device.size_bytes()
+    }
+
+    fn loop_sector_bytes(&self, device: &LoopDevice) -> Result<u32, Errno> {
+        device.sector_bytes()
+    }
+
+    fn sweep_nodes(&self) {
+        nodes::sweep();
     }
 
     fn read_only_loops(&self) -> Vec<u32> {

@@ -1,7 +1,7 @@
 //! dm devices: create, load, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that has
 //! none.
 //!
-//! The only importer of `devicemapper`. Which verb goes which way, on the same fd:
+//! Which verb goes which way, on the same fd, with the feature `devicemapper` (without it all go through `sys.rs`):
 //!
 //! | verb | through | why |
 //! | --- | --- | --- |
@@ -16,19 +16,18 @@
 //! | target version | `sys.rs` | the crate has only the list of loaded targets, which loads no module |
 
 use std::fmt;
-use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
-use devicemapper::{DM, DmError, DmFlags, DmName, DmOptions, DmUuid, errors};
 use nix::errno::Errno;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
+use super::mapper_crate::Control;
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Kind};
 use crate::dm::{Address, HEAD_BYTES, Head, Listed, Message, SnapshotStatus, TargetLine, message};
-use crate::error::{errno_of as io_errno, policy};
+use crate::error::policy;
 use crate::kernel::seam::{DevId, Device, MAPPER_CONTROL, TargetVersion};
 use crate::kernel::sys;
 
@@ -47,7 +46,7 @@ const DEV_RENAME: u8 = 5;
 const DEV_SUSPEND: u8 = 6;
 const DEV_STATUS: u8 = 7;
 const TABLE_LOAD: u8 = 9;
-const TABLE_STATUS: u8 = 12;
+pub(crate) const TABLE_STATUS: u8 = 12;
 const ARM_POLL: u8 = 16;
 const GET_TARGET_VERSION: u8 = 17;
 
@@ -55,19 +54,17 @@ const GET_TARGET_VERSION: u8 = 17;
 const LIST_HAS_UUIDS: u32 = 45;
 
 /// `/dev/mapper/control`, open.
-pub(crate) struct Mapper(DM);
+pub(crate) struct Mapper(Control);
 
 impl fmt::Debug for Mapper {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.file().fmt(f)
+        self.0.as_fd().fmt(f)
     }
 }
 
-impl sys::OwnsFd for DM {}
-
 impl Mapper {
     pub(crate) fn open() -> Result<Self, Errno> {
-        DM::new().map(Self).map_err(|_| why_not_open())
+        Control::open().map(Self)
     }
 
     fn send<B: AsRef<[u8]> + AsMut<[u8]>>(
@@ -75,7 +72,7 @@ impl Mapper {
         command: u8,
         message: &mut Message<B>,
     ) -> Result<(), Errno> {
-        sys::dm_ioctl(sys::borrow(&self.0), command, message.bytes_mut())
+        sys::dm_ioctl(self.0.as_fd(), command, message.bytes_mut())
     }
 
     pub(crate) fn create(
@@ -179,16 +176,16 @@ impl Mapper {
         inactive: bool,
     ) -> Result<Option<(String, String)>, Errno> {
         let slot = if inactive {
-            DmFlags::DM_QUERY_INACTIVE_TABLE
+            message::QUERY_INACTIVE_TABLE
         } else {
-            DmFlags::empty()
+            0
         };
-        self.first_line(id, slot | DmFlags::DM_STATUS_TABLE)
+        self.first_line(id, slot | message::STATUS_TABLE)
     }
 
     /// The first line of the device's status: its target and what that says of itself.
     pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
-        self.first_line(DevId::Uuid(uuid), DmFlags::DM_NOFLUSH)
+        self.first_line(DevId::Uuid(uuid), message::NOFLUSH)
     }
 
     /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target.
@@ -224,43 +221,16 @@ impl Mapper {
         }))
     }
 
-    fn first_line(&self, id: DevId<'_>, flags: DmFlags) -> Result<Option<(String, String)>, Errno> {
+    fn first_line(&self, id: DevId<'_>, flags: u32) -> Result<Option<(String, String)>, Errno> {
         const ROOM: usize = 512;
         let mut buffer = [0; HEAD_BYTES + ROOM];
-        let message = Message::new(&mut buffer[..]).with_flags(flags.bits());
-        let mut message = message.with_address(match id {
-            DevId::Name(name) => Address::Name(name.as_str()),
-            DevId::Uuid(uuid) => Address::Uuid(uuid.as_str()),
-        });
+        let message = Message::new(&mut buffer[..]).with_flags(flags);
+        let mut message = message.with_address(id.into());
         self.send(TABLE_STATUS, &mut message)?;
         if message.flags() & message::BUFFER_FULL != 0 {
-            return self.long_first_line(id, flags);
+            return self.0.long_first_line(id, flags);
         }
-        let line = message::first_target(message.payload());
-        let line = line.filter(|(kind, _)| !kind.is_empty());
-        Ok(line.map(|(kind, text)| (kind.to_owned(), text.to_owned())))
-    }
-
-    /// Of a table with many lines, or one with a long one: none of ours.
-    fn long_first_line(
-        &self,
-        id: DevId<'_>,
-        flags: DmFlags,
-    ) -> Result<Option<(String, String)>, Errno> {
-        let options = DmOptions::default().set_flags(flags);
-        let id = match id {
-            DevId::Name(name) => {
-                devicemapper::DevId::Name(DmName::new(name.as_str()).map_err(errno_of)?)
-            }
-            DevId::Uuid(uuid) => {
-                devicemapper::DevId::Uuid(DmUuid::new(uuid.as_str()).map_err(errno_of)?)
-            }
-        };
-        let (_, lines) = self.0.table_status(&id, options).map_err(errno_of)?;
-        Ok(lines
-            .into_iter()
-            .next()
-            .map(|(_, _, target, params)| (target, params)))
+        Ok(message::first_line(message.payload()))
     }
 
     /// Every dm device there is, foreign ones included.
@@ -325,17 +295,24 @@ impl AsFd for EventFd {
     }
 }
 
-/// `devicemapper` drops the errno of a failed open; asking again brings it back.
-fn why_not_open() -> Errno {
-    match File::open(MAPPER_CONTROL) {
-        Err(found) => io_errno(&found),
-        Ok(_) => Errno::EAGAIN,
-    }
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::headers;
 
-fn errno_of(error: DmError) -> Errno {
-    match error {
-        DmError::Core(errors::Error::Ioctl(_, _, _, errno)) => *errno,
-        _ => Errno::EPROTO,
+    #[test]
+    fn commands_are_the_kernels() {
+        headers::assert_agree(&[
+            (LIST_DEVICES, "DM_LIST_DEVICES_CMD"),
+            (DEV_CREATE, "DM_DEV_CREATE_CMD"),
+            (DEV_REMOVE, "DM_DEV_REMOVE_CMD"),
+            (DEV_RENAME, "DM_DEV_RENAME_CMD"),
+            (DEV_SUSPEND, "DM_DEV_SUSPEND_CMD"),
+            (DEV_STATUS, "DM_DEV_STATUS_CMD"),
+            (TABLE_LOAD, "DM_TABLE_LOAD_CMD"),
+            (TABLE_STATUS, "DM_TABLE_STATUS_CMD"),
+            (ARM_POLL, "DM_DEV_ARM_POLL_CMD"),
+            (GET_TARGET_VERSION, "DM_GET_TARGET_VERSION_CMD"),
+        ]);
     }
 }

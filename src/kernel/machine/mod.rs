@@ -6,9 +6,14 @@ mod closes;
 mod dm;
 mod files;
 mod holders;
+#[cfg_attr(not(feature = "loopdev"), path = "loop_plain.rs")]
+mod loop_crate;
 mod loop_device;
 mod loops;
 mod mapper;
+#[cfg_attr(not(feature = "devicemapper"), path = "mapper_plain.rs")]
+mod mapper_crate;
+mod nodes;
 
 use std::sync::OnceLock;
 use std::time::Instant;

@@ -16,6 +16,8 @@ pub(crate) struct FileFacts {
     pub(crate) mtime_ns: i64,
     /// How many paths lead to it; 0 once it is unlinked.
     pub(crate) links: u64,
+    /// Whether it is a block device that takes no writes.
+    pub(crate) read_only: bool,
     /// Whether anything was ever written to it.
     pub(crate) has_blocks: bool,
 }
@@ -43,6 +45,8 @@ pub(crate) trait Files {
 
     /// Opens an image or a COW file for a loop device; a writable block device is claimed exclusively.
     fn open_file(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
+    /// Opens a file whose content is not wanted; ELOOP for a symbolic link.
+    fn open_replaced(&self, path: &Path) -> Result<Self::File, Errno>;
     /// Opens the file behind a loop device, which claims it.
     fn open_backing(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
     fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
@@ -51,6 +55,10 @@ pub(crate) trait Files {
     fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn lengthen_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn inspect_file(&self, file: &Self::File) -> Result<FileFacts, Errno>;
+    /// What the path leads to, or what it is itself if that is a symbolic link that is not to be followed.
+    fn look(&self, path: &Path, follow: bool) -> Result<FileFacts, Errno>;
+    /// Punches a hole into the file at `at`, behind its end, where it changes nothing.
+    fn try_punch(&self, file: &Self::File, at: u64) -> Result<(), Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
     fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;

@@ -48,12 +48,14 @@ pub(crate) trait Loops: Files {
 
     fn open_loop_control(&self) -> Result<(), Errno>;
     fn find_loop(&self) -> Result<u32, Errno>;
+    fn add_loop(&self, number: u32) -> Result<(), Errno>;
     fn open_loop(&self, path: &Path, writable: bool) -> Result<Self::Loop, Errno>;
     fn attach_loop(
         &self,
         device: &Self::Loop,
         backing: &Self::File,
         flags: u32,
+        sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno>;
     fn detach_loop(&self, device: &Self::Loop) -> Result<(), Errno>;
@@ -65,6 +67,9 @@ pub(crate) trait Loops: Files {
     fn loop_diskseq(&self, device: &Self::Loop) -> Result<u64, Errno>;
     fn loop_status(&self, device: &Self::Loop) -> Result<LoopStatus, Errno>;
     fn loop_size_bytes(&self, device: &Self::Loop) -> Result<u64, Errno>;
+    fn loop_sector_bytes(&self, device: &Self::Loop) -> Result<u32, Errno>;
+    /// Removes the nodes that were made for loop devices which are free by now.
+    fn sweep_nodes(&self);
     /// The numbers of the loop devices that are bound read-only.
     fn read_only_loops(&self) -> Vec<u32>;
     /// The dm devices that stand on the loop device.

@@ -40,6 +40,15 @@ pub(crate) enum DevId<'a> {
     Uuid(&'a DeviceUuid),
 }
 
+impl<'a> From<DevId<'a>> for Address<'a> {
+    fn from(id: DevId<'a>) -> Self {
+        match id {
+            DevId::Name(name) => Self::Name(name.as_str()),
+            DevId::Uuid(uuid) => Self::Uuid(uuid.as_str()),
+        }
+    }
+}
+
 /// Calls on dm devices.
 pub(crate) trait DeviceMapper {
     /// The control node, open once more, to wait for dm events.

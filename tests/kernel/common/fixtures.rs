@@ -34,7 +34,7 @@ impl Drop for Foreign {
 /// A loop device that is not ours, made by losetup, without autoclear.
 pub(crate) struct Losetup {
     pub(crate) device: PathBuf,
-    backing: PathBuf,
+    pub(crate) backing: PathBuf,
 }
 
 impl Losetup {
@@ -100,7 +100,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        eventually(Duration::from_secs(10), || {
+        eventually(Duration::from_secs(60), || {
             output!("umount", &self.at).status.success()
         });
     }

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "devicemapper")]
 use devicemapper::DM;
 
 use super::run;
@@ -47,7 +48,9 @@ pub(crate) fn loop_at(device: &Path) -> Option<Bound> {
 /// `None` also for a device that is being unbound: its files fail one by one.
 fn bound(block: &Path) -> Option<Bound> {
     let mut backing = fs::read(block.join("loop/backing_file")).ok()?;
-    backing.pop_if(|last| *last == b'\n');
+    if backing.last() == Some(&b'\n') {
+        backing.pop();
+    }
     let flag = |file: &str| Some(fs::read_to_string(block.join(file)).ok()?.trim() == "1");
     Some(Bound {
         device: Path::new("/dev").join(block.file_name()?),
@@ -58,13 +61,38 @@ fn bound(block: &Path) -> Option<Bound> {
     })
 }
 
+/// The processes that have a device open, by their names.
+pub(crate) fn holders(device: &Path) -> Vec<String> {
+    let processes = fs::read_dir("/proc").expect("/proc is mounted").flatten();
+    let has_it = |process: &Path| {
+        let open = fs::read_dir(process.join("fd"))
+            .into_iter()
+            .flatten()
+            .flatten();
+        open.filter_map(|entry| fs::read_link(entry.path()).ok())
+            .any(|target| target == device)
+    };
+    let holding = processes
+        .map(|entry| entry.path())
+        .filter(|path| has_it(path));
+    let names = holding.filter_map(|path| fs::read_to_string(path.join("comm")).ok());
+    names.map(|name| name.trim_end().to_owned()).collect()
+}
+
 /// The names of all dm devices by the `devicemapper` crate: a dmsetup for each of some hundred looks would cost more
 /// than all that is looked at. Scenes end with dmsetup's word.
+#[cfg(feature = "devicemapper")]
 pub(crate) fn dm_listed() -> Vec<String> {
     let devices = DM::new().and_then(|dm| dm.list_devices());
     let devices = devices.expect("device-mapper lists its devices");
     let names = devices.iter().map(|(name, ..)| name.to_string());
     names.filter(|name| !name.is_empty()).collect()
+}
+
+/// The same where that crate is not built.
+#[cfg(not(feature = "devicemapper"))]
+pub(crate) fn dm_listed() -> Vec<String> {
+    dm_names()
 }
 
 /// The names of all dm devices.

@@ -71,7 +71,7 @@ impl<'a> Row<'a> {
         let answer = ask();
         let same = || self.scene.residue() == residue;
         assert!(
-            eventually(Duration::from_secs(10), same),
+            eventually(Duration::from_secs(60), same),
             "{}: before {residue:#?}, after {:#?}",
             self.what,
             self.scene.residue()

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use dmsnap::find::SnapshotInfo;
 use dmsnap::{Snapshot, SnapshotOptions};
 use tempfile::TempDir;
 
@@ -18,14 +19,26 @@ use super::{eventually, guard, output, reading, run, settle};
 /// What the names of all dm devices of ours begin with.
 pub(crate) const PREFIX: &str = "dmsnap-test-";
 
+/// Set for a test that runs while others do.
+pub(crate) const BESIDE_OTHERS: &str = "DMSNAP_TEST_BESIDE_OTHERS";
+
+/// What the names of this process's dm devices begin with.
+pub(crate) fn prefix() -> String {
+    format!("{PREFIX}{}-", std::process::id())
+}
+
+/// Whether this test answers for a dm device of that name, or a link: for all of them unless others run beside it.
+fn answers_for(name: &str) -> bool {
+    std::env::var_os(BESIDE_OTHERS).is_none() || name.contains(&prefix())
+}
+
 /// Size of the image of an ordinary scene.
 pub(crate) const IMAGE_BYTES: u64 = 4 << 20;
 
 /// Size of an ordinary COW file: more than the worst case for [`IMAGE_BYTES`].
 pub(crate) const COW_BYTES: u64 = 8 << 20;
 
-/// File descriptors and `/dev/mapper` belong to the whole process, so scenes play one after the other whatever
-/// `--test-threads` says.
+/// File descriptors belong to the whole process, so its scenes play one after the other whatever `--test-threads` says.
 static TURN: Mutex<()> = Mutex::new(());
 
 /// A directory with an image, and what must be as before when the test ends.
@@ -106,7 +119,7 @@ impl Scene {
     pub(crate) fn name(&self) -> String {
         static LAST: AtomicU32 = AtomicU32::new(0);
         let nth = LAST.fetch_add(1, Ordering::Relaxed);
-        format!("{PREFIX}{}-{nth}", std::process::id())
+        format!("{}{nth}", prefix())
     }
 
     /// An ordinary snapshot, on a COW file of its own.
@@ -127,14 +140,19 @@ impl Scene {
         let mut found = Vec::new();
         let mut note = |what: &str, which: String| found.push(format!("{what} {which}"));
         for name in reading::dm_listed() {
-            if name.starts_with(PREFIX) {
+            if name.starts_with(PREFIX) && answers_for(&name) {
                 note("dm device", name);
             }
         }
         match dmsnap::list() {
-            Ok(listed) => listed
-                .into_iter()
-                .for_each(|entry| note("listed", format!("{entry:?}"))),
+            Ok(listed) => {
+                let ours = |entry: &dmsnap::Result<SnapshotInfo>| match entry {
+                    Ok(info) => answers_for(&info.name),
+                    Err(error) => answers_for(&error.to_string()),
+                };
+                let ours = listed.into_iter().filter(ours);
+                ours.for_each(|entry| note("listed", format!("{entry:?}")));
+            }
             Err(error) => note("cannot list", error.to_string()),
         }
         for device in reading::loops_below(self.dir()) {
@@ -145,7 +163,7 @@ impl Scene {
             .flatten()
         {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.contains(PREFIX) {
+            if name.contains(PREFIX) && answers_for(&name) {
                 note("alias", name);
             }
         }
@@ -155,7 +173,7 @@ impl Scene {
     /// Nothing is left, at once or very soon: udevd may hold a loop device for a moment, and a deferred removal
     /// lets go of them a little after the dm device is gone.
     pub(crate) fn assert_clean(&self) {
-        if !eventually(Duration::from_secs(10), || self.residue().is_empty()) {
+        if !eventually(Duration::from_secs(60), || self.residue().is_empty()) {
             let found = self.residue();
             // Or the next test would find it too.
             self.sweep();
@@ -166,7 +184,8 @@ impl Scene {
     fn assert_as_before(&self) {
         self.assert_clean();
         let by_dmsetup = reading::dm_names();
-        let ours = by_dmsetup.iter().any(|name| name.starts_with(PREFIX));
+        let ours = |name: &String| name.starts_with(PREFIX) && answers_for(name);
+        let ours = by_dmsetup.iter().any(ours);
         assert!(!ours, "left behind, says dmsetup: {by_dmsetup:#?}");
         assert!(content(&self.image) == self.before, "the image has changed");
         assert_eq!(
@@ -183,18 +202,20 @@ impl Scene {
             output!("umount", "-l", mount);
         }
         for name in reading::dm_names() {
-            if name.starts_with(PREFIX) || name.starts_with("dmsnap-pool-") {
+            let ours = name.starts_with(PREFIX) || name.starts_with("dmsnap-pool-");
+            if ours && answers_for(&name) {
                 output!("dmsetup", "remove", "--force", "--noudevsync", &name);
             }
         }
         for device in reading::loops_below(self.dir()) {
             output!("losetup", "-d", device.device);
         }
-        output!(
-            "sh",
-            "-c",
-            format!("rm -f /dev/mapper/{PREFIX}* /dev/mapper/.{PREFIX}*")
-        );
+        for entry in fs::read_dir("/dev/mapper").into_iter().flatten().flatten() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if name.contains(PREFIX) && answers_for(&name) {
+                let _ = fs::remove_file(entry.path());
+            }
+        }
     }
 }
 

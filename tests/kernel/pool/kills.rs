@@ -163,7 +163,7 @@ fn no_kill_loses_a_claimed_device_or_leaves_one_that_is_not() {
             .max();
         let noted = journal(scene.dir()).into_iter().map(|(_, nth)| nth).max();
         done = done.max(last.unwrap_or(0)).max(noted.unwrap_or(0));
-        if kills.is_multiple_of(3) {
+        if kills % 3 == 0 {
             survivors += check_and_clean(&scene);
         }
     }

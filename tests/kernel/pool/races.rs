@@ -217,7 +217,7 @@ fn the_command_line_sweeps_up_a_dead_pool_and_leaves_what_was_claimed() {
     let handles = found.handles();
     live(handles.device.as_ref().expect("a device"), 8).unwrap_or_else(|why| panic!("{why}"));
     cleanup(&handles).expect("idle");
-    assert!(eventually(Duration::from_secs(2), || loops_over(
+    assert!(eventually(Duration::from_secs(60), || loops_over(
         scene.image()
     ) == 0));
 }
@@ -241,7 +241,7 @@ fn another_process_shares_the_origin_and_the_last_user_takes_it_along() {
     assert_eq!(loops_over(scene.image()), 1, "the second process has it");
     second.kill();
     assert!(
-        eventually(Duration::from_secs(2), || loops_over(scene.image()) == 0),
+        eventually(Duration::from_secs(60), || loops_over(scene.image()) == 0),
         "autoclear"
     );
 }

@@ -52,6 +52,6 @@ fn eight_processes_over_one_origin_beside_a_foreign_losetup() {
     );
     assert!(attached > 0, "the other tool never had a loop device");
     for worker in workers {
-        assert_done(worker, Duration::from_secs(10));
+        assert_done(worker, Duration::from_secs(60));
     }
 }

@@ -48,7 +48,10 @@ fn can_fail(call: &Call) -> bool {
         "write",
     ];
     let hash_seed = call.is_about("GRND_");
-    own.iter().chain(&paths).any(|name| *name == call.name) && !hash_seed
+    own.iter()
+        .chain(&paths)
+        .any(|name| *name == call.plain_name())
+        && !hash_seed
 }
 
 fn matrix(world: &World, what: &str, calls: &[Call], act: Act) {
@@ -95,7 +98,7 @@ fn lasting(world: &World, what: &str, calls: &[Call], act: Act) {
     let mut wrong = Vec::new();
     let of_interest = |call: &&Call| match call.name.as_str() {
         "ioctl" => long() || call.is_about("DM_") || call.is_about("LOOP_CONFIGURE"),
-        _ => long() && ["openat", "close", "unlink", "flock"].contains(&call.name.as_str()),
+        _ => long() && ["openat", "close", "unlink", "flock"].contains(&call.plain_name()),
     };
     for (nth, call) in calls.iter().filter(of_interest).enumerate() {
         let mut row = String::new();

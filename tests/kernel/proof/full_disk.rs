@@ -66,7 +66,7 @@ fn the_disk_fails_and_the_host_sees_it(scene: &Scene, what: &str, at: &Path, sto
     assert!(!reading::dm_exists(&name));
     let detached = || reading::loops_below(at).is_empty();
     assert!(
-        eventually(Duration::from_secs(10), detached),
+        eventually(Duration::from_secs(60), detached),
         "{:?}",
         reading::loops_below(at)
     );

@@ -77,38 +77,6 @@ pub(crate) fn timed<T>(work: impl FnOnce() -> T) -> (T, Duration) {
     (done, start.elapsed())
 }
 
-/// Of some repetitions: what is printed, and what is asserted on. Whatever else the machine does can only make one
-/// slower, so the fastest is closest to what it costs.
-#[derive(Clone, Copy)]
-pub(crate) struct Cost {
-    pub(crate) p50: Duration,
-    pub(crate) fastest: Duration,
-}
-
-impl Cost {
-    pub(crate) fn of(mut took: Vec<Duration>) -> Self {
-        took.sort_unstable();
-        Self {
-            p50: took[took.len() / 2],
-            fastest: took[0],
-        }
-    }
-
-    fn or_less(self, other: Self) -> Self {
-        Self {
-            p50: self.p50.min(other.p50),
-            fastest: self.fastest.min(other.fastest),
-        }
-    }
-}
-
-impl std::fmt::Display for Cost {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { p50, fastest } = self;
-        write!(f, "p50 {p50:.1?}, fastest {fastest:.1?}")
-    }
-}
-
 #[test]
 fn the_kernels_take_every_call_between_them() {
     guard();

@@ -1,0 +1,6 @@
+//! Ordinary hosts on which a create went wrong: inputs made after public bug reports, judged by other programs.
+
+mod files;
+mod identity;
+mod loops;
+mod sectors;

@@ -1,0 +1,227 @@
+//! Cases of taking over and taking down that others' bug reports tell of.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::Stdio;
+
+use nix::fcntl::{Flock, FlockArg};
+
+use dmsnap::base::LoopHandle;
+use dmsnap::error::Retry;
+use dmsnap::teardown::{Fate, Outcome};
+use dmsnap::{Handles, ReapOptions, Teardown, WhenBusy};
+
+use crate::common::reading::{alias_exists, dm_exists, dm_info, loop_at, number};
+use crate::common::scene::IMAGE_BYTES;
+use crate::common::tools::{complaint, finish, success};
+use crate::common::{Foreign, Losetup, Mounted, Scene, chain, dmsnap, eventually, output};
+
+/// What cannot be taken over was told as another program's device with an empty uuid; now it says why.
+#[test]
+fn what_cannot_be_adopted_says_why_and_is_left_as_it_is() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let origin = Losetup::attach_read_only(scene.image());
+    let linear = format!("0 2048 linear {} 0", number(&origin.device));
+    let device = Foreign::create(&name, &linear);
+    let line = complaint(&finish(dmsnap().args(["adopt", &name])));
+    println!("message: adopt a linear device: {line}");
+    assert_eq!(line, format!("cannot adopt {name:?}: its target is linear"));
+    let upper = scene.name();
+    let cow = Losetup::attach(&scene.cow("cow"));
+    let table = format!(
+        "0 2048 snapshot {} {} P 8",
+        number(&Path::new("/dev").join(format!("dm-{}", dm_info(&name, "minor")))),
+        number(&cow.device)
+    );
+    let over = Foreign::create(&upper, &table);
+    let line = complaint(&finish(dmsnap().args(["adopt", &upper])));
+    println!("message: adopt a snapshot over no loop device: {line}");
+    assert!(
+        line.ends_with("is no loop device") && line.contains("its origin "),
+        "{line}"
+    );
+    assert_eq!(dm_info(&upper, "uuid"), "");
+    assert!(loop_at(&cow.device).is_some_and(|bound| !bound.autoclear));
+    drop(over);
+    drop(device);
+}
+
+/// Mounted and written to, it was renamed, and its link vanished.
+#[test]
+fn a_mounted_device_is_adopted_by_the_command_line_under_its_name() {
+    let scene = Scene::ext4();
+    let name = scene.name();
+    let origin = Losetup::attach_read_only(scene.image());
+    let cow = Losetup::attach(&scene.sparse("cow", 32 << 20));
+    let sectors = (16 << 20) / 512;
+    let table = format!(
+        "0 {sectors} snapshot {} {} P 8",
+        number(&origin.device),
+        number(&cow.device)
+    );
+    let device = Foreign::create(&name, &table);
+    let mapper = format!("/dev/mapper/{name}");
+    let mounted = Mounted::mount([mapper.as_str()], &scene.path("mnt"));
+    std::fs::write(mounted.at().join("before"), vec![1; 1 << 20]).expect("room");
+    let json = success(dmsnap().args(["adopt", &name]));
+    std::fs::write(mounted.at().join("after"), vec![2; 1 << 20]).expect("it is still mounted");
+    let handles: Handles = serde_json::from_str(&json).expect("handles");
+    assert!(alias_exists(&name));
+    assert!(dm_info(&name, "uuid").starts_with("DMSNAP-"));
+    let autoclear = |at| loop_at(at).is_some_and(|bound| bound.autoclear);
+    assert!(autoclear(&origin.device) && autoclear(&cow.device));
+    drop(mounted);
+    dmsnap::cleanup(&handles).expect("nobody has it open");
+    assert!(!dm_exists(&name));
+    drop(device);
+}
+
+/// The device is in use, and that its loop devices are too was said twice more.
+#[test]
+fn cleanup_of_a_disk_in_use_says_so_once() {
+    let scene = Scene::new();
+    let snapshot = scene.snapshot();
+    let holder = File::open(snapshot.device()).expect("the device opens");
+    let mut teardown = Teardown::new();
+    let error = teardown
+        .retry(Retry::ONCE)
+        .cleanup(snapshot.handles())
+        .expect_err("it is open");
+    assert_eq!(error.left().len(), 3, "{error:?}");
+    let json = serde_json::to_string(snapshot.handles()).expect("JSON");
+    let file = scene.file("handles.json", json);
+    let mut cleanup = dmsnap();
+    let line = complaint(&finish(
+        cleanup.args(["cleanup", "--deadline", "0s"]).arg(file),
+    ));
+    println!("message: cleanup of a disk in use: {line}");
+    assert_eq!(line.matches("resource busy").count(), 1, "{line}");
+    drop(holder);
+    snapshot.cleanup().expect("nobody has it open");
+}
+
+/// Of loop devices that losetup attached, a deferred cleanup by names alone left both behind.
+#[test]
+fn a_deferred_cleanup_takes_loops_without_autoclear_along() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let origin = Losetup::attach_read_only(scene.image());
+    let cow = Losetup::attach(&scene.cow("cow"));
+    let sectors = IMAGE_BYTES / 512;
+    let table = format!(
+        "0 {sectors} snapshot {} {} P 8",
+        number(&origin.device),
+        number(&cow.device)
+    );
+    let device = Foreign::create(&name, &table);
+    let holder = File::open(format!("/dev/mapper/{name}")).expect("the device opens");
+    let mut handles = Handles::default();
+    handles.name = Some(name.parse().expect("a name"));
+    handles.origin_loop = Some(LoopHandle::at(&origin.device));
+    handles.cow_loop = Some(LoopHandle::at(&cow.device));
+    let outcome = Teardown::new().when_busy(WhenBusy::Defer).cleanup(&handles);
+    assert_eq!(outcome, Ok(Outcome::Deferred { open_count: 1 }));
+    assert!(
+        origin.is_bound() && cow.is_bound(),
+        "the device still has them"
+    );
+    drop(holder);
+    let soon = std::time::Duration::from_secs(10);
+    assert!(eventually(soon, || !dm_exists(&name)), "removed at last");
+    // The kernel removes the device; the node that dmsetup made is dmsetup's to remove.
+    output!("dmsetup", "mknodes", &name);
+    scene.assert_clean();
+    drop(device);
+}
+
+/// A snapshot finished between `keep`'s answer and the test of its maker's lock was removed.
+#[test]
+fn what_is_being_made_is_not_offered_to_keep() {
+    let scene = Scene::new();
+    let snapshot = scene.snapshot();
+    let name = snapshot.handles().name.clone().expect("a name").to_string();
+    let cow = snapshot.handles().cow_loop.as_ref().expect("a loop device");
+    let maker = File::open(&cow.path).expect("it opens");
+    let lock = Flock::lock(maker, FlockArg::LockExclusiveNonblock);
+    let mut maker = Some(lock.expect("nobody has it locked"));
+    let reaped = ReapOptions::new().reap(|info| {
+        if info.name == name {
+            maker = None;
+        }
+        false
+    });
+    let reaped = reaped.expect("a sweep");
+    let item = reaped.iter().find(|item| item.name == name);
+    assert_eq!(item.expect("it is listed").fate, Ok(Fate::InProgress));
+    assert!(maker.is_some(), "it was asked about");
+    drop(maker);
+    snapshot.cleanup().expect("nobody has it open");
+}
+
+/// A FIFO in a loop device's place blocked the open for ever.
+#[test]
+fn a_fifo_in_place_of_a_loop_device_hangs_nothing() {
+    let scene = Scene::new();
+    let fifo = scene.path("fifo");
+    crate::common::run!("mkfifo", &fifo);
+    let mut handles = Handles::default();
+    handles.cow_loop = Some(LoopHandle::at(&fifo));
+    let file = scene.file(
+        "handles.json",
+        serde_json::to_string(&handles).expect("JSON"),
+    );
+    let line = complaint(&finish(dmsnap().arg("cleanup").arg(file)));
+    println!("message: cleanup of a FIFO: {line}");
+}
+
+/// `/proc/self/mountinfo` does not have a mount of another mount namespace.
+#[test]
+fn a_mount_in_another_namespace_is_named() {
+    let scene = Scene::ext4();
+    let snapshot = scene.snapshot_with(&dmsnap::SnapshotOptions::new());
+    let (node, at) = (snapshot.device(), scene.path("mnt"));
+    std::fs::create_dir(&at).expect("a mount point");
+    let script = format!(
+        "mount {} {} && echo ready && exec sleep 50",
+        node.display(),
+        at.display()
+    );
+    let mut command = std::process::Command::new("unshare");
+    let mut there = command
+        .args(["-m", "sh", "-c", &script])
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("unshare starts");
+    let mut ready = [0; 6];
+    let stdout = there.stdout.as_mut().expect("it is piped");
+    std::io::Read::read_exact(stdout, &mut ready).expect("it is mounted");
+    let error = Teardown::new()
+        .deadline(std::time::Duration::from_millis(1))
+        .cleanup(snapshot.handles())
+        .expect_err("it is mounted");
+    println!("message: mounted elsewhere: {}", chain(&error));
+    let expected = format!("mounted at {} in the mount namespace of pid ", at.display());
+    assert!(chain(&error).contains(&expected), "{}", chain(&error));
+    there.kill().expect("it runs");
+    there.wait().expect("it ends");
+    snapshot.cleanup().expect("nobody has it open");
+}
+
+/// `create | true` exited with 0: its handles were lost, and the snapshot stayed.
+#[test]
+fn handles_for_a_reader_that_is_gone_undo_the_snapshot() {
+    let scene = Scene::new();
+    let (name, cow) = (scene.name(), scene.cow("cow"));
+    let (reader, writer) = nix::unistd::pipe().expect("a pipe");
+    drop(reader);
+    let mut create = dmsnap();
+    create.arg("create").arg(scene.image()).arg(&cow).arg(&name);
+    let mut child = create
+        .stdout(writer)
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("it starts");
+    assert_eq!(child.wait().expect("it ends").code(), Some(1));
+    assert!(!dm_exists(&name));
+}
