@@ -121,6 +121,9 @@ pub(crate) const GONE: Errno = Errno::ENXIO;
 /// What stands in a message for a merge that the kernel gave up, which it says in a status line only.
 pub(crate) const MERGE_FAILED: Errno = Errno::EIO;
 
+/// What stands in a message for a device that was removed to be made anew, when that is refused.
+pub(crate) const NOT_REMADE: Errno = Errno::ECANCELED;
+
 /// What stands in a message for a file that ended before what is known to be in it.
 pub(crate) const CUT_SHORT: Errno = Errno::EIO;
 

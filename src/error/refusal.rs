@@ -43,6 +43,14 @@ pub enum Refusal {
         /// The path as given.
         path: PathBuf,
     },
+    /// The uuid of a pool's device, which serves one snapshot after another and does not say which one is meant.
+    #[error(
+        "{uuid:?} is a pool's device, which serves one snapshot after another: say which by its name"
+    )]
+    PooledUuid {
+        /// The uuid.
+        uuid: String,
+    },
     /// A dm device that another program made.
     #[error("{name:?} is not a dmsnap device: its uuid is {uuid:?}")]
     NotOurs {

@@ -26,7 +26,6 @@ pub(super) fn export<H: Host>(
     // It may have been grown while it was waited for.
     let inspect = || host.inspect_file(&flushed.cow.file);
     flushed.cow.facts = ask(Step::InspectFile, flushed.cow.path, inspect)?;
-    let mapper = Path::new(MAPPER_DIR).join(&info.name);
     let source = Source {
         host,
         origin: flushed.origin,
@@ -34,7 +33,9 @@ pub(super) fn export<H: Host>(
         end: flushed.end,
     };
     // A COW file whose snapshot was taken down while it was read may have been anything.
-    source.export(options, output, progress, || still(host, &info, &mapper))
+    source.export(options, output, progress, || {
+        find::still(host, &info.uuid, &info.name)
+    })
 }
 
 /// What is behind a snapshot that was flushed.
@@ -75,15 +76,6 @@ fn flushed<'a, H: Host>(
 
 /// Another export's flush takes milliseconds, and what is written back before it seconds.
 const FLUSH_RETRY: Retry = Retry::until(Duration::from_secs(15));
-
-/// Fails unless the device still is the snapshot that was flushed.
-fn still<H: Host>(host: &H, info: &SnapshotInfo, mapper: &Path) -> Result<()> {
-    ask(Step::Query, mapper, || {
-        let device = host.query(Address::Uuid(info.uuid.as_str()))?;
-        let another = info.uuid.kind() == Kind::Pooled && device.name != info.name;
-        if another { Err(policy::GONE) } else { Ok(()) }
-    })
-}
 
 fn exportable(info: &SnapshotInfo) -> Result<&SnapshotParams> {
     match (info.state, &info.params) {

@@ -133,7 +133,7 @@ pub(crate) fn merge<H: Host>(
     cow: &Path,
     progress: &mut Tell<'_>,
 ) -> Result<MergeOutcome> {
-    let name = options.name.as_deref().map(DeviceName::new).transpose()?;
+    let name = options.name.as_deref().map(DeviceName::given).transpose()?;
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;

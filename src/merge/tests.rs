@@ -200,3 +200,16 @@ fn a_store_that_reaches_beyond_either_file_is_refused() {
         }))
     );
 }
+
+/// A pool's sweep would take its COW file for an abandoned one, and delete what is not merged yet.
+#[test]
+fn a_merge_takes_no_name_of_a_pools_device() {
+    let script = machine();
+    let mut options = MergeOptions::new();
+    let (origin, cow) = (Path::new(ORIGIN), Path::new(COW));
+    options.name("dmsnap-pool-1-2");
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let error = merge(&script, &options, origin, cow, go_on).expect_err("the name is a pool's");
+    assert!(matches!(error, Error::Refused(Refusal::Name(_))), "{error}");
+    assert!(!script.calls.borrow().contains(&Step::Create));
+}

@@ -40,7 +40,7 @@ use watcher::Watcher;
 ///         match event.change {
 ///             Change::Above(usage) => {
 ///                 let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
-///                 dmsnap::snapshot::grow(&event.uuid, bytes.saturating_mul(2))?;
+///                 dmsnap::snapshot::grow(event.name.as_str(), bytes.saturating_mul(2))?;
 ///             }
 ///             other => println!("{}: {other}", event.name),
 ///         }

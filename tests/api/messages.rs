@@ -298,6 +298,12 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"output "/images/base.ext4" is a block device, not a regular file"#,
         ),
         (
+            Refusal::PooledUuid {
+                uuid: "DMSNAP-1-pool".to_owned(),
+            },
+            r#""DMSNAP-1-pool" is a pool's device, which serves one snapshot after another: say which by its name"#,
+        ),
+        (
             Refusal::NotExportable {
                 name: "vm-42".to_owned(),
                 why: "it is suspended",

@@ -76,7 +76,10 @@ fn grow<'a>(options: &Watch, event: &'a WatchEvent) -> Option<Line<'a>> {
     }
     let wanted = wanted(*usage, options.at, by).min(most);
     let mut how = GrowOptions::new();
-    match how.reserve(options.reserve).grow(&event.uuid, wanted) {
+    match how
+        .reserve(options.reserve)
+        .grow(DeviceId::Name(event.name.clone()), wanted)
+    {
         Ok(SnapshotStatus::Usage(usage)) => line("grown", Some(usage), None),
         Ok(other) => line("grow-failed", None, Some(other.to_string())),
         Err(error) => line("grow-failed", None, Some(output::whole(&error))),
