@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use super::{ExportOptions, Exported, Source};
 use crate::backing::{Backing, open_origin, open_unlocked};
-use crate::base::{DeviceId, DeviceUuid, Kind, MAPPER_DIR, Progress};
+use crate::base::{DeviceId, DeviceUuid, MAPPER_DIR, Progress};
 use crate::call::{ask, ask_unobserved, patiently};
-use crate::dm::{Address, SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, policy};
+use crate::dm::{SnapshotParams, SnapshotStatus};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find;
-use crate::find::{LoopFacts, SnapshotInfo, State};
+use crate::find::{LoopFacts, SnapshotInfo, State, whole_file};
 use crate::kernel::Host;
 
 pub(super) fn export<H: Host>(
@@ -53,6 +53,10 @@ fn flushed<'a, H: Host>(
     info: &'a SnapshotInfo,
 ) -> Result<Flushed<'a, H::File>> {
     let params = exportable(info)?;
+    for facts in [&info.origin, &info.cow].into_iter().flatten() {
+        let path = facts.path.as_deref().unwrap_or(&facts.device);
+        whole_file(&facts.device, path, facts.part_bytes.unwrap_or_default())?;
+    }
     let origin = path_of(info, info.origin.as_ref())?;
     let cow = path_of(info, info.cow.as_ref())?;
     let origin = open_origin(host, origin, &options.origin_options())?;
@@ -167,6 +171,7 @@ mod tests {
 
     use super::*;
     use crate::base::DeviceName;
+    use crate::dm::Address;
     use crate::kernel::DeviceMapper;
     use crate::kernel::fake::Script;
     use crate::kernel::fake::world::CHUNK;

@@ -19,7 +19,8 @@ use crate::backing::{
 pub use crate::base::Progress;
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
 use crate::call::ask;
-use crate::error::{Refusal, Result, Step};
+use crate::error::{Error, Refusal, Result, Step};
+use crate::find;
 use crate::kernel::{Host, MACHINE};
 use crate::store::{ExceptionStore, Extent};
 
@@ -143,7 +144,7 @@ impl ExportOptions {
     ) -> Result<Option<Exported>> {
         let output = output.as_ref();
         let origin = open_origin(&MACHINE, origin.as_ref(), &self.origin_options())?;
-        let cow = open_store(&MACHINE, cow.as_ref())?;
+        let cow = open_store(&MACHINE, cow.as_ref()).map_err(|error| whose(&MACHINE, error))?;
         let source = Source {
             host: &MACHINE,
             origin,
@@ -203,6 +204,32 @@ impl ExportOptions {
             any_origin: self.any_origin,
             ..CowOptions::default()
         }
+    }
+}
+
+/// Names the snapshot that has the COW file, if it is one of ours.
+fn whose<H: Host>(host: &H, error: Error) -> Error {
+    let Error::Refused(Refusal::CowInUse { path }) = &error else {
+        return error;
+    };
+    let Ok(facts) = host.look(path, true) else {
+        return error;
+    };
+    let snapshots = find::all(host).unwrap_or_default();
+    let has_it = |info: &find::SnapshotInfo| {
+        let cow = info.cow.as_ref();
+        cow.is_some_and(|cow| cow.backing == Some(facts.id))
+    };
+    let name = snapshots
+        .into_iter()
+        .find_map(|(name, info)| info.ok().filter(has_it).map(|_| name));
+    match name {
+        Some(name) => Refusal::CowOfSnapshot {
+            path: path.clone(),
+            name,
+        }
+        .into(),
+        None => error,
     }
 }
 

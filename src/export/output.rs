@@ -183,6 +183,7 @@ mod tests {
     use nix::errno::Errno;
 
     use super::*;
+    use crate::kernel::fake::Script;
     use crate::kernel::{Files, MACHINE, Machine};
 
     /// The names in the output's directory.
@@ -251,5 +252,21 @@ mod tests {
         let error = failed.discard(Some(first)).expect_err("two failures");
         assert_eq!(error.errno(), Some(Errno::ENOSPC as i32));
         assert_eq!(error.left()[0].object, temporary);
+    }
+
+    #[test]
+    fn a_temporary_name_is_exchanged_where_there_are_no_links_and_linked_where_nothing_else_spares()
+    {
+        let path = Path::new("/exports/out");
+        for (failing, errno) in [(Step::Link, Errno::EPERM), (Step::MoveFile, Errno::EINVAL)] {
+            let script = Script::new(move |step, nth| match step {
+                Step::MakeFile if nth == 1 => Some(Errno::EOPNOTSUPP),
+                step => (step == failing).then_some(errno),
+            });
+            let output = Output::make(&script, path).expect("a named one");
+            output.publish(false).expect("it gets its name");
+            let residue = script.world.borrow().residue();
+            assert_eq!(residue, [path.to_owned()].into());
+        }
     }
 }

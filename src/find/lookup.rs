@@ -132,6 +132,30 @@ pub(crate) fn bound<H: Host>(host: &H, number: DeviceNumber) -> Result<Bound<H::
     })
 }
 
+/// Refuses a loop device that shows a part of its file: what is read, written or made longer is the file.
+pub(crate) fn whole<L>(bound: &Bound<L>) -> Result<()> {
+    let status = &bound.status;
+    whole_file(
+        &bound.node,
+        &bound.path,
+        [status.offset_bytes, status.limit_bytes],
+    )
+}
+
+/// As [`whole`], of an offset and a size limit.
+pub(crate) fn whole_file(device: &Path, path: &Path, part: [u64; 2]) -> Result<()> {
+    match part {
+        [0, 0] => Ok(()),
+        [offset_bytes, limit_bytes] => Err(Refusal::PartOfFile {
+            device: device.to_owned(),
+            path: path.to_owned(),
+            offset_bytes,
+            limit_bytes,
+        }
+        .into()),
+    }
+}
+
 /// Opens the file behind a loop device by the path that the kernel has for it, and makes sure that it is the one.
 pub(crate) fn reach<H: Host>(
     host: &H,

@@ -9,7 +9,7 @@ use crate::base::{DeviceId, DeviceName, SectorSize};
 use crate::call::ask;
 use crate::dm::{Discard, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Step, policy};
-use crate::find::{bound, live, reach};
+use crate::find::{bound, live, reach, whole};
 use crate::kernel::Host;
 use crate::teardown::{Subject, When, remove_subject};
 
@@ -40,6 +40,7 @@ pub(crate) fn recover_on<H: Host>(
     anew.cow.expected_origin = live.uuid.origin();
     check_target(host, &anew)?;
     let origin = bound(host, live.params.origin)?;
+    whole(&origin)?;
     let (_, facts) = reach(host, &origin, name.as_str(), false)?;
     check_identity(
         &origin.path,

@@ -14,7 +14,7 @@ cache=${DMSNAP_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dmsnap-vm}
 # Without these no guest starts, or no snapshot can be made in it.
 modules_required="loop dm-mod dm-snapshot virtio_pci virtio_blk virtio_console ext4"
 # Taken when the kernel has them: fault injection, other file systems.
-modules_optional="dm-flakey dm-delay dm-zero dm-log-writes xfs overlay crc32c_generic crc32c_intel"
+modules_optional="dm-flakey dm-delay dm-zero dm-log-writes xfs overlay vfat nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 crc32c_generic crc32c_intel"
 
 # The suites that carry a series, as ARCHIVE:SUITE, ARCHIVE being main or security.
 kernel_suites() {

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use dmsnap::DeviceId;
 use dmsnap::base::DeviceUuid;
 use dmsnap::dm::{SnapshotStatus, Usage};
 use dmsnap::snapshot::GrowOptions;
@@ -21,6 +22,9 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
     watch.threshold(options.at);
     for name in &options.names {
         watch.add(name)?;
+        if options.grow_by.is_some() {
+            GrowOptions::new().probe(name)?;
+        }
     }
     // A log that cannot be written is no reason to let a disk run full.
     let mut unlogged = None;
