@@ -7,7 +7,7 @@ use std::path::Path;
 use dmsnap::export::ExportOptions;
 use dmsnap::{DeviceId, SnapshotOptions};
 
-use crate::common::fixtures::Mounted;
+use crate::common::fixtures::{Losetup, Mounted};
 use crate::common::tools::finish;
 use crate::common::{Scene, dmsnap, output, run};
 
@@ -102,10 +102,9 @@ fn an_export_onto_vfat_gets_its_name() {
     let scene = Scene::new();
     let image = scene.path("fat");
     make_fat(&image);
-    let mounted = Mounted::mount(
-        ["-t", "vfat", "-o", "loop", &image.display().to_string()],
-        &scene.path("fat-at"),
-    );
+    let disk = Losetup::attach(&image);
+    let device = disk.device.display().to_string();
+    let mounted = Mounted::mount(["-t", "vfat", &device], &scene.path("fat-at"));
     let cow = scene.cow("cow");
     let snapshot = SnapshotOptions::new().create(scene.image(), &cow, &scene.name());
     snapshot
@@ -127,13 +126,13 @@ fn an_export_onto_vfat_gets_its_name() {
         .replace(true)
         .export(scene.image(), &cow, &out)
         .expect("replaced");
-    let left: Vec<_> = fs::read_dir(mounted.at())
-        .expect("a directory")
-        .flatten()
-        .collect();
+    // An entry keeps its directory open, and the file system from being unmounted.
+    let entries = fs::read_dir(mounted.at()).expect("a directory").flatten();
+    let left: Vec<_> = entries.map(|entry| entry.file_name()).collect();
     println!("on vfat: {left:?}");
     assert_eq!(left.len(), 1);
     drop(mounted);
+    drop(disk);
 }
 
 #[test]
