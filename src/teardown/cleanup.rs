@@ -111,6 +111,11 @@ pub(crate) fn release_loops<H: Host>(
         .first()
         .map(|device| device.error.clone())
         .filter(|error| error.verdict() == Some(Verdict::Busy));
+    let in_use = busy.as_ref().and_then(|_| remove::look(host, handles));
+    let holds = |path: &Path| {
+        let number = in_use.as_ref().map(|device| device.number);
+        number.is_some_and(|number| host.stacked_on(path).contains(&number))
+    };
     for (handle, claim) in claims {
         let elapsed = host.now().saturating_sub(start);
         let patience = if removed {
@@ -120,7 +125,7 @@ pub(crate) fn release_loops<H: Host>(
         };
         let released = match claim {
             // A device that is in use holds its loops: they are not touched, and remain for its reason.
-            Ok(Some(claim)) if busy.is_some() => match binding(host, &claim.handle) {
+            Ok(Some(claim)) if holds(&claim.handle.path) => match binding(host, &claim.handle) {
                 Ok(Binding::Gone) => Ok(()),
                 Ok(_) => busy.clone().map_or(Ok(()), Err),
                 Err(error) => Err(error),

@@ -121,16 +121,29 @@ impl ReapOptions {
     ) -> Result<Vec<Reaped>> {
         let found = find::all(host)?;
         // Before `keep` is asked: a snapshot whose maker is done by then is one that `keep` can know of.
-        let making = in_parallel(&found, |(_, info)| match info {
-            Ok(info) => in_progress(host, info),
-            Err(_) => Ok(false),
-        });
+        let mut making: Vec<_> = found
+            .iter()
+            .map(|(_, info)| match info {
+                Ok(info) => in_progress(host, info, &Retry::ONCE),
+                Err(_) => Ok(false),
+            })
+            .collect();
+        // What looks like a maker may be a probe, which is waited for, for all at once.
+        let locked = found.iter().zip(&mut making);
+        let (infos, locked): (Vec<_>, Vec<_>) = locked
+            .filter(|(_, making)| **making == Ok(true))
+            .filter_map(|((_, info), making)| Some((info.as_ref().ok()?, making)))
+            .unzip();
+        let still = in_parallel(&infos, |info| in_progress(host, info, &MAKER_RETRY));
+        for (locked, still) in locked.into_iter().zip(still) {
+            *locked = still;
+        }
         let judge = |(info, making): (Result<SnapshotInfo>, Result<bool>)| {
             let info = info?;
-            let fate = making.map(|making| match (making, keep(&info)) {
-                (true, _) => Fate::InProgress,
-                (false, true) => Fate::Kept,
-                (false, false) => Fate::Due,
+            let fate = making.map(|making| match making {
+                true => Fate::InProgress,
+                false if keep(&info) => Fate::Kept,
+                false => Fate::Due,
             });
             Ok((info, fate))
         };
@@ -226,24 +239,24 @@ impl ReapOptions {
 ///
 /// The device that the uuid names may serve somebody else by now, whose lock is taken for the maker's: then the snapshot
 /// stays until the next sweep. The one that the table has is looked at too, where that is another.
-fn in_progress<H: Host>(host: &H, info: &SnapshotInfo) -> Result<bool> {
+fn in_progress<H: Host>(host: &H, info: &SnapshotInfo, retry: &Retry) -> Result<bool> {
     let made_with = info.uuid.cow_loop().map(loop_node);
     let has = info.cow.as_ref().map(|cow| cow.device.clone());
     let other = has.filter(|path| made_with.as_ref() != Some(path));
     for path in made_with.into_iter().chain(other) {
-        if is_locked(host, &path)? {
+        if is_locked(host, &path, retry)? {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-fn is_locked<H: Host>(host: &H, path: &Path) -> Result<bool> {
+fn is_locked<H: Host>(host: &H, path: &Path, retry: &Retry) -> Result<bool> {
     let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
     let Some(device) = absent(opened)? else {
         return Ok(false);
     };
-    let beside = patiently(host, &MAKER_RETRY, Verdict::InUse, || {
+    let beside = patiently(host, retry, Verdict::InUse, || {
         ask(Step::TestLock, path, || host.lock_loop(&device, false))
     });
     match beside {

@@ -50,6 +50,7 @@ const ALONE: &[(&str, &str)] = &[
         "cases::loops::",
         "wants the next free loop device; a /dev of its own gets the nodes of all",
     ),
+    ("cases_down::", "sweeps the host"),
     ("cli::list_and_status", "lists the host"),
     (
         "concurrency::losetup_races",

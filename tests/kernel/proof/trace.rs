@@ -141,6 +141,9 @@ impl Call {
                 "DM_VERSION",
                 "LOOP_GET_STATUS64",
             ]),
+            // Whose locks are there is asked more often than it is answered by a maker's: a lock that is tested is let go.
+            "fcntl" => about(&["F_OFD_GETLK"]),
+            "flock" => about(&["LOCK_SH|LOCK_NB"]),
             // Of a device it is more: the last close of a loop device may clear it.
             "openat" => about(&["\"/proc/", "\"/sys/"]),
             "access" | "brk" | "clone3" | "exit_group" | "fstat" | "futex" | "getdents64"
