@@ -8,7 +8,7 @@ use super::binding::diskseq;
 use crate::base::{DeviceNumber, LoopHandle, SectorSize, Sectors, loop_node};
 use crate::call::{ask, patiently};
 use crate::error::{Error, Result, Retry, Step, Verdict};
-use crate::kernel::sys::LO_READ_ONLY;
+use crate::kernel::LO_READ_ONLY;
 use crate::kernel::{Host, LOOP_CONTROL};
 
 /// A loop device that is ours for as long as `device` is open or a dm table holds it.

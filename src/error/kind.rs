@@ -65,6 +65,7 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::OriginChanged { .. }
             | Refusal::OriginDiffers { .. }
             | Refusal::CowInUse { .. }
+            | Refusal::CowOfSnapshot { .. }
             | Refusal::CowForeign { .. }
             | Refusal::CowNotBlank { .. }
             | Refusal::NotOurs { .. }

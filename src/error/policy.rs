@@ -28,7 +28,7 @@ use super::Step;
 /// | OpenFile | EISDIR | NotAFile |
 /// | OpenFile | ELOOP | SymbolicLink |
 /// | OpenLoopControl, OpenMapper | ENOENT, ENODEV, ENXIO | Unsupported |
-/// | ReadDiskseq, TargetVersion, SyncFile | EINVAL, ENOTTY, ENOSYS | Unsupported |
+/// | ReadDiskseq, TargetVersion, SyncFile, Link | EINVAL, ENOTTY, ENOSYS | Unsupported |
 /// | AttachLoop | ENOTTY, ENOSYS | Unsupported |
 /// | PunchHole | EOPNOTSUPP, ENODEV, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
@@ -40,6 +40,7 @@ use super::Step;
 /// (`lo_open`, 5.14 and later). `DM_DEV_CREATE` answers EBUSY for a name or uuid that exists, `DM_DEV_REMOVE` for
 /// an open device, and every lookup answers ENXIO for one that is not there (`drivers/md/dm-ioctl.c`).
 /// `LOOP_CONFIGURE` answers EINVAL for a file that cannot back a loop device, and kernels before 5.8 answer it too.
+/// `renameat2` with `RENAME_NOREPLACE` answers EINVAL where the file system has no such thing (rename(2)).
 /// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)).
 /// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -99,9 +100,10 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::OpenLoopControl | S::OpenMapper, E::ENOENT | E::ENODEV | E::ENXIO) => {
             Verdict::Unsupported
         }
-        (S::ReadDiskseq | S::TargetVersion | S::SyncFile, E::EINVAL | E::ENOTTY | E::ENOSYS) => {
-            Verdict::Unsupported
-        }
+        (
+            S::ReadDiskseq | S::TargetVersion | S::SyncFile | S::Link,
+            E::EINVAL | E::ENOTTY | E::ENOSYS,
+        ) => Verdict::Unsupported,
         (S::AttachLoop, E::ENOTTY | E::ENOSYS) => Verdict::Unsupported,
         (S::PunchHole, E::EOPNOTSUPP | E::ENODEV | E::ENOSYS) => Verdict::Unsupported,
         (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
@@ -118,6 +120,12 @@ pub(crate) const GONE: Errno = Errno::ENXIO;
 
 /// What stands in a message for a merge that the kernel gave up, which it says in a status line only.
 pub(crate) const MERGE_FAILED: Errno = Errno::EIO;
+
+/// What stands in a message for a device that was removed to be made anew, when that is refused.
+pub(crate) const NOT_REMADE: Errno = Errno::ECANCELED;
+
+/// What stands in a message for a file that ended before what is known to be in it.
+pub(crate) const CUT_SHORT: Errno = Errno::EIO;
 
 /// How often a call is repeated at once on [`Verdict::Again`] before it counts as failed.
 ///

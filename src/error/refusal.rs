@@ -43,6 +43,14 @@ pub enum Refusal {
         /// The path as given.
         path: PathBuf,
     },
+    /// The uuid of a pool's device, which serves one snapshot after another and does not say which one is meant.
+    #[error(
+        "{uuid:?} is a pool's device, which serves one snapshot after another: say which by its name"
+    )]
+    PooledUuid {
+        /// The uuid.
+        uuid: String,
+    },
     /// A dm device that another program made.
     #[error("{name:?} is not a dmsnap device: its uuid is {uuid:?}")]
     NotOurs {
@@ -202,6 +210,29 @@ pub enum Refusal {
         bytes: u64,
         /// The size asked for.
         asked: u64,
+    },
+    /// The loop device was attached with an offset or a size limit, as for a partition of an image: what is read or made
+    /// longer here is the file, and would be another disk's.
+    #[error(
+        "loop device {device:?} shows a part of {path:?}, from byte {offset_bytes}{}: only whole files are exported, grown or recovered", Limit(*.limit_bytes)
+    )]
+    PartOfFile {
+        /// The loop device.
+        device: PathBuf,
+        /// Its backing file.
+        path: PathBuf,
+        /// Where the part begins.
+        offset_bytes: u64,
+        /// How long it is at most; 0 without a limit.
+        limit_bytes: u64,
+    },
+    /// A COW file that is to be exported is a live snapshot's, which has to be flushed first.
+    #[error("COW file {path:?} is in use by the snapshot {name:?}: export {name}")]
+    CowOfSnapshot {
+        /// The COW file.
+        path: PathBuf,
+        /// The dm device's name.
+        name: String,
     },
     /// Another snapshot has the COW file: its loop device holds the `flock`. Or it is a block device that is mounted.
     #[error("COW file {path:?} is in use by another snapshot")]
@@ -369,4 +400,16 @@ pub enum Refusal {
         /// What it lacks.
         feature: &'static str,
     },
+}
+
+/// How a size limit is told of; nothing without one.
+struct Limit(u64);
+
+impl std::fmt::Display for Limit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            bytes => write!(f, ", {bytes} bytes"),
+        }
+    }
 }

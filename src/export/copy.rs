@@ -1,19 +1,12 @@
 //! Copying: sparse in, sparse out.
 
-use std::fs::File;
-use std::io;
 use std::ops::{ControlFlow, Range};
-use std::os::fd::AsFd;
-use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-use nix::fcntl::{FallocateFlags, fallocate};
-use nix::unistd::{Whence, lseek};
-
-use super::ExportProgress;
+use crate::base::Progress;
 use crate::call::{absent, ask};
-use crate::error::{Error, Result, Step, errno_of};
-use crate::kernel::sys;
+use crate::error::{Error, Result, Step, policy};
+use crate::kernel::Host;
 use crate::store::Extent;
 
 /// How much is read, looked at and written at a time.
@@ -28,21 +21,22 @@ const BLOCK: usize = 4096;
 const ZEROES: [u8; BLOCK] = [0; BLOCK];
 
 /// A file and the path by which errors name it.
-type Named<'a> = (&'a File, &'a Path);
+type Named<'a, F> = (&'a F, &'a Path);
 
 /// An export under way.
-pub(super) struct Copier<'a> {
-    pub(super) origin: Named<'a>,
-    pub(super) cow: Named<'a>,
-    pub(super) output: Named<'a>,
+pub(super) struct Copier<'a, H: Host> {
+    pub(super) host: &'a H,
+    pub(super) origin: Named<'a, H::File>,
+    pub(super) cow: Named<'a, H::File>,
+    pub(super) output: Named<'a, H::File>,
     /// The image's length, in bytes.
     pub(super) length: u64,
-    pub(super) progress: &'a mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+    pub(super) progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     /// Bytes written so far.
     pub(super) written: u64,
 }
 
-impl Copier<'_> {
+impl<H: Host> Copier<'_, H> {
     /// Fills the output: with everything, or with the changes alone where it is the origin's clone.
     pub(super) fn copy(
         &mut self,
@@ -55,10 +49,10 @@ impl Copier<'_> {
             self.assemble(&extents)?
         };
         // A new file may end in a hole, a clone in the origin's last bytes.
-        self.output
-            .0
-            .set_len(self.length)
-            .map_err(|error| failed(Step::WriteFile, self.output.1, &error))?;
+        let (file, path) = self.output;
+        ask(Step::WriteFile, path, || {
+            self.host.size_file(file, self.length, false)
+        })?;
         Ok(flow)
     }
 
@@ -66,7 +60,7 @@ impl Copier<'_> {
     /// it, and what is not zero is written.
     fn assemble(&mut self, extents: &[Extent]) -> Result<ControlFlow<()>> {
         let mut buffer = vec![0; as_length(WINDOW_BYTES.min(self.length))];
-        let mut data = DataRanges::of(self.origin);
+        let mut data = DataRanges::of(self.host, self.origin);
         let mut extents = extents.iter().copied().peekable();
         let (mut at, mut flushed) = (0, 0);
         loop {
@@ -86,7 +80,7 @@ impl Copier<'_> {
             at = end;
             if at - flushed >= WRITEBACK_BYTES {
                 // The disk is at work from the beginning, and little is left for the sync at the end.
-                let _ = sys::start_writeback(self.output.0.as_fd(), flushed..at);
+                let _ = self.host.start_writeback(self.output.0, flushed..at);
                 flushed = at;
             }
             if self.tell(at, self.length).is_break() {
@@ -99,7 +93,7 @@ impl Copier<'_> {
         &self,
         window: &mut [u8],
         start: u64,
-        data: &mut DataRanges<'_>,
+        data: &mut DataRanges<'_, H>,
         extents: &mut std::iter::Peekable<impl Iterator<Item = Extent>>,
     ) -> Result<()> {
         let end = start + window.len() as u64;
@@ -110,7 +104,7 @@ impl Copier<'_> {
             window[as_length(filled - start)..as_length(from - start)].fill(0);
             if from < to {
                 let part = &mut window[as_length(from - start)..as_length(to - start)];
-                read(self.origin, part, from)?;
+                self.read(self.origin, part, from)?;
             }
             filled = to.max(from);
         }
@@ -120,7 +114,7 @@ impl Copier<'_> {
                 extent.origin_end().min(end),
             );
             let part = &mut window[as_length(from - start)..as_length(to - start)];
-            read(
+            self.read(
                 self.cow,
                 part,
                 extent.cow_offset + (from - extent.origin_offset),
@@ -154,7 +148,7 @@ impl Copier<'_> {
                 batch.push(piece);
             }
             let window = &mut buffer[..as_length(end - start)];
-            read(self.cow, window, start)?;
+            self.read(self.cow, window, start)?;
             for piece in batch {
                 let at = as_length(piece.cow_offset - start);
                 let content = &window[at..at + as_length(piece.length)];
@@ -190,21 +184,17 @@ impl Copier<'_> {
 
     fn write(&mut self, content: &[u8], offset: u64) -> Result<()> {
         let (file, path) = self.output;
-        file.write_all_at(content, offset)
-            .map_err(|error| failed(Step::WriteFile, path, &error))?;
+        ask(Step::WriteFile, path, || {
+            self.host.write_data(file, content, offset)
+        })?;
         self.written += content.len() as u64;
         Ok(())
     }
 
     fn punch(&mut self, zeroes: &[u8], offset: u64) -> Result<()> {
-        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        let (offset_, length) = (i64::try_from(offset), i64::try_from(zeroes.len()));
-        let punched = match (offset_, length) {
-            (Ok(offset), Ok(length)) => fallocate(self.output.0, flags, offset, length).is_ok(),
-            _ => false,
-        };
+        let range = offset..offset + zeroes.len() as u64;
         // Whatever the reason, written zeroes do as well.
-        if punched {
+        if self.host.punch(self.output.0, range).is_ok() {
             Ok(())
         } else {
             self.write(zeroes, offset)
@@ -212,7 +202,24 @@ impl Copier<'_> {
     }
 
     fn tell(&mut self, done: u64, total: u64) -> ControlFlow<()> {
-        (self.progress)(ExportProgress { done, total })
+        (self.progress)(Progress {
+            done_bytes: done,
+            total_bytes: total,
+        })
+    }
+
+    /// Reads all of it: in one call, unless the file ends before.
+    fn read(&self, (file, path): Named<'_, H::File>, into: &mut [u8], at: u64) -> Result<()> {
+        let mut filled = 0;
+        while filled < into.len() {
+            let from = usize::try_from(at + filled as u64).unwrap_or(usize::MAX);
+            let read = || self.host.read_at(file, &mut into[filled..], from);
+            match ask(Step::ReadFile, path, read)? {
+                0 => return Err(Error::failed(Step::ReadFile, path, policy::CUT_SHORT)),
+                got => filled += got,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -238,28 +245,26 @@ fn is_zero(block: &[u8]) -> bool {
 }
 
 /// Where a file has data, forwards. A file system or a device that cannot say has it everywhere.
-struct DataRanges<'a> {
-    file: Named<'a>,
+struct DataRanges<'a, H: Host> {
+    host: &'a H,
+    file: Named<'a, H::File>,
     known: Range<u64>,
 }
 
-impl<'a> DataRanges<'a> {
-    fn of(file: Named<'a>) -> Self {
-        Self { file, known: 0..0 }
+impl<'a, H: Host> DataRanges<'a, H> {
+    fn of(host: &'a H, file: Named<'a, H::File>) -> Self {
+        Self {
+            host,
+            file,
+            known: 0..0,
+        }
     }
 
     /// The first range that ends behind `at`; an empty one at the end of all offsets when there is none.
     fn next_after(&mut self, at: u64) -> Result<Range<u64>> {
         if at >= self.known.end {
-            self.known = match self.seek(at, Whence::SeekData) {
-                Ok(Some(start)) => {
-                    start
-                        ..self
-                            .seek(start, Whence::SeekHole)
-                            .ok()
-                            .flatten()
-                            .unwrap_or(u64::MAX)
-                }
+            self.known = match self.seek(at, false) {
+                Ok(Some(start)) => start..self.seek(start, true).ok().flatten().unwrap_or(u64::MAX),
                 Ok(None) => u64::MAX..u64::MAX,
                 Err(_) => at..u64::MAX,
             };
@@ -267,22 +272,12 @@ impl<'a> DataRanges<'a> {
         Ok(self.known.clone())
     }
 
-    fn seek(&self, at: u64, whence: Whence) -> Result<Option<u64>> {
-        let at = i64::try_from(at).unwrap_or(i64::MAX);
-        let found = ask(Step::FindData, self.file.1, || {
-            lseek(self.file.0, at, whence)
-        });
-        Ok(absent(found)?.and_then(|offset| u64::try_from(offset).ok()))
+    fn seek(&self, at: u64, hole: bool) -> Result<Option<u64>> {
+        let (file, path) = self.file;
+        absent(ask(Step::FindData, path, || {
+            self.host.find_data(file, at, hole)
+        }))
     }
-}
-
-fn read((file, path): Named<'_>, into: &mut [u8], at: u64) -> Result<()> {
-    file.read_exact_at(into, at)
-        .map_err(|error| failed(Step::ReadFile, path, &error))
-}
-
-pub(super) fn failed(step: Step, path: &Path, error: &io::Error) -> Error {
-    Error::failed(step, path, errno_of(error))
 }
 
 /// A length within a window.

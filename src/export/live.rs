@@ -4,33 +4,38 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
-use super::{ExportOptions, ExportProgress, Exported, Source};
+use super::{ExportOptions, Exported, Source};
 use crate::backing::{Backing, open_origin, open_unlocked};
-use crate::base::{DeviceId, DeviceUuid, Kind, MAPPER_DIR};
+use crate::base::{DeviceId, DeviceUuid, MAPPER_DIR, Progress};
 use crate::call::{ask, ask_unobserved, patiently};
-use crate::dm::{Address, SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, policy};
+use crate::dm::{SnapshotParams, SnapshotStatus};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find;
-use crate::find::{LoopFacts, SnapshotInfo, State};
-use crate::kernel::{Host, MACHINE};
+use crate::find::{LoopFacts, SnapshotInfo, State, whole_file};
+use crate::kernel::Host;
 
-pub(super) fn export(
+pub(super) fn export<H: Host>(
+    host: &H,
     options: &ExportOptions,
     snapshot: &DeviceId,
     output: &Path,
-    progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Option<Exported>> {
-    let host = &MACHINE;
     let info = find::status_of(host, snapshot)?;
-    let flushed = flushed(host, options, &info)?;
-    let mapper = Path::new(MAPPER_DIR).join(&info.name);
+    let mut flushed = flushed(host, options, &info)?;
+    // It may have been grown while it was waited for.
+    let inspect = || host.inspect_file(&flushed.cow.file);
+    flushed.cow.facts = ask(Step::InspectFile, flushed.cow.path, inspect)?;
     let source = Source {
+        host,
         origin: flushed.origin,
         cow: flushed.cow,
         end: flushed.end,
     };
     // A COW file whose snapshot was taken down while it was read may have been anything.
-    source.export(options, output, progress, || still(host, &info, &mapper))
+    source.export(options, output, progress, || {
+        find::still(host, &info.uuid, &info.name)
+    })
 }
 
 /// What is behind a snapshot that was flushed.
@@ -48,6 +53,10 @@ fn flushed<'a, H: Host>(
     info: &'a SnapshotInfo,
 ) -> Result<Flushed<'a, H::File>> {
     let params = exportable(info)?;
+    for facts in [&info.origin, &info.cow].into_iter().flatten() {
+        let path = facts.path.as_deref().unwrap_or(&facts.device);
+        whole_file(&facts.device, path, facts.part_bytes.unwrap_or_default())?;
+    }
     let origin = path_of(info, info.origin.as_ref())?;
     let cow = path_of(info, info.cow.as_ref())?;
     let origin = open_origin(host, origin, &options.origin_options())?;
@@ -71,15 +80,6 @@ fn flushed<'a, H: Host>(
 
 /// Another export's flush takes milliseconds, and what is written back before it seconds.
 const FLUSH_RETRY: Retry = Retry::until(Duration::from_secs(15));
-
-/// Fails unless the device still is the snapshot that was flushed.
-fn still<H: Host>(host: &H, info: &SnapshotInfo, mapper: &Path) -> Result<()> {
-    ask(Step::Query, mapper, || {
-        let device = host.query(Address::Uuid(info.uuid.as_str()))?;
-        let another = info.uuid.kind() == Kind::Pooled && device.name != info.name;
-        if another { Err(policy::GONE) } else { Ok(()) }
-    })
-}
 
 fn exportable(info: &SnapshotInfo) -> Result<&SnapshotParams> {
     match (info.state, &info.params) {
@@ -171,11 +171,14 @@ mod tests {
 
     use super::*;
     use crate::base::DeviceName;
+    use crate::dm::Address;
     use crate::kernel::DeviceMapper;
     use crate::kernel::fake::Script;
+    use crate::kernel::fake::world::CHUNK;
     use crate::snapshot::{SnapshotOptions, create};
 
     const MAPPER: &str = "/dev/mapper/vm";
+    const OUT: &str = "/exports/out";
 
     fn live_device(script: &Script) -> DeviceUuid {
         let uuid = DeviceUuid::new("DMSNAP-1").expect("ours");
@@ -259,6 +262,111 @@ mod tests {
             assert!(!suspended(&script, &info.uuid));
             assert_eq!(script.world.borrow().residue(), before);
         }
+    }
+
+    /// A machine with a live snapshot whose COW file holds a store.
+    fn machine() -> Script {
+        let (script, _) = snapshot(|_, _| None);
+        let mut store = vec![0; 4 * CHUNK];
+        for (nth, word) in [0x7041_6e53u32, 1, 1, 8].iter().enumerate() {
+            store[nth * 4..nth * 4 + 4].copy_from_slice(&word.to_le_bytes());
+        }
+        // The origin's chunk 7 is in the COW file's chunk 2.
+        (store[CHUNK], store[CHUNK + 8], store[2 * CHUNK]) = (7, 2, b'x');
+        script.world.borrow_mut().store = store;
+        script.world.borrow_mut().missing.insert(OUT.into());
+        script.world.borrow_mut().status = Some("24/2048 16");
+        script
+    }
+
+    fn export_on(script: &Script) -> Result<Option<Exported>> {
+        let (vm, out) = (DeviceId::from("vm"), Path::new(OUT));
+        let go_on = &mut |_| ControlFlow::Continue(());
+        export(
+            script,
+            ExportOptions::new().any_origin(true),
+            &vm,
+            out,
+            go_on,
+        )
+    }
+
+    /// The fake reports some steps by the kernel's call alone.
+    fn may_be_called(named: Step, call: Step) -> bool {
+        named == call
+            || matches!(
+                (named, call),
+                (Step::TestLock, Step::LockLoop)
+                    | (Step::InspectLoop, Step::OpenLoop)
+                    | (Step::WriteFile, Step::SizeFile)
+            )
+    }
+
+    #[test]
+    fn whichever_call_of_a_live_export_fails_no_output_is_left_and_nothing_stays_suspended() {
+        let uuid = |script: &Script| {
+            let uuids: Vec<_> = script.world.borrow().devices.keys().cloned().collect();
+            DeviceUuid::new(uuids[0].as_str()).expect("ours")
+        };
+        let script = machine();
+        script.restart(|_, _| None);
+        let done = export_on(&script).expect("nothing fails");
+        assert_eq!(done.map(|done| done.changed_bytes), Some(4096));
+        let calls = script.calls.take();
+        assert_eq!(calls.len(), 42, "{calls:?}");
+        let mut all_the_same = Vec::new();
+        for (index, step) in calls.iter().enumerate() {
+            let script = machine();
+            let before = script.world.borrow().residue();
+            script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
+            let result = export_on(&script);
+            let mut after = script.world.borrow().residue();
+            match result {
+                Ok(_) => {
+                    all_the_same.push(*step);
+                    assert!(after.remove(Path::new(OUT)));
+                }
+                Err(Error::Debris { left, .. }) => {
+                    assert_eq!(
+                        (*step, left[0].object.as_path()),
+                        (Step::Resume, Path::new(MAPPER))
+                    );
+                    assert!(suspended(&script, &uuid(&script)));
+                    continue;
+                }
+                Err(Error::Failed { step: named, .. }) => {
+                    assert!(
+                        may_be_called(named, *step),
+                        "call {index}: {named:?}, {step:?}"
+                    );
+                    // The last call of all: the output has its name, and its directory is not synced.
+                    if index + 1 == calls.len() {
+                        assert!(after.remove(Path::new(OUT)));
+                    }
+                }
+                // Of a loop device that cannot be read it is not known what is behind it.
+                Err(refused) => assert_eq!(
+                    (
+                        refused.to_string().contains("loop devices cannot be read")
+                            || refused.to_string().contains("not the file"),
+                        true
+                    ),
+                    (true, matches!(step, Step::InspectLoop | Step::OpenLoop)),
+                    "call {index}, {step:?}: {refused}"
+                ),
+            }
+            assert_eq!(after, before, "call {index}, {step:?}");
+            assert!(
+                !suspended(&script, &uuid(&script)),
+                "call {index}, {step:?}"
+            );
+        }
+        // A binding without its number, a file system without nameless files, and one that has data everywhere.
+        all_the_same.dedup();
+        assert_eq!(
+            all_the_same,
+            [Step::ReadDiskseq, Step::MakeFile, Step::FindData]
+        );
     }
 
     #[test]

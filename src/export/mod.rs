@@ -6,22 +6,22 @@ mod copy;
 mod live;
 mod output;
 
-use std::fs::File;
 use std::ops::ControlFlow;
-use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use copy::Copier;
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, Sample, check_header, check_identity, open_origin, open_store, sample,
-    unsound,
+    Backing, CowOptions, Reader, Sample, check_header, check_identity, open_origin, open_store,
+    sample, unsound,
 };
+pub use crate::base::Progress;
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
 use crate::call::ask;
-use crate::error::{Refusal, Result, Step};
-use crate::kernel::{Files, MACHINE};
+use crate::error::{Error, Refusal, Result, Step};
+use crate::find;
+use crate::kernel::{Host, MACHINE};
 use crate::store::{ExceptionStore, Extent};
 
 /// Options for writing a snapshot's disk to a file of its own.
@@ -59,16 +59,6 @@ pub struct Exported {
     pub written_bytes: u64,
     /// Whether the rest is shared with the origin.
     pub reflinked: bool,
-}
-
-/// How far an export is, in bytes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct ExportProgress {
-    /// What has been dealt with.
-    pub done: u64,
-    /// All there is to deal with: the image, or the changes alone where the rest is shared with the origin.
-    pub total: u64,
 }
 
 impl Default for ExportOptions {
@@ -150,12 +140,13 @@ impl ExportOptions {
         origin: impl AsRef<Path>,
         cow: impl AsRef<Path>,
         output: impl AsRef<Path>,
-        progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Option<Exported>> {
         let output = output.as_ref();
         let origin = open_origin(&MACHINE, origin.as_ref(), &self.origin_options())?;
-        let cow = open_store(&MACHINE, cow.as_ref())?;
+        let cow = open_store(&MACHINE, cow.as_ref()).map_err(|error| whose(&MACHINE, error))?;
         let source = Source {
+            host: &MACHINE,
             origin,
             cow,
             end: None,
@@ -203,9 +194,9 @@ impl ExportOptions {
         &self,
         snapshot: impl Into<DeviceId>,
         output: impl AsRef<Path>,
-        progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Option<Exported>> {
-        live::export(self, &snapshot.into(), output.as_ref(), progress)
+        live::export(&MACHINE, self, &snapshot.into(), output.as_ref(), progress)
     }
 
     fn origin_options(&self) -> CowOptions {
@@ -216,21 +207,48 @@ impl ExportOptions {
     }
 }
 
+/// Names the snapshot that has the COW file, if it is one of ours.
+fn whose<H: Host>(host: &H, error: Error) -> Error {
+    let Error::Refused(Refusal::CowInUse { path }) = &error else {
+        return error;
+    };
+    let Ok(facts) = host.look(path, true) else {
+        return error;
+    };
+    let snapshots = find::all(host).unwrap_or_default();
+    let has_it = |info: &find::SnapshotInfo| {
+        let cow = info.cow.as_ref();
+        cow.is_some_and(|cow| cow.backing == Some(facts.id))
+    };
+    let name = snapshots
+        .into_iter()
+        .find_map(|(name, info)| info.ok().filter(has_it).map(|_| name));
+    match name {
+        Some(name) => Refusal::CowOfSnapshot {
+            path: path.clone(),
+            name,
+        }
+        .into(),
+        None => error,
+    }
+}
+
 /// What is exported.
-struct Source<'a> {
-    origin: Backing<'a, OwnedFd>,
-    cow: Backing<'a, OwnedFd>,
+struct Source<'a, H: Host> {
+    host: &'a H,
+    origin: Backing<'a, H::File>,
+    cow: Backing<'a, H::File>,
     /// The COW chunk from which on the store is not looked at.
     end: Option<u64>,
 }
 
-impl Source<'_> {
+impl<H: Host> Source<'_, H> {
     /// Writes the output and gives it its name, unless `still` fails at the end.
     fn export(
         self,
         options: &ExportOptions,
         output: &Path,
-        progress: &mut dyn FnMut(ExportProgress) -> ControlFlow<()>,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
         still: impl FnOnce() -> Result<()>,
     ) -> Result<Option<Exported>> {
         let inputs = [self.origin.facts.id, self.cow.facts.id];
@@ -238,15 +256,15 @@ impl Source<'_> {
             let (origin, cow) = (self.origin.path.to_owned(), self.cow.path.to_owned());
             return Err(Refusal::SameFile { origin, cow }.into());
         }
-        output::admit(output, options.replace, &inputs)?;
+        output::admit(self.host, output, options.replace, &inputs)?;
         let length = Sectors::from_bytes_floor(self.origin.facts.size_bytes).count() * SECTOR_BYTES;
         let extents = self.extents(options, length)?;
-        let (origin, cow) = (duplicate(&self.origin)?, duplicate(&self.cow)?);
-        let output = Output::make(output)?;
-        let reflinked = options.reflink && output.clone_of(&origin);
+        let output = Output::make(self.host, output)?;
+        let reflinked = options.reflink && output.clone_of(&self.origin.file);
         let mut copier = Copier {
-            origin: (&origin, self.origin.path),
-            cow: (&cow, self.cow.path),
+            host: self.host,
+            origin: (&self.origin.file, self.origin.path),
+            cow: (&self.cow.file, self.cow.path),
             output: (output.file(), output.path()),
             length,
             progress,
@@ -276,14 +294,14 @@ impl Source<'_> {
     /// What the COW file changes, if it holds a store that is to be believed.
     fn extents(&self, options: &ExportOptions, length: u64) -> Result<Vec<Extent>> {
         let path = self.cow.path;
-        let store = ExceptionStore::open(duplicate(&self.cow)?);
+        let store = ExceptionStore::open(Reader::of(self.host, &self.cow));
         let mut store = store.map_err(|error| unsound(path, error))?;
         if !store.is_valid() && !options.invalid_store {
             let path = path.to_owned();
             return Err(Refusal::CowInvalid { path }.into());
         }
         let fingerprint = Sample {
-            take: &|| sample(&MACHINE, &self.origin),
+            take: &|| sample(self.host, &self.origin),
             marks: false,
         };
         check_header(
@@ -306,14 +324,9 @@ impl Source<'_> {
     fn check_unchanged(&self, options: &ExportOptions) -> Result<()> {
         let before = self.origin.identity();
         let facts = ask(Step::InspectFile, self.origin.path, || {
-            MACHINE.inspect_file(&self.origin.file)
+            self.host.inspect_file(&self.origin.file)
         })?;
         let path = self.origin.path;
         check_identity(path, facts.identity(), Some(before), options.any_origin)
     }
-}
-
-fn duplicate(of: &Backing<'_, OwnedFd>) -> Result<File> {
-    let duplicate = of.file.try_clone().map(File::from);
-    duplicate.map_err(|error| copy::failed(Step::OpenFile, of.path, &error))
 }

@@ -1,88 +1,72 @@
 //! The output of an export: nameless until it is complete.
 
-use std::fs::{self, File, OpenOptions};
-use std::os::fd::{AsFd, AsRawFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{AT_FDCWD, AtFlags, OFlag};
-use nix::unistd::linkat;
-
-use super::copy::failed;
-use crate::base::{DeviceNumber, FileId};
+use crate::base::FileId;
 use crate::call::ask;
-use crate::error::{Error, Leftover, Refusal, Result, Step};
-use crate::kernel::sys;
+use crate::error::{Error, ErrorKind, Leftover, Refusal, Result, Step};
+use crate::kernel::{FileKind, Host};
 
 /// Refuses an output that is there and must not be replaced.
-pub(super) fn admit(path: &Path, replace: bool, inputs: &[FileId]) -> Result<()> {
+pub(super) fn admit<H: Host>(
+    host: &H,
+    path: &Path,
+    replace: bool,
+    inputs: &[FileId],
+) -> Result<()> {
     // Whatever else is wrong with the path, making the file tells.
-    let Ok(found) = fs::symlink_metadata(path) else {
+    let Ok(found) = ask(Step::InspectFile, path, || host.look(path, false)) else {
         return Ok(());
     };
-    let id = FileId {
-        dev: DeviceNumber::from_dev_t(found.dev()),
-        inode: found.ino(),
-    };
-    let (path, kind) = (path.to_owned(), found.file_type());
-    let refusal = if inputs.contains(&id) {
-        Refusal::OutputIsInput { path }
-    } else if !kind.is_file() {
-        let kind = match kind {
-            _ if kind.is_dir() => "a directory",
-            _ if kind.is_symlink() => "a symbolic link",
-            _ if kind.is_block_device() => "a block device",
-            _ => "no regular file",
-        };
-        Refusal::OutputNotAFile { path, kind }
-    } else if !replace {
-        Refusal::OutputExists { path }
-    } else {
-        return Ok(());
+    let path = path.to_owned();
+    let refusal = match found.kind {
+        _ if inputs.contains(&found.id) => Refusal::OutputIsInput { path },
+        FileKind::Regular if replace => return Ok(()),
+        FileKind::Regular => Refusal::OutputExists { path },
+        FileKind::BlockDevice(_) => Refusal::OutputNotAFile {
+            path,
+            kind: "a block device",
+        },
+        FileKind::Other(kind) => Refusal::OutputNotAFile { path, kind },
     };
     Err(refusal.into())
 }
 
 /// A file that does not have its name yet, and goes away with this value until it has.
-pub(super) struct Output<'a> {
+pub(super) struct Output<'a, H: Host> {
+    host: &'a H,
     path: &'a Path,
-    file: File,
+    file: H::File,
     /// Where the file system has no nameless files, or nothing could give them a name.
     temporary: Option<PathBuf>,
 }
 
-impl<'a> Output<'a> {
-    pub(super) fn make(path: &'a Path) -> Result<Self> {
-        let nameless = || {
-            let mut options = OpenOptions::new();
-            options.read(true).write(true).mode(0o600);
-            options.custom_flags(OFlag::O_TMPFILE.bits());
-            let file = options.open(directory(path)).ok()?;
-            magic_link(&file).exists().then_some(file)
-        };
-        match nameless() {
-            Some(file) => Ok(Self {
+impl<'a, H: Host> Output<'a, H> {
+    pub(super) fn make(host: &'a H, path: &'a Path) -> Result<Self> {
+        // Asked without a step: where there are no nameless files, that is no failure.
+        match host.make_nameless(directory(path)) {
+            Ok(file) => Ok(Self {
+                host,
                 path,
                 file,
                 temporary: None,
             }),
-            None => Self::make_named(path),
+            Err(_) => Self::make_named(host, path),
         }
     }
 
-    fn make_named(path: &'a Path) -> Result<Self> {
-        let temporary = beside(path)?;
-        let mut options = OpenOptions::new();
-        options.read(true).write(true).mode(0o600).create_new(true);
-        let file = options.open(&temporary);
+    fn make_named(host: &'a H, path: &'a Path) -> Result<Self> {
+        let temporary = beside(host, path)?;
+        let file = ask(Step::MakeFile, &temporary, || host.make_file(&temporary))?;
         Ok(Self {
+            host,
             path,
-            file: file.map_err(|error| failed(Step::MakeFile, &temporary, &error))?,
+            file,
             temporary: Some(temporary),
         })
     }
 
-    pub(super) fn file(&self) -> &File {
+    pub(super) fn file(&self) -> &H::File {
         &self.file
     }
 
@@ -91,8 +75,8 @@ impl<'a> Output<'a> {
     }
 
     /// Shares the origin's blocks, if the file system can: `FICLONE`.
-    pub(super) fn clone_of(&self, origin: &File) -> bool {
-        sys::clone_file(self.file.as_fd(), origin.as_fd()).is_ok()
+    pub(super) fn clone_of(&self, origin: &H::File) -> bool {
+        self.host.clone_file(&self.file, origin).is_ok()
     }
 
     /// Gives the file its name, with everything on disk.
@@ -104,47 +88,44 @@ impl<'a> Output<'a> {
     }
 
     fn place(&mut self, replace: bool) -> Result<()> {
-        self.file
-            .sync_all()
-            .map_err(|error| failed(Step::SyncFile, self.path, &error))?;
-        if !replace {
-            // A link, unlike a renaming, replaces nothing.
-            match self.temporary.take() {
-                None => self.link(self.path)?,
-                Some(temporary) => {
-                    let linked = fs::hard_link(&temporary, self.path);
-                    self.temporary = Some(temporary);
-                    linked.map_err(|error| failed(Step::Link, self.path, &error))?;
-                    self.unlink().map_err(debris)?;
+        let (host, path) = (self.host, self.path);
+        ask(Step::SyncFile, path, || host.sync_file(&self.file))?;
+        match (&self.temporary, replace) {
+            (None, false) => return self.name(path),
+            (None, true) => {
+                let temporary = beside(host, path)?;
+                self.name(&temporary)?;
+                self.temporary = Some(temporary.clone());
+                ask(Step::Link, path, || host.replace_file(&temporary, path))?;
+            }
+            (Some(temporary), true) => {
+                ask(Step::Link, path, || host.replace_file(temporary, path))?;
+            }
+            (Some(temporary), false) => {
+                let moved = ask(Step::Link, path, || host.move_file(temporary, path));
+                match moved {
+                    // Where a renaming cannot spare what has the name, a link can.
+                    Err(error) if error.kind() == ErrorKind::Unsupported => {
+                        ask(Step::Link, path, || host.link_file(temporary, path))?;
+                        return self.unlink().map_err(debris);
+                    }
+                    moved => moved?,
                 }
             }
-            return Ok(());
-        }
-        if self.temporary.is_none() {
-            let temporary = beside(self.path)?;
-            self.link(&temporary)?;
-            self.temporary = Some(temporary);
-        }
-        if let Some(temporary) = &self.temporary {
-            fs::rename(temporary, self.path)
-                .map_err(|error| failed(Step::Link, self.path, &error))?;
         }
         self.temporary = None;
         Ok(())
     }
 
-    fn link(&self, path: &Path) -> Result<()> {
-        let (from, flags) = (magic_link(&self.file), AtFlags::AT_SYMLINK_FOLLOW);
-        ask(Step::Link, path, || {
-            linkat(AT_FDCWD, &from, AT_FDCWD, path, flags)
-        })
+    fn name(&self, path: &Path) -> Result<()> {
+        ask(Step::Link, path, || self.host.name_file(&self.file, path))
     }
 
     fn sync_directory(&self) -> Result<()> {
         let directory = directory(self.path);
-        File::open(directory)
-            .and_then(|opened| opened.sync_all())
-            .map_err(|error| failed(Step::SyncFile, directory, &error))
+        ask(Step::SyncFile, directory, || {
+            self.host.sync_directory(directory)
+        })
     }
 
     /// Leaves nothing of the file; the failure, if there is one, is the answer.
@@ -161,14 +142,13 @@ impl<'a> Output<'a> {
     fn unlink(&mut self) -> Result<()> {
         match self.temporary.take() {
             None => Ok(()),
-            Some(temporary) => fs::remove_file(&temporary)
-                .map_err(|error| failed(Step::Unlink, &temporary, &error)),
+            Some(temporary) => ask(Step::Unlink, &temporary, || self.host.unlink(&temporary)),
         }
     }
 }
 
 /// A caller's `progress` may panic.
-impl Drop for Output<'_> {
+impl<H: Host> Drop for Output<'_, H> {
     fn drop(&mut self) {
         let _ = self.unlink();
     }
@@ -183,11 +163,6 @@ fn debris(error: Error) -> Error {
     error.leaving(left)
 }
 
-/// The one way to a nameless file that takes no capability (open(2), `O_TMPFILE`).
-fn magic_link(file: &File) -> PathBuf {
-    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
-}
-
 fn directory(path: &Path) -> &Path {
     match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent,
@@ -196,18 +171,20 @@ fn directory(path: &Path) -> &Path {
 }
 
 /// A name in the same directory that nobody else draws.
-fn beside(path: &Path) -> Result<PathBuf> {
-    let random = ask(Step::Random, path, sys::random)?;
+fn beside<H: Host>(host: &H, path: &Path) -> Result<PathBuf> {
+    let random = ask(Step::Random, path, || host.random())?;
     Ok(directory(path).join(format!(".dmsnap-{random:032x}")))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::fs;
 
     use nix::errno::Errno;
 
     use super::*;
+    use crate::kernel::fake::Script;
+    use crate::kernel::{Files, MACHINE, Machine};
 
     /// The names in the output's directory.
     fn names(path: &Path) -> Vec<PathBuf> {
@@ -217,11 +194,11 @@ mod tests {
             .collect()
     }
 
-    fn make(path: &Path, named: bool) -> Output<'_> {
+    fn make(path: &Path, named: bool) -> Output<'_, Machine> {
         let made = if named {
-            Output::make_named(path)
+            Output::make_named(&MACHINE, path)
         } else {
-            Output::make(path)
+            Output::make(&MACHINE, path)
         };
         made.expect("a file")
     }
@@ -233,7 +210,9 @@ mod tests {
             let path = dir.path().join("out");
             let output = make(&path, named);
             assert_eq!(names(&path).len(), usize::from(named));
-            output.file().write_all_at(b"first", 0).expect("room");
+            MACHINE
+                .write_data(output.file(), b"first", 0)
+                .expect("room");
             output.publish(false).expect("nobody has the name");
             assert_eq!(names(&path), std::slice::from_ref(&path));
 
@@ -244,7 +223,9 @@ mod tests {
             assert_eq!(names(&path), std::slice::from_ref(&path));
 
             let output = make(&path, named);
-            output.file().write_all_at(b"second", 0).expect("room");
+            MACHINE
+                .write_data(output.file(), b"second", 0)
+                .expect("room");
             output.publish(true).expect("it may be replaced");
             assert_eq!(fs::read(&path).expect("replaced"), b"second");
             assert_eq!(names(&path), std::slice::from_ref(&path));
@@ -255,19 +236,37 @@ mod tests {
     fn a_file_that_is_not_published_goes_and_if_it_cannot_is_named() {
         let dir = tempfile::tempdir().expect("a directory");
         let path = dir.path().join("out");
-        drop(Output::make_named(&path).expect("a file"));
-        let broken_off = Output::make_named(&path).expect("a file").discard(None);
+        drop(Output::make_named(&MACHINE, &path).expect("a file"));
+        let broken_off = Output::make_named(&MACHINE, &path)
+            .expect("a file")
+            .discard(None);
         assert_eq!(broken_off, Ok(()));
         assert!(names(&path).is_empty());
 
         let first = Error::failed(Step::WriteFile, &path, Errno::ENOSPC);
-        let failed = Output::make_named(&path).expect("a file");
+        let failed = Output::make_named(&MACHINE, &path).expect("a file");
         assert_eq!(failed.discard(Some(first.clone())), Err(first.clone()));
-        let failed = Output::make_named(&path).expect("a file");
+        let failed = Output::make_named(&MACHINE, &path).expect("a file");
         let temporary = names(&path).remove(0);
         fs::remove_file(&temporary).expect("it is there");
         let error = failed.discard(Some(first)).expect_err("two failures");
         assert_eq!(error.errno(), Some(Errno::ENOSPC as i32));
         assert_eq!(error.left()[0].object, temporary);
+    }
+
+    #[test]
+    fn a_temporary_name_is_exchanged_where_there_are_no_links_and_linked_where_nothing_else_spares()
+    {
+        let path = Path::new("/exports/out");
+        for (failing, errno) in [(Step::Link, Errno::EPERM), (Step::MoveFile, Errno::EINVAL)] {
+            let script = Script::new(move |step, nth| match step {
+                Step::MakeFile if nth == 1 => Some(Errno::EOPNOTSUPP),
+                step => (step == failing).then_some(errno),
+            });
+            let output = Output::make(&script, path).expect("a named one");
+            output.publish(false).expect("it gets its name");
+            let residue = script.world.borrow().residue();
+            assert_eq!(residue, [path.to_owned()].into());
+        }
     }
 }

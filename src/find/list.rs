@@ -71,6 +71,8 @@ pub struct LoopFacts {
     pub backing: Option<FileId>,
     /// The number of this binding (Linux 5.15 and later).
     pub diskseq: Option<u64>,
+    /// Where in the backing file the device begins, and how much of it it shows at most (0: all); both 0 for ours.
+    pub part_bytes: Option<[u64; 2]>,
     /// Whether it detaches itself when nobody uses it any more.
     pub autoclear: Option<bool>,
 }
@@ -216,6 +218,9 @@ pub(super) fn loop_facts<H: Host>(host: &H, number: DeviceNumber) -> Option<Loop
         device,
         path,
         backing: status.as_ref().map(|status| status.backing),
+        part_bytes: status
+            .as_ref()
+            .map(|status| [status.offset_bytes, status.limit_bytes]),
         autoclear: status.as_ref().map(|status| status.autoclear),
         diskseq,
     })

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::select::select;
-use crate::base::{DeviceId, DeviceNumber, DeviceUuid, MAPPER_DIR};
+use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR};
 use crate::call::ask;
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target};
 use crate::error::{Error, Refusal, Result, Step, Verdict, policy};
@@ -26,6 +26,28 @@ pub(crate) fn find<H: Host>(host: &H, id: &DeviceId) -> Result<(Device, DeviceUu
         Some(key) => ours(host, key.address(), &path),
         None => Err(Error::failed(Step::Query, path, policy::GONE)),
     }
+}
+
+/// Our device that serves the snapshot which `id` means: as [`find`], but a pool's uuid means no snapshot.
+pub(crate) fn find_snapshot<H: Host>(host: &H, id: &DeviceId) -> Result<(Device, DeviceUuid)> {
+    let (device, uuid) = find(host, id)?;
+    match id {
+        DeviceId::Uuid(asked) if uuid.kind() == Kind::Pooled && device.name != *asked => {
+            let uuid = uuid.to_string();
+            Err(Refusal::PooledUuid { uuid }.into())
+        }
+        _ => Ok((device, uuid)),
+    }
+}
+
+/// Fails unless the device still is the snapshot that had that name: a pool's gets another name with each.
+pub(crate) fn still<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<()> {
+    let path = Path::new(MAPPER_DIR).join(name);
+    ask(Step::Query, &path, || {
+        let device = host.query(Address::Uuid(uuid.as_str()))?;
+        let another = uuid.kind() == Kind::Pooled && device.name != name;
+        if another { Err(policy::GONE) } else { Ok(()) }
+    })
 }
 
 /// The device at `address`, which `path` stands for in messages, if it is ours.
@@ -65,7 +87,7 @@ pub(crate) struct Bound<L> {
 
 /// The live snapshot that `id` means.
 pub(crate) fn live<H: Host>(host: &H, id: &DeviceId) -> Result<Live<H::Loop>> {
-    let (device, uuid) = find(host, id)?;
+    let (device, uuid) = find_snapshot(host, id)?;
     let path = Path::new(MAPPER_DIR).join(&device.name);
     let not_live = || Refusal::NotLive {
         name: device.name.clone(),
@@ -78,6 +100,9 @@ pub(crate) fn live<H: Host>(host: &H, id: &DeviceId) -> Result<Live<H::Loop>> {
         return Err(not_live().into());
     };
     let cow = bound(host, params.cow)?;
+    if uuid.kind() == Kind::Pooled {
+        still(host, &uuid, &device.name)?;
+    }
     // The uuid still has a live table now, so the loop device was held by it when it was opened, and is the one meant.
     let status = ask(Step::Status, &path, || host.status(&uuid))?;
     let (_, text) = status.ok_or_else(not_live)?;
@@ -105,6 +130,30 @@ pub(crate) fn bound<H: Host>(host: &H, number: DeviceNumber) -> Result<Bound<H::
         device,
         status,
     })
+}
+
+/// Refuses a loop device that shows a part of its file: what is read, written or made longer is the file.
+pub(crate) fn whole<L>(bound: &Bound<L>) -> Result<()> {
+    let status = &bound.status;
+    whole_file(
+        &bound.node,
+        &bound.path,
+        [status.offset_bytes, status.limit_bytes],
+    )
+}
+
+/// As [`whole`], of an offset and a size limit.
+pub(crate) fn whole_file(device: &Path, path: &Path, part: [u64; 2]) -> Result<()> {
+    match part {
+        [0, 0] => Ok(()),
+        [offset_bytes, limit_bytes] => Err(Refusal::PartOfFile {
+            device: device.to_owned(),
+            path: path.to_owned(),
+            offset_bytes,
+            limit_bytes,
+        }
+        .into()),
+    }
 }
 
 /// Opens the file behind a loop device by the path that the kernel has for it, and makes sure that it is the one.

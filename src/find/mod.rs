@@ -10,5 +10,5 @@ mod tests;
 pub use adopt::adopt;
 pub use list::{LoopFacts, SnapshotInfo, State, list, status};
 pub(crate) use list::{ours as all, status_of};
-pub(crate) use lookup::{Bound, Live, bound, find, live, reach};
+pub(crate) use lookup::{Bound, Live, bound, find_snapshot, live, reach, still, whole, whole_file};
 pub(crate) use select::{Key, select};

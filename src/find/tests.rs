@@ -8,8 +8,8 @@ use super::adopt::adopt_on;
 use super::list::ours;
 use crate::base::{DeviceId, DeviceName, Handles};
 use crate::error::{Error, Refusal, Result, Step};
+use crate::kernel::LO_AUTOCLEAR;
 use crate::kernel::fake::Script;
-use crate::kernel::sys::LO_AUTOCLEAR;
 use crate::kernel::{DeviceMapper, Loops};
 
 fn never(_: Step, _: usize) -> Option<Errno> {

@@ -7,7 +7,8 @@ pub(crate) mod fake;
 pub(crate) mod headers;
 mod machine;
 mod seam;
-pub(crate) mod sys;
+mod sys;
 
 pub(crate) use machine::{LoopDevice, MACHINE, Machine};
 pub(crate) use seam::*;
+pub(crate) use sys::{LO_AUTOCLEAR, LO_DIRECT_IO, LO_READ_ONLY};

@@ -12,13 +12,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use crate::backing::{Backing, Reader, attach, open_locked_origin, open_merged_cow, unsound};
+pub use crate::base::Progress;
 use crate::base::{
     ChunkSize, DeviceName, Handles, Kind, OriginIdentity, SectorSize, Sectors, Store,
 };
 use crate::call::{absent, ask, timings};
 use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, policy};
-use crate::kernel::sys::LO_AUTOCLEAR;
+use crate::kernel::LO_AUTOCLEAR;
 use crate::kernel::{FileKind, Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
 use crate::snapshot::{MappedDevice, make_device, undone};
 use crate::store::{ExceptionStore, MARK_AT};
@@ -30,7 +31,7 @@ use crate::{store, teardown};
 /// use std::ops::ControlFlow;
 ///
 /// let outcome = dmsnap::merge::MergeOptions::new().merge("/images/base.ext4", "/run/vm-42.cow", |progress| {
-///     println!("{} of {} sectors", progress.merged, progress.total);
+///     println!("{} of {} bytes", progress.done_bytes, progress.total_bytes);
 ///     ControlFlow::Continue(())
 /// })?;
 /// println!("{outcome:?}");
@@ -40,16 +41,6 @@ use crate::{store, teardown};
 pub struct MergeOptions {
     any_origin: bool,
     name: Option<String>,
-}
-
-/// How far a merge has got. Lengths count the changed chunks only, in 512-byte sectors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct MergeProgress {
-    /// What this call has merged.
-    pub merged: Sectors,
-    /// What there was to merge when it began.
-    pub total: Sectors,
 }
 
 /// How a merge ended. Lengths count the changed chunks only, in 512-byte sectors.
@@ -127,22 +118,22 @@ impl MergeOptions {
         &self,
         origin: impl AsRef<Path>,
         cow: impl AsRef<Path>,
-        mut progress: impl FnMut(MergeProgress) -> ControlFlow<()>,
+        mut progress: impl FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<MergeOutcome> {
         merge(&MACHINE, self, origin.as_ref(), cow.as_ref(), &mut progress)
     }
 }
 
-type Progress<'a> = dyn FnMut(MergeProgress) -> ControlFlow<()> + 'a;
+type Tell<'a> = dyn FnMut(Progress) -> ControlFlow<()> + 'a;
 
 pub(crate) fn merge<H: Host>(
     host: &H,
     options: &MergeOptions,
     origin: &Path,
     cow: &Path,
-    progress: &mut Progress<'_>,
+    progress: &mut Tell<'_>,
 ) -> Result<MergeOutcome> {
-    let name = options.name.as_deref().map(DeviceName::new).transpose()?;
+    let name = options.name.as_deref().map(DeviceName::given).transpose()?;
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
     })?;
@@ -239,7 +230,7 @@ impl<H: Host> Pair<'_, H> {
         total: Sectors,
         handles: &mut Handles,
         stage: &mut Stage,
-        progress: &mut Progress<'_>,
+        progress: &mut Tell<'_>,
     ) -> Result<()> {
         let host = self.host;
         let origin_loop = attach(
@@ -340,12 +331,7 @@ impl<H: Host> Pair<'_, H> {
     }
 
     /// Looks until nothing is left, or `progress` has seen enough. The kernel raises no event at the end of a merge.
-    fn watch(
-        &self,
-        made: &MappedDevice,
-        total: Sectors,
-        progress: &mut Progress<'_>,
-    ) -> Result<()> {
+    fn watch(&self, made: &MappedDevice, total: Sectors, progress: &mut Tell<'_>) -> Result<()> {
         let mut pause = FIRST_PAUSE;
         loop {
             let asked = ask(Step::Status, &made.mapper, || self.host.status(&made.uuid));
@@ -364,8 +350,12 @@ impl<H: Host> Pair<'_, H> {
                 .allocated
                 .count()
                 .saturating_sub(usage.metadata.count());
-            let merged = Sectors::new(total.count().saturating_sub(left));
-            if progress(MergeProgress { merged, total }).is_break() || left == 0 {
+            let bytes = |sectors: u64| Sectors::new(sectors).to_bytes().unwrap_or(u64::MAX);
+            let seen = Progress {
+                done_bytes: bytes(total.count().saturating_sub(left)),
+                total_bytes: bytes(total.count()),
+            };
+            if progress(seen).is_break() || left == 0 {
                 return Ok(());
             }
             timings::pause(|| self.host.sleep(pause));

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 
-use super::{MergeOptions, MergeOutcome, MergeProgress, merge};
+use super::{MergeOptions, MergeOutcome, Progress, merge};
 use crate::base::{OriginIdentity, Sectors};
 use crate::error::{Error, Refusal, Result, Step};
 use crate::kernel::fake::Script;
@@ -45,7 +45,7 @@ fn merge_on(script: &Script) -> Result<MergeOutcome> {
 
 fn merge_until(
     script: &Script,
-    mut progress: impl FnMut(MergeProgress) -> ControlFlow<()>,
+    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<MergeOutcome> {
     let (origin, cow) = (Path::new(ORIGIN), Path::new(COW));
     merge(script, &MergeOptions::new(), origin, cow, &mut progress)
@@ -119,7 +119,7 @@ fn a_merge_that_is_stopped_says_what_is_left() {
     let script = machine();
     let mut seen = Vec::new();
     let stopped = merge_until(&script, |progress| {
-        seen.push(progress.merged.count());
+        seen.push(progress.done_bytes / 512);
         ControlFlow::Break(())
     });
     let (merged, left) = (Sectors::new(8), Sectors::new(16));
@@ -199,4 +199,17 @@ fn a_store_that_reaches_beyond_either_file_is_refused() {
             path: PathBuf::from(COW)
         }))
     );
+}
+
+/// A pool's sweep would take its COW file for an abandoned one, and delete what is not merged yet.
+#[test]
+fn a_merge_takes_no_name_of_a_pools_device() {
+    let script = machine();
+    let mut options = MergeOptions::new();
+    let (origin, cow) = (Path::new(ORIGIN), Path::new(COW));
+    options.name("dmsnap-pool-1-2");
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let error = merge(&script, &options, origin, cow, go_on).expect_err("the name is a pool's");
+    assert!(matches!(error, Error::Refused(Refusal::Name(_))), "{error}");
+    assert!(!script.calls.borrow().contains(&Step::Create));
 }

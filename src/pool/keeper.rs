@@ -9,7 +9,7 @@ use crate::call::ask;
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Result, Retry, Step};
 use crate::kernel::Host;
-use crate::kernel::sys::LO_AUTOCLEAR;
+use crate::kernel::LO_AUTOCLEAR;
 use crate::snapshot::{Base, MappedDevice, link, load, make_device, undone};
 use crate::teardown;
 

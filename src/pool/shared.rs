@@ -12,7 +12,7 @@ use super::{Claimed, WhenEmpty, pool_name};
 use crate::base::{DeviceName, POOLED};
 use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Refusal, Result, Retry};
-use crate::kernel::{LoopDevice, MACHINE, sys};
+use crate::kernel::{Clock, LoopDevice, MACHINE};
 use crate::snapshot;
 use crate::snapshot::{MappedDevice, Origin, SnapshotOptions};
 
@@ -166,7 +166,7 @@ impl Shared {
     /// The life of the thread that keeps the pool full: one snapshot at a time.
     pub(super) fn refill(&self) {
         // A claim that wakes it does not lose its core to it. Without that it only costs the claim some time.
-        let _ = sys::make_batch_thread();
+        let _ = MACHINE.stand_back();
         let mut state = self.lock();
         while !state.closing {
             let now = Instant::now();
@@ -196,7 +196,7 @@ impl Shared {
     /// and are spares once their loop devices are gone, for which none keeps another waiting. What it has when the pool
     /// closes it returns.
     pub(super) fn recycle(&self) -> Vec<TakenBack> {
-        let _ = sys::make_batch_thread();
+        let _ = MACHINE.stand_back();
         let (site, retry) = (self.site(), Retry::default());
         let empty = |taken: &TakenBack| recycle::empty(&MACHINE, &site, taken, &retry);
         let is_in_time = |since: Instant| retry.pause(0, 1, since.elapsed()).is_some();

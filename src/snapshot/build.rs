@@ -9,8 +9,8 @@ use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIde
 use crate::call::{ask, patiently};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
-use crate::kernel::sys::{LO_AUTOCLEAR, LO_DIRECT_IO};
 use crate::kernel::{FileFacts, FileKind, Host, MAPPER_CONTROL, TargetVersion};
+use crate::kernel::{LO_AUTOCLEAR, LO_DIRECT_IO};
 use crate::store::{self, CONTENT_AT, CONTENT_BYTES, MARK_AT};
 use crate::teardown;
 

@@ -16,8 +16,8 @@ use crate::backing::{
 use crate::base::{DeviceName, Handles, Kind, SectorSize};
 use crate::call::{ask, spans};
 use crate::error::{Error, Refusal, Result, Step, Verdict};
-use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
 use crate::kernel::{FileKind, Host, LOOP_CONTROL, MACHINE, MAPPER_CONTROL};
+use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
 
 impl SnapshotOptions {
     /// Makes the snapshot `name` over `origin`, with its writes in `cow`, and brings it live.

@@ -8,7 +8,7 @@ use crate::base::{DeviceId, MAPPER_DIR};
 use crate::call::ask;
 use crate::dm::SnapshotStatus;
 use crate::error::{Refusal, Result, Retry, Step};
-use crate::find::{Live, live, reach};
+use crate::find::{Live, live, reach, whole};
 use crate::kernel::{FileKind, Host, MACHINE};
 use crate::store;
 
@@ -90,6 +90,16 @@ impl GrowOptions {
         grow_on(&MACHINE, self, &device.into(), bytes)
     }
 
+    /// Asks whether the COW file can be made longer as [`grow`](Self::grow) does it, and makes it no longer: not every
+    /// file system can (ramfs), and a watch that is to grow it wants to know before the threshold is reached.
+    ///
+    /// # Errors
+    ///
+    /// As [`grow`](Self::grow).
+    pub fn probe(&self, device: impl Into<DeviceId>) -> Result<()> {
+        probe_on(&MACHINE, &device.into())
+    }
+
     /// As [`recover`].
     ///
     /// # Errors
@@ -124,6 +134,18 @@ pub(crate) fn grow_on<H: Host>(
     Ok(status)
 }
 
+fn probe_on<H: Host>(host: &H, device: &DeviceId) -> Result<()> {
+    let live = live(host, device)?;
+    whole(&live.cow)?;
+    let (file, facts) = reach(host, &live.cow, &live.device.name, true)?;
+    if facts.kind != FileKind::Regular {
+        return Ok(());
+    }
+    ask(Step::SizeFile, &live.cow.path, || {
+        host.lengthen_file(&file, facts.size_bytes, false)
+    })
+}
+
 /// Makes the file longer if it has to be. The loop device does not notice.
 pub(super) fn lengthen<H: Host>(
     host: &H,
@@ -132,6 +154,7 @@ pub(super) fn lengthen<H: Host>(
     asked: u64,
 ) -> Result<()> {
     let (store, chunk) = (live.params.store, live.params.chunk);
+    whole(&live.cow)?;
     let (file, facts) = reach(host, &live.cow, &live.device.name, true)?;
     let path = || live.cow.path.clone();
     let bytes = facts.size_bytes;

@@ -2,6 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -10,7 +12,7 @@ use super::create::create;
 use super::grow::grow_on;
 use super::recover::recover_on;
 use super::{GrowOptions, Snapshot, SnapshotOptions};
-use crate::base::{DeviceName, Handles, Store};
+use crate::base::{DeviceName, DeviceUuid, Handles, Kind, Store};
 use crate::dm::SnapshotStatus;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::fake::Script;
@@ -210,4 +212,67 @@ fn an_open_device_is_not_recovered_from_under_its_user() {
     assert_eq!(script.world.borrow().residue(), before);
     script.world.borrow_mut().busy_until = Duration::ZERO;
     let _ = recover(&script).expect("closed");
+}
+
+/// "Refused" means that no device was touched, and here one is gone.
+#[test]
+fn what_would_be_refused_after_the_removal_is_a_failure_that_says_so() {
+    let (script, _) = machine(Some("Overflow"));
+    let removed = AtomicBool::new(false);
+    script.restart(move |step, _| match step {
+        Step::Remove => {
+            removed.store(true, Ordering::Relaxed);
+            None
+        }
+        // Somebody has locked the COW file.
+        Step::LockFile if removed.load(Ordering::Relaxed) => Some(Errno::EAGAIN),
+        _ => None,
+    });
+    let error = recover(&script).expect_err("it cannot be made anew");
+    let Error::Failed { step, source, .. } = &error else {
+        panic!("{error}");
+    };
+    assert_eq!(*step, Step::Create);
+    let note = source.note().expect("a note");
+    assert!(note.contains("is locked"), "{note}");
+    assert!(note.contains("the overflowed device is removed"), "{note}");
+}
+
+/// A machine with a claimed device of a pool, and what releases it and claims it for the next VM.
+fn pooled() -> (Script, DeviceUuid) {
+    let (script, handles) = machine(None);
+    let uuid = handles.uuid.expect("its uuid");
+    let pooled = DeviceUuid::new(format!("{}-pool", uuid.as_str())).expect("ours");
+    assert_eq!(pooled.kind(), Kind::Pooled);
+    let mut world = script.world.borrow_mut();
+    let device = world.devices.remove(uuid.as_str()).expect("it is there");
+    world.devices.insert(pooled.to_string(), device);
+    drop(world);
+    (script, pooled)
+}
+
+#[test]
+fn a_device_that_is_another_vms_by_now_is_not_grown() {
+    let (script, uuid) = pooled();
+    let (world, key) = (Arc::clone(&script.world), uuid.to_string());
+    script.restart(move |step, _| {
+        if step == Step::InspectLoop
+            && let Some(device) = world.borrow_mut().devices.get_mut(&key)
+        {
+            device.name = "the-next-vm".to_owned();
+        }
+        None
+    });
+    let error = grow(&script).expect_err("vm is gone");
+    assert_eq!(error.verdict(), Some(Verdict::Gone), "{error}");
+    assert!(!script.calls.borrow().contains(&Step::SizeFile));
+}
+
+#[test]
+fn a_pools_uuid_does_not_say_which_snapshot_is_meant() {
+    let (script, uuid) = pooled();
+    let error = grow_on(&script, &GrowOptions::new(), &(&uuid).into(), LONGER);
+    let error = error.expect_err("it says no more than which device");
+    assert!(matches!(error, Error::Refused(_)), "{error}");
+    assert!(grow(&script).is_ok(), "its name does");
 }

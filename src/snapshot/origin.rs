@@ -8,8 +8,8 @@ use crate::backing::{Attached, Backing, attach, diskseq, loop_length, open_locke
 use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node};
 use crate::call::ask;
 use crate::error::{Result, Step, Verdict};
-use crate::kernel::sys::{LO_AUTOCLEAR, LO_READ_ONLY};
 use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, MACHINE, SHARED_ORIGIN};
+use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
 
 /// An origin image on a loop device that any number of snapshots share.
 ///

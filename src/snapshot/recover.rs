@@ -8,8 +8,8 @@ use crate::backing::check_identity;
 use crate::base::{DeviceId, DeviceName, SectorSize};
 use crate::call::ask;
 use crate::dm::{Discard, SnapshotStatus};
-use crate::error::{Refusal, Result, Step};
-use crate::find::{bound, live, reach};
+use crate::error::{Error, Refusal, Result, Step, policy};
+use crate::find::{bound, live, reach, whole};
 use crate::kernel::Host;
 use crate::teardown::{Subject, When, remove_subject};
 
@@ -40,6 +40,7 @@ pub(crate) fn recover_on<H: Host>(
     anew.cow.expected_origin = live.uuid.origin();
     check_target(host, &anew)?;
     let origin = bound(host, live.params.origin)?;
+    whole(&origin)?;
     let (_, facts) = reach(host, &origin, name.as_str(), false)?;
     check_identity(
         &origin.path,
@@ -55,6 +56,14 @@ pub(crate) fn recover_on<H: Host>(
     let subject = Subject::ours(live.uuid, &name);
     remove_subject(host, &subject, &options.retry, When::Now)?;
     create(host, &anew, &origin, &cow, &name).map_err(|error| {
-        error.noted("the overflowed device is removed, and its COW file has everything")
+        let failed = match error {
+            // A refusal says that no device was touched.
+            Error::Refused(refusal) => {
+                let failed = Error::failed(Step::Create, name.mapper_path(), policy::NOT_REMADE);
+                failed.noted(refusal.to_string())
+            }
+            error => error,
+        };
+        failed.noted("the overflowed device is removed, and its COW file has everything")
     })
 }

@@ -92,3 +92,19 @@ fn whichever_call_of_an_addition_fails_nothing_is_added() {
         assert!(watcher.watched.is_empty());
     }
 }
+
+#[test]
+fn a_pools_uuid_is_not_watched() {
+    let script = machine();
+    let mut world = script.world.borrow_mut();
+    let uuid = world.devices.keys().next().expect("two").clone();
+    let device = world.devices.remove(&uuid).expect("it is there");
+    let (name, uuid) = (device.name.clone(), format!("{uuid}-pool"));
+    world.devices.insert(uuid.clone(), device);
+    drop(world);
+    let mut watcher = Watcher::new(&script).expect("nothing fails");
+    assert!(watcher.add(&DeviceId::from(uuid.as_str())).is_err());
+    watcher
+        .add(&DeviceId::from(name.as_str()))
+        .expect("its name says which snapshot");
+}

@@ -49,7 +49,7 @@ impl<'h, H: Host> Watcher<'h, H> {
     }
 
     pub(super) fn add(&mut self, device: &DeviceId) -> Result<()> {
-        let (device, uuid) = find::find(self.host, device)?;
+        let (device, uuid) = find::find_snapshot(self.host, device)?;
         let path = Path::new(MAPPER_DIR).join(&device.name);
         let table = ask(Step::Status, &path, || {
             self.host.table(DevId::Uuid(&uuid), false)

@@ -286,13 +286,13 @@ fn an_origin_that_is_not_the_marked_one_is_refused() {
 fn an_export_that_is_broken_off_or_fails_leaves_nothing() {
     let stage = Stage::new(4 << 20, 8, &[3]);
     let before = stage.names();
-    let export = |progress: &mut dyn FnMut(dmsnap::export::ExportProgress) -> ControlFlow<()>| {
+    let export = |progress: &mut dyn FnMut(dmsnap::export::Progress) -> ControlFlow<()>| {
         ExportOptions::new().export_with(stage.origin(), stage.cow(), stage.path("out"), progress)
     };
     let mut calls = 0;
     let broken_off = export(&mut |progress| {
         calls += 1;
-        assert!(progress.done <= progress.total);
+        assert!(progress.done_bytes <= progress.total_bytes);
         ControlFlow::Break(())
     });
     assert_eq!((broken_off, calls), (Ok(None), 1));
@@ -302,7 +302,7 @@ fn an_export_that_is_broken_off_or_fails_leaves_nothing() {
     assert_eq!(stage.names(), before);
     let mut last = (0, 1);
     let whole = export(&mut |progress| {
-        last = (progress.done, progress.total);
+        last = (progress.done_bytes, progress.total_bytes);
         ControlFlow::Continue(())
     });
     assert_eq!(whole.expect("an export").expect("whole").bytes, 4 << 20);

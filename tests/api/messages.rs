@@ -298,6 +298,28 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"output "/images/base.ext4" is a block device, not a regular file"#,
         ),
         (
+            Refusal::PartOfFile {
+                device: "/dev/loop7".into(),
+                path: "/images/disk".into(),
+                offset_bytes: 1_048_576,
+                limit_bytes: 4096,
+            },
+            r#"loop device "/dev/loop7" shows a part of "/images/disk", from byte 1048576, 4096 bytes: only whole files are exported, grown or recovered"#,
+        ),
+        (
+            Refusal::CowOfSnapshot {
+                path: "/run/vm 42.cow".into(),
+                name: "vm-42".to_owned(),
+            },
+            r#"COW file "/run/vm 42.cow" is in use by the snapshot "vm-42": export vm-42"#,
+        ),
+        (
+            Refusal::PooledUuid {
+                uuid: "DMSNAP-1-pool".to_owned(),
+            },
+            r#""DMSNAP-1-pool" is a pool's device, which serves one snapshot after another: say which by its name"#,
+        ),
+        (
             Refusal::NotExportable {
                 name: "vm-42".to_owned(),
                 why: "it is suspended",

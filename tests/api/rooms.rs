@@ -136,3 +136,40 @@ fn the_root_has_no_other_rooms_and_no_code() {
         "lib.rs has code"
     );
 }
+
+/// What only the kernel's room may name. The numbers of a device are arithmetic, and a type is no call.
+const KERNEL_ALONE: [&str; 6] = ["std::fs", "fs::", "nix::", "libc::", "sys::", "File::open"];
+const NO_CALLS: [&str; 5] = [
+    "nix::errno::Errno",
+    "std::fs::File;",
+    "libc::major(",
+    "libc::minor(",
+    "libc::makedev(",
+];
+
+#[test]
+fn nothing_but_the_kernels_room_calls_the_system() {
+    let mut wrong = Vec::new();
+    for room in FLOORS.into_iter().filter(|room| *room != "kernel") {
+        let mut files = Vec::new();
+        sources(&src().join(room), &mut files);
+        for file in files {
+            let text = NO_CALLS
+                .iter()
+                .fold(code(&file), |text, allowed| text.replace(allowed, ""));
+            for line in text.lines() {
+                let starts_word = |at: usize| {
+                    !line[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_')
+                };
+                let named = KERNEL_ALONE
+                    .iter()
+                    .find(|name| line.match_indices(*name).any(|(at, _)| starts_word(at)));
+                if let Some(name) = named {
+                    let file = file.strip_prefix(src()).expect("below src");
+                    wrong.push(format!("{} has {name}: {}", file.display(), line.trim()));
+                }
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}

@@ -248,9 +248,10 @@ fn a_cow_file_that_is_in_use_is_not_exported_by_its_path() {
         .create(scene.image(), &cow, &scene.name())
         .expect("a snapshot");
     let refused = ExportOptions::new().export(scene.image(), &cow, scene.path("out"));
+    let name = name_of(&snapshot);
     assert_eq!(
         refused,
-        Err(Error::Refused(Refusal::CowInUse { path: cow }))
+        Err(Error::Refused(Refusal::CowOfSnapshot { path: cow, name }))
     );
     snapshot.cleanup().expect("nobody has it open");
 }

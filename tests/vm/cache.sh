@@ -3,18 +3,20 @@
 # cache/kernels/SERIES/vmlinuz       the kernel
 # cache/kernels/SERIES/modules.cpio  the few modules the guest uses, with their index
 # cache/kernels/SERIES/release       what `uname -r` says in it
+# cache/kernels/SERIES/wanted        the modules that were asked for
 # cache/arm64-tools                  the arm64 guest's user land (arm64.sh)
 # cache/rust-VERSION                 the oldest compiler, with arm64's library (arm64.sh)
 #
 # A series directory is renamed into place when it is complete, so one that
-# exists is whole. Delete it to have a newer kernel fetched.
+# exists is whole. Delete it to have a newer kernel fetched. One that was made
+# with another list of modules is fetched again.
 
 cache=${DMSNAP_VM_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/dmsnap-vm}
 
 # Without these no guest starts, or no snapshot can be made in it.
 modules_required="loop dm-mod dm-snapshot virtio_pci virtio_blk virtio_console ext4"
 # Taken when the kernel has them: fault injection, other file systems.
-modules_optional="dm-flakey dm-delay dm-zero dm-log-writes xfs overlay crc32c_generic crc32c_intel"
+modules_optional="dm-flakey dm-delay dm-zero dm-log-writes xfs overlay vfat nls_cp437 nls_iso8859-1 nls_ascii nls_utf8 crc32c_generic crc32c_intel"
 
 # The suites that carry a series, as ARCHIVE:SUITE, ARCHIVE being main or security.
 kernel_suites() {
@@ -45,14 +47,14 @@ kernel_ensure() {
     [[ $series != arm64 ]] || cache_ensure arm64-tools arm64_tools_fetch
 }
 
-# cache_ensure DIR COMMAND...: COMMAND makes it, if it is not there.
+# cache_ensure DIR COMMAND...: COMMAND makes it, if it is not there, or was made for other wishes.
 cache_ensure() {
     local dir=$1 lock
     shift
     mkdir -p "$cache/kernels"
     exec {lock}>"$cache/lock"
     flock "$lock"
-    if [[ ! -d $cache/$dir ]]; then
+    if [[ ! -d $cache/$dir || ( $dir == kernels/* && $(cat "$cache/$dir/wanted" 2>/dev/null) != "$modules_required $modules_optional" ) ]]; then
         # Under the lock, whatever is here was left by a run that was killed.
         rm -rf "$cache"/fetch.*
         # Not part of a condition, which would turn errexit off inside.
@@ -107,6 +109,8 @@ kernel_fetch() {
     modules_pick "$tmp/all" "$tmp/tree" "$release"
     cpio_pack "$tmp/tree" >"$tmp/new/modules.cpio"
     echo "$release" >"$tmp/new/release"
+    echo "$modules_required $modules_optional" >"$tmp/new/wanted"
+    rm -rf "$cache/kernels/${series:?}"
     mv -T "$tmp/new" "$cache/kernels/$series"
     say "kernel $series is $release"
 }

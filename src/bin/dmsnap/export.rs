@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args as Arguments;
-use dmsnap::export::{ExportOptions, ExportProgress, Exported};
+use dmsnap::export::{ExportOptions, Exported, Progress};
 
 use crate::interrupt::Job;
 use crate::{Failure, print, print_json};
@@ -41,7 +41,7 @@ pub(crate) struct Export {
 
 pub(crate) fn run(export: &Export) -> Result<(), Failure> {
     let job = Job::begin().map_err(Failure::Signals)?;
-    let mut progress = |progress: ExportProgress| job.shows(progress.done, progress.total);
+    let mut progress = |progress: Progress| job.shows(progress.done_bytes, progress.total_bytes);
     let mut options = ExportOptions::new();
     options
         .replace(export.replace)

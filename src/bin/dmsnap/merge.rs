@@ -24,7 +24,7 @@ pub(crate) fn merge(args: &Merge) -> Result<(), Failure> {
         options.name(name);
     }
     let outcome = options.merge(&args.origin, &args.cow, |progress| {
-        job.shows(bytes(progress.merged), bytes(progress.total))
+        job.shows(progress.done_bytes, progress.total_bytes)
     });
     let signal = job.signal();
     drop(job);

@@ -4,6 +4,7 @@ use std::fmt::{self, Display};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 
+use dmsnap::DeviceId;
 use dmsnap::base::DeviceUuid;
 use dmsnap::dm::{SnapshotStatus, Usage};
 use dmsnap::snapshot::GrowOptions;
@@ -21,6 +22,9 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
     watch.threshold(options.at);
     for name in &options.names {
         watch.add(name)?;
+        if options.grow_by.is_some() {
+            GrowOptions::new().probe(name)?;
+        }
     }
     // A log that cannot be written is no reason to let a disk run full.
     let mut unlogged = None;
@@ -76,7 +80,10 @@ fn grow<'a>(options: &Watch, event: &'a WatchEvent) -> Option<Line<'a>> {
     }
     let wanted = wanted(*usage, options.at, by).min(most);
     let mut how = GrowOptions::new();
-    match how.reserve(options.reserve).grow(&event.uuid, wanted) {
+    match how
+        .reserve(options.reserve)
+        .grow(DeviceId::Name(event.name.clone()), wanted)
+    {
         Ok(SnapshotStatus::Usage(usage)) => line("grown", Some(usage), None),
         Ok(other) => line("grow-failed", None, Some(other.to_string())),
         Err(error) => line("grow-failed", None, Some(output::whole(&error))),

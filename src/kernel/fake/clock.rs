@@ -37,6 +37,10 @@ impl Clock for Script {
         seen.is_some()
     }
 
+    fn stand_back(&self) -> Result<(), Errno> {
+        Ok(())
+    }
+
     fn random(&self) -> Result<u128, Errno> {
         self.call(Step::Random)?;
         Ok(42)

@@ -1,5 +1,6 @@
 //! Files of the fake machine.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -8,6 +9,9 @@ use super::Script;
 use super::world::{FILE_BYTES, file_id, inode};
 use crate::error::Step;
 use crate::kernel::{FileFacts, FileKind, Files};
+
+/// The inode of every file that has no name.
+const NAMELESS: u64 = 1000;
 
 impl Files for Script {
     type File = u64;
@@ -30,6 +34,35 @@ impl Files for Script {
         self.call(Step::MakeFile)?;
         self.world.borrow_mut().made_files.insert(path.to_owned());
         Ok(inode(path))
+    }
+
+    fn make_nameless(&self, _directory: &Path) -> Result<u64, Errno> {
+        self.call(Step::MakeFile)?;
+        Ok(NAMELESS)
+    }
+
+    fn name_file(&self, _file: &u64, path: &Path) -> Result<(), Errno> {
+        self.call(Step::Link)?;
+        self.world.borrow_mut().take_path(path)
+    }
+
+    fn link_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        self.call(Step::Link)?;
+        let mut world = self.world.borrow_mut();
+        if !world.made_files.contains(from) {
+            return Err(Errno::ENOENT);
+        }
+        world.take_path(to)
+    }
+
+    fn replace_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        self.call(Step::Link)?;
+        let mut world = self.world.borrow_mut();
+        if !world.made_files.remove(from) {
+            return Err(Errno::ENOENT);
+        }
+        world.made_files.insert(to.to_owned());
+        Ok(())
     }
 
     fn make_memory_file(&self) -> Result<u64, Errno> {
@@ -82,7 +115,13 @@ impl Files for Script {
     }
 
     fn look(&self, path: &Path, _follow: bool) -> Result<FileFacts, Errno> {
-        let moved = self.world.borrow().moved.get(path).copied();
+        let moved = {
+            let world = self.world.borrow();
+            if world.missing.contains(path) && !world.made_files.contains(path) {
+                return Err(Errno::ENOENT);
+            }
+            world.moved.get(path).copied()
+        };
         self.inspect_file(&moved.unwrap_or_else(|| inode(path)))
     }
 
@@ -110,6 +149,39 @@ impl Files for Script {
             stored.copy_from_slice(bytes);
         }
         Ok(())
+    }
+
+    fn write_data(&self, _file: &u64, _bytes: &[u8], _at: u64) -> Result<(), Errno> {
+        self.call(Step::WriteFile)
+    }
+
+    /// All of it is data.
+    fn find_data(&self, file: &u64, at: u64, hole: bool) -> Result<u64, Errno> {
+        self.call(Step::FindData)?;
+        let world = self.world.borrow();
+        let end = *world.sizes.get(file).unwrap_or(&FILE_BYTES);
+        match (at < end, hole) {
+            (true, false) => Ok(at),
+            (true, true) => Ok(end),
+            (false, _) => Err(Errno::ENXIO),
+        }
+    }
+
+    fn punch(&self, _file: &u64, _range: Range<u64>) -> Result<(), Errno> {
+        self.call(Step::PunchHole)
+    }
+
+    /// It has no shared blocks.
+    fn clone_file(&self, _file: &u64, _source: &u64) -> Result<(), Errno> {
+        Err(Errno::EOPNOTSUPP)
+    }
+
+    fn start_writeback(&self, _file: &u64, _range: Range<u64>) -> Result<(), Errno> {
+        Ok(())
+    }
+
+    fn sync_directory(&self, _directory: &Path) -> Result<(), Errno> {
+        self.call(Step::SyncFile)
     }
 
     fn sync_file(&self, _file: &u64) -> Result<(), Errno> {

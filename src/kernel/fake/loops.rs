@@ -129,6 +129,8 @@ impl Loops for Script {
             backing: binding.backing,
             autoclear: binding.autoclear,
             direct_io: false,
+            offset_bytes: 0,
+            limit_bytes: 0,
             label: binding.label,
         })
     }

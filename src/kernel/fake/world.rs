@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::errno::Errno;
+
 use crate::base::{ChunkSize, DeviceNumber, FileId, Sectors, Store};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::kernel::Label;
@@ -33,6 +35,8 @@ pub(crate) struct World {
     pub(crate) letting_go_until: Duration,
     /// The inodes of files that were moved.
     pub(crate) moved: BTreeMap<PathBuf, u64>,
+    /// Paths that lead nowhere until something is made there; every other one is a file's.
+    pub(crate) missing: BTreeSet<PathBuf>,
     /// Inode to size, of files that are no longer as they were made.
     pub(crate) sizes: BTreeMap<u64, u64>,
     /// What every live device says of itself, if it is not in working order.
@@ -151,6 +155,14 @@ impl World {
             .chain(&self.dying)
             .filter(holds)
             .map(|device| device.number)
+    }
+
+    /// Gives a new file that path.
+    pub(crate) fn take_path(&mut self, path: &Path) -> Result<(), Errno> {
+        match self.made_files.insert(path.to_owned()) {
+            true => Ok(()),
+            false => Err(Errno::EEXIST),
+        }
     }
 
     /// How long the file of that path is.

@@ -29,6 +29,10 @@ impl Clock for Machine {
         watch.wait(pause)
     }
 
+    fn stand_back(&self) -> Result<(), Errno> {
+        sys::make_batch_thread()
+    }
+
     fn random(&self) -> Result<u128, Errno> {
         sys::random()
     }

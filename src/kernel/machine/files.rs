@@ -1,14 +1,16 @@
 //! Files of the machine.
 
 use std::fs;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{FallocateFlags, OFlag, open};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, OFlag, open};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens, lstat, stat};
 use nix::sys::time::TimeSpec;
+use nix::unistd::Whence;
 
 use super::Machine;
 use crate::base::{DeviceNumber, FileId};
@@ -59,6 +61,26 @@ impl Files for Machine {
     /// A file without a name, gone with its last user.
     fn make_memory_file(&self) -> Result<OwnedFd, Errno> {
         nix::sys::memfd::memfd_create(c"dmsnap", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
+    }
+
+    /// Without /proc there would be no way to a name.
+    fn make_nameless(&self, directory: &Path) -> Result<OwnedFd, Errno> {
+        let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
+        let file = open(directory, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
+        stat(&magic_link(&file)).map(|_| file)
+    }
+
+    fn name_file(&self, file: &OwnedFd, path: &Path) -> Result<(), Errno> {
+        let flags = AtFlags::AT_SYMLINK_FOLLOW;
+        nix::unistd::linkat(AT_FDCWD, &magic_link(file), AT_FDCWD, path, flags)
+    }
+
+    fn link_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        nix::unistd::linkat(AT_FDCWD, from, AT_FDCWD, to, AtFlags::empty())
+    }
+
+    fn replace_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
+        nix::fcntl::renameat(AT_FDCWD, from, AT_FDCWD, to)
     }
 
     fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno> {
@@ -129,6 +151,48 @@ impl Files for Machine {
         }
     }
 
+    fn write_data(&self, file: &OwnedFd, mut bytes: &[u8], mut at: u64) -> Result<(), Errno> {
+        while !bytes.is_empty() {
+            match nix::sys::uio::pwrite(file, bytes, offset(at)?)? {
+                0 => return Err(Errno::EIO),
+                written => {
+                    bytes = &bytes[written..];
+                    at += written as u64;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn find_data(&self, file: &OwnedFd, at: u64, hole: bool) -> Result<u64, Errno> {
+        let whence = if hole {
+            Whence::SeekHole
+        } else {
+            Whence::SeekData
+        };
+        let found = nix::unistd::lseek(file, offset(at)?, whence)?;
+        u64::try_from(found).map_err(|_| Errno::EOVERFLOW)
+    }
+
+    fn punch(&self, file: &OwnedFd, range: Range<u64>) -> Result<(), Errno> {
+        let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let length = range.end.saturating_sub(range.start);
+        nix::fcntl::fallocate(file, flags, offset(range.start)?, offset(length)?)
+    }
+
+    fn clone_file(&self, file: &OwnedFd, source: &OwnedFd) -> Result<(), Errno> {
+        sys::clone_file(file.as_fd(), source.as_fd())
+    }
+
+    fn start_writeback(&self, file: &OwnedFd, range: Range<u64>) -> Result<(), Errno> {
+        sys::start_writeback(file.as_fd(), range)
+    }
+
+    fn sync_directory(&self, directory: &Path) -> Result<(), Errno> {
+        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        nix::unistd::fsync(open(directory, flags, Mode::empty())?)
+    }
+
     fn sync_file(&self, file: &OwnedFd) -> Result<(), Errno> {
         nix::unistd::fsync(file)
     }
@@ -161,8 +225,13 @@ fn length_within_limit(bytes: u64) -> Result<libc::off_t, Errno> {
     libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)
 }
 
-fn offset(at: usize) -> Result<libc::off_t, Errno> {
-    libc::off_t::try_from(at).map_err(|_| Errno::EOVERFLOW)
+/// The one way to a nameless file that takes no capability (open(2), `O_TMPFILE`).
+fn magic_link(file: &OwnedFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
+}
+
+fn offset(at: impl TryInto<libc::off_t>) -> Result<libc::off_t, Errno> {
+    at.try_into().map_err(|_| Errno::EOVERFLOW)
 }
 
 pub(super) fn facts(found: &FileStat) -> FileFacts {
@@ -173,6 +242,7 @@ pub(super) fn facts(found: &FileStat) -> FileFacts {
         SFlag::S_IFDIR => FileKind::Other("a directory"),
         SFlag::S_IFIFO => FileKind::Other("a FIFO"),
         SFlag::S_IFCHR => FileKind::Other("a character device"),
+        SFlag::S_IFLNK => FileKind::Other("a symbolic link"),
         _ => FileKind::Other("a socket"),
     };
     FileFacts {

@@ -174,6 +174,8 @@ impl LoopDevice {
             },
             autoclear: info.flags & sys::LO_AUTOCLEAR != 0,
             direct_io: info.flags & sys::LO_DIRECT_IO != 0,
+            offset_bytes: info.offset,
+            limit_bytes: info.sizelimit,
             label: Label(info.file_name),
         })
     }

@@ -15,5 +15,7 @@ pub(crate) trait Clock {
     fn watch_closes(&self, nodes: &[PathBuf]) -> Result<Self::Watch, Errno>;
     /// Waits; says whether a close ended the wait.
     fn wait_for_close(&self, watch: &Self::Watch, pause: Duration) -> bool;
+    /// From now on the calling thread, waking, takes no core from an ordinary one.
+    fn stand_back(&self) -> Result<(), Errno>;
     fn random(&self) -> Result<u128, Errno>;
 }

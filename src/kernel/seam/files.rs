@@ -1,5 +1,6 @@
 //! Files: images, COW files, exports and their directories.
 
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
@@ -50,7 +51,16 @@ pub(crate) trait Files {
     /// Opens the file behind a loop device, which claims it.
     fn open_backing(&self, path: &Path, writable: bool) -> Result<Self::File, Errno>;
     fn make_file(&self, path: &Path) -> Result<Self::File, Errno>;
+    /// Makes a file without a name in the directory; for the owner alone.
+    fn make_nameless(&self, directory: &Path) -> Result<Self::File, Errno>;
+    /// Gives a nameless file its name; EEXIST when that is taken.
+    fn name_file(&self, file: &Self::File, path: &Path) -> Result<(), Errno>;
     fn make_memory_file(&self) -> Result<Self::File, Errno>;
+    /// Links another path to a file; EEXIST when that is taken, EPERM where the file system has one path a file.
+    fn link_file(&self, from: &Path, to: &Path) -> Result<(), Errno>;
+    /// Moves a file to a path that may be taken.
+    fn replace_file(&self, from: &Path, to: &Path) -> Result<(), Errno>;
+    /// Moves a file; EEXIST when the path is taken, EINVAL where the file system cannot say so.
     fn move_file(&self, from: &Path, to: &Path) -> Result<(), Errno>;
     fn size_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
     fn lengthen_file(&self, file: &Self::File, bytes: u64, reserve: bool) -> Result<(), Errno>;
@@ -62,6 +72,17 @@ pub(crate) trait Files {
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
     fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;
+    /// Writes all of it.
+    fn write_data(&self, file: &Self::File, bytes: &[u8], at: u64) -> Result<(), Errno>;
+    /// Where data, or a hole, begins at `at` or behind it; ENXIO when there is no more.
+    fn find_data(&self, file: &Self::File, at: u64, hole: bool) -> Result<u64, Errno>;
+    /// Makes the range a hole.
+    fn punch(&self, file: &Self::File, range: Range<u64>) -> Result<(), Errno>;
+    /// Makes the empty file share all of the other's blocks.
+    fn clone_file(&self, file: &Self::File, source: &Self::File) -> Result<(), Errno>;
+    /// Has what is dirty there written out, and waits for nothing.
+    fn start_writeback(&self, file: &Self::File, range: Range<u64>) -> Result<(), Errno>;
+    fn sync_directory(&self, directory: &Path) -> Result<(), Errno>;
     fn sync_file(&self, file: &Self::File) -> Result<(), Errno>;
     fn date_file(&self, file: &Self::File, mtime_ns: Option<i64>) -> Result<(), Errno>;
     fn unlink(&self, path: &Path) -> Result<(), Errno>;

@@ -18,6 +18,10 @@ pub(crate) struct LoopStatus {
     pub(crate) backing: FileId,
     pub(crate) autoclear: bool,
     pub(crate) direct_io: bool,
+    /// Where in the backing file the device begins.
+    pub(crate) offset_bytes: u64,
+    /// How much of it the device shows at most; 0 for all.
+    pub(crate) limit_bytes: u64,
     pub(crate) label: Label,
 }
 

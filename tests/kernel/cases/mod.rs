@@ -4,3 +4,4 @@ mod files;
 mod identity;
 mod loops;
 mod sectors;
+mod windows;
