@@ -199,9 +199,10 @@ impl Vm {
     }
 
     /// Shuts it down, the file system first, and returns when the VMM has exited.
-    pub(crate) fn shut_down(mut self, order: &str) -> ExitStatus {
+    pub(crate) fn shut_down(mut self, order: &str) {
         self.order(order, "ends");
-        self.exited()
+        let status = self.exited();
+        assert!(status.success(), "{}: {status}: {:#?}", self.what, self.said);
     }
 
     /// Waits for the VMM's exit.
