@@ -202,7 +202,14 @@ impl Vm {
     pub(crate) fn shut_down(mut self, order: &str) {
         self.order(order, "ends");
         let status = self.exited();
-        assert!(status.success(), "{}: {status}: {:#?}", self.what, self.said);
+        // User-mode Linux aborts in one of some 25 of its exits, with nothing of ours beneath it, when its kernel has halted.
+        let halted = self.said.iter().any(|line| line == "reboot: System halted");
+        assert!(
+            status.success() || halted,
+            "{}: {status}: {:#?}",
+            self.what,
+            self.said
+        );
     }
 
     /// Waits for the VMM's exit.
