@@ -41,6 +41,8 @@ pub(crate) enum Kind {
     Shared,
     /// As `Shared`, and the dm device serves one snapshot after another.
     Pooled,
+    /// A layer: it is read by the snapshots that stand on it, and never written.
+    Layer,
 }
 
 impl Kind {
@@ -49,6 +51,7 @@ impl Kind {
             Self::Own => "",
             Self::Shared => "-shared",
             Self::Pooled => "-pool",
+            Self::Layer => "-layer",
         }
     }
 }
@@ -106,7 +109,7 @@ impl DeviceUuid {
     /// What is special about the device.
     pub(crate) fn kind(&self) -> Kind {
         let is = |kind: &Kind| self.0.ends_with(kind.suffix());
-        [Kind::Shared, Kind::Pooled]
+        [Kind::Shared, Kind::Pooled, Kind::Layer]
             .into_iter()
             .find(is)
             .unwrap_or(Kind::Own)
@@ -178,7 +181,7 @@ mod tests {
             ours.as_str(),
             "DMSNAP-00000000000000000000000000000007-40000000-ffffffffffffffff-12c"
         );
-        for kind in [Kind::Own, Kind::Shared, Kind::Pooled] {
+        for kind in [Kind::Own, Kind::Shared, Kind::Pooled, Kind::Layer] {
             let ours = DeviceUuid::fresh(7, origin, 300, kind);
             assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
             assert_eq!(ours.kind(), kind);

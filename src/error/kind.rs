@@ -70,6 +70,7 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::CowNotBlank { .. }
             | Refusal::NotOurs { .. }
             | Refusal::NotAdoptable { .. }
+            | Refusal::Irreparable { .. }
             | Refusal::NotExportable { .. }
             | Refusal::OutputExists { .. } => Self::Conflict,
             Refusal::CowUnlinked { .. } | Refusal::FileElsewhere { .. } => Self::Gone,

@@ -125,6 +125,13 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"cannot adopt "swap": its target is linear"#,
         ),
         (
+            Refusal::Irreparable {
+                name: "vm".to_owned(),
+                why: "the table that it was to go on with is gone",
+            },
+            r#"cannot repair "vm": the table that it was to go on with is gone"#,
+        ),
+        (
             Refusal::OriginTooShort {
                 path: image(),
                 bytes: 511,
@@ -415,6 +422,7 @@ fn every_step_makes_a_sentence() {
         ),
         (Step::Create, "cannot create X"),
         (Step::Load, "cannot load the table of X"),
+        (Step::Clear, "cannot clear the inactive table of X"),
         (Step::Suspend, "cannot suspend X"),
         (Step::Resume, "cannot resume X"),
         (Step::Merge, "cannot merge by X"),

@@ -73,6 +73,9 @@ enum Failure {
     /// Some snapshots could not be taken down; the others were.
     #[error("cannot clean up {0} of the snapshots")]
     Uncleaned(usize),
+    /// Some snapshots could not be repaired; the others were.
+    #[error("cannot repair {0} of the snapshots")]
+    Unrepaired(usize),
     /// Some snapshots could not be removed; the others were.
     #[error("cannot reap {0} of the snapshots")]
     Unreaped(usize),
@@ -113,6 +116,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::List { json } => list(json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
+        Command::Repair { json, names } => repair(&names, json),
         Command::Merge(options) => merge::merge(&options),
         Command::Status { json, name } => status(&name, json),
         Command::Grow {
@@ -225,6 +229,35 @@ fn reap(options: &Reap) -> Result<(), Failure> {
     match failures.len() {
         0 => Ok(()),
         failed => Err(Failure::Unreaped(failed)),
+    }
+}
+
+fn repair(names: &[String], json: bool) -> Result<(), Failure> {
+    let found: Vec<_> = match names {
+        [] => {
+            let all = dmsnap::repair_all()?.into_iter();
+            all.map(|item| (item.name, item.outcome)).collect()
+        }
+        names => {
+            let each = names.iter();
+            each.filter_map(|name| Some((name.clone(), dmsnap::repair(name.as_str()).transpose()?)))
+                .collect()
+        }
+    };
+    let items: Vec<_> = found.iter().map(output::RepairedEntry::from).collect();
+    if json {
+        print_json(&items)?;
+    } else {
+        print(items.iter().map(ToString::to_string).collect())?;
+    }
+    let failures = found
+        .iter()
+        .filter_map(|(_, outcome)| outcome.as_ref().err());
+    let failures: Vec<String> = failures.map(output::whole).collect();
+    failures.iter().for_each(output::note);
+    match failures.len() {
+        0 => Ok(()),
+        failed => Err(Failure::Unrepaired(failed)),
     }
 }
 

@@ -10,7 +10,7 @@ use dmsnap::Store;
 use dmsnap::base::{DeviceNumber, DeviceUuid};
 use dmsnap::dm::{SnapshotStatus, Usage};
 use dmsnap::find::{LoopFacts, SnapshotInfo, State};
-use dmsnap::teardown::{Fate, Reaped};
+use dmsnap::teardown::{Fate, Reaped, Repair};
 
 use crate::Failure;
 
@@ -24,6 +24,7 @@ pub(crate) struct Entry<'a> {
     state: State,
     merging: bool,
     deferred_remove: bool,
+    interrupted: bool,
     open_count: u32,
     store: Option<Store>,
     chunk_sectors: Option<u64>,
@@ -75,6 +76,7 @@ impl<'a> From<&'a SnapshotInfo> for Entry<'a> {
             state: info.state,
             merging: info.merging,
             deferred_remove: info.deferred_remove,
+            interrupted: info.interrupted,
             open_count: info.open_count,
             store: info.params.as_ref().map(|params| params.store),
             chunk_sectors: info.params.as_ref().map(|params| params.chunk.into()),
@@ -115,11 +117,16 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
         } else {
             ""
         };
+        let interrupted = if info.interrupted {
+            ", interrupted"
+        } else {
+            ""
+        };
         let path = |facts: &Option<LoopEntry>| facts.as_ref().and_then(|facts| facts.path.clone());
         rows.push([
             info.name.clone(),
             entry.device,
-            format!("{state}{merging}{due}"),
+            format!("{state}{interrupted}{merging}{due}"),
             info.open_count.to_string(),
             used,
             path(&entry.origin).unwrap_or_else(|| "-".to_owned()),
@@ -239,5 +246,38 @@ impl Display for ReapedEntry {
             self.fate,
             open.unwrap_or_default()
         )
+    }
+}
+
+/// A device that needed a repair, as `repair` prints it. The keys are stable; new ones may be added.
+#[derive(Debug, serde::Serialize)]
+pub(crate) struct RepairedEntry {
+    name: String,
+    /// `resumed`, `undone`, `finished`, `in-progress` or `failed`.
+    outcome: &'static str,
+    error: Option<String>,
+}
+
+impl From<&(String, dmsnap::Result<Repair>)> for RepairedEntry {
+    fn from((name, done): &(String, dmsnap::Result<Repair>)) -> Self {
+        let outcome = match done {
+            Ok(Repair::Resumed) => "resumed",
+            Ok(Repair::Undone) => "undone",
+            Ok(Repair::Finished) => "finished",
+            Ok(Repair::InProgress) => "in-progress",
+            Ok(_) => "unknown",
+            Err(_) => "failed",
+        };
+        Self {
+            name: name.clone(),
+            outcome,
+            error: done.as_ref().err().map(whole),
+        }
+    }
+}
+
+impl Display for RepairedEntry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        writeln!(f, "{}: {}", self.name, self.outcome)
     }
 }

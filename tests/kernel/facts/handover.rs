@@ -22,7 +22,7 @@ use crate::common::reading::{dm_exists, number};
 use crate::common::{Losetup, Scene, eventually, output, run};
 
 /// Writes file after file, each synced before the next, until it is stopped.
-struct Writer {
+pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
     synced: Arc<AtomicU64>,
     thread: JoinHandle<io::Result<()>>,
@@ -36,7 +36,7 @@ fn file_content(nth: u64) -> Vec<u8> {
 }
 
 impl Writer {
-    fn start(dir: PathBuf) -> Self {
+    pub(crate) fn start(dir: PathBuf) -> Self {
         let (stop, synced) = (
             Arc::new(AtomicBool::new(false)),
             Arc::new(AtomicU64::new(0)),
@@ -58,19 +58,19 @@ impl Writer {
         }
     }
 
-    fn synced(&self) -> u64 {
+    pub(crate) fn synced(&self) -> u64 {
         self.synced.load(Ordering::Acquire)
     }
 
     /// Waits for a few more files.
-    fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         let goal = (self.synced() + 10).min(FILES);
         let written = eventually(Duration::from_secs(30), || self.synced() >= goal);
         assert!(written, "{} of {goal} files", self.synced());
     }
 
     /// How many files there are; no write of any failed.
-    fn stop(self) -> u64 {
+    pub(crate) fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         let ended = self.thread.join().expect("it does not panic");
         ended.expect("no write fails");
@@ -78,7 +78,7 @@ impl Writer {
     }
 }
 
-fn assert_files(dir: &Path, count: u64) {
+pub(crate) fn assert_files(dir: &Path, count: u64) {
     for nth in 0..count {
         let found = fs::read(dir.join(nth.to_string()));
         let found = found.unwrap_or_else(|error| panic!("file {nth} of {count}: {error}"));
@@ -226,6 +226,30 @@ fn a_layer_may_have_a_read_only_table_over_a_read_only_loop_device() {
         fs::read(&file).expect("readable") == before,
         "the frozen file is as it was"
     );
+}
+
+// drivers/md/dm-snap.c, snapshot_ctr: the store of a table that waits has no chunk size; __handover_exceptions swaps the
+// two stores.
+#[test]
+fn a_table_that_waits_for_its_exceptions_or_has_given_them_away_shows_no_chunk_size() {
+    let scene = Scene::new();
+    let mut stack = Stack::over(&scene);
+    let (_, cow) = stack.cow();
+    let image = stack.image.clone();
+    let v = stack.snapshot(&image, &cow);
+    let (b, _) = stack.prepare(&v, &image, &cow);
+    let waiting = run!("dmsetup", "table", "--inactive", &b.name);
+    assert!(
+        waiting.ends_with(&format!("{image} {cow} P 0")),
+        "{waiting}"
+    );
+    v.suspend();
+    b.resume();
+    let given = run!("dmsetup", "table", &v.name);
+    assert!(given.ends_with(&format!("{image} {cow} P 0")), "{given}");
+    let live = run!("dmsetup", "table", &b.name);
+    assert!(live.ends_with(&format!("{image} {cow} P 8")), "{live}");
+    v.resume();
 }
 
 #[test]
