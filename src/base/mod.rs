@@ -3,6 +3,8 @@
 mod device_id;
 mod handles;
 mod identity;
+#[cfg(feature = "serde")]
+pub(crate) mod lossy;
 mod name;
 mod number;
 mod progress;

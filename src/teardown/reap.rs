@@ -7,6 +7,8 @@ use super::remove::{self, Outcome};
 use super::{cleanup, pool_mark};
 use crate::base::{MAPPER_DIR, loop_node};
 use crate::call::{absent, ask, in_parallel, patiently};
+#[cfg(feature = "serde")]
+use crate::error::Error;
 use crate::error::{Result, Retry, Step, Verdict};
 use crate::find;
 use crate::find::SnapshotInfo;
@@ -40,6 +42,7 @@ pub struct ReapOptions {
 
 /// One thing that a sweep came by.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Reaped {
     /// The dm device's name.
@@ -48,7 +51,22 @@ pub struct Reaped {
     /// an alias alone.
     pub snapshot: Option<SnapshotInfo>,
     /// What became of it, or why that failed. A failure does not stop the sweep.
+    #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
     pub fate: Result<Fate>,
+}
+
+/// A fate, or `failed` with its error.
+#[cfg(feature = "serde")]
+fn flat<S: serde::Serializer>(fate: &Result<Fate>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(serde::Serialize)]
+    #[serde(tag = "fate", rename_all = "kebab-case")]
+    enum Other<'a> {
+        Failed { error: &'a Error },
+    }
+    match fate {
+        Ok(fate) => serde::Serialize::serialize(fate, serializer),
+        Err(error) => serde::Serialize::serialize(&Other::Failed { error }, serializer),
+    }
 }
 
 /// What became of a snapshot in a sweep.
@@ -56,7 +74,7 @@ pub struct Reaped {
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize),
-    serde(rename_all = "kebab-case")
+    serde(tag = "fate", rename_all = "kebab-case")
 )]
 #[non_exhaustive]
 pub enum Fate {

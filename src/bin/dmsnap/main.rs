@@ -166,7 +166,10 @@ fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure
         (Some(error), 1) => Err(error.into()),
         (Some(error), _) => {
             failed.push(error);
-            failed.iter().map(output::whole).for_each(output::note);
+            failed
+                .iter()
+                .map(dmsnap::Error::one_line)
+                .for_each(output::note);
             Err(Failure::Uncleaned(failed.len()))
         }
     }
@@ -175,7 +178,7 @@ fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure
 fn status(name: &str, json: bool) -> Result<(), Failure> {
     let info = dmsnap::status(name)?;
     if json {
-        print_json(&output::Entry::from(&info))
+        print_json(&info)
     } else {
         print(output::table(&[&info]))
     }
@@ -188,14 +191,13 @@ fn list(json: bool) -> Result<(), Failure> {
         match snapshot {
             Ok(info) => readable.push(info),
             Err(error) => {
-                output::note(output::chain(&error));
+                output::note(error.one_line());
                 unreadable += 1;
             }
         }
     }
     if json {
-        let entries: Vec<_> = readable.iter().map(output::Entry::from).collect();
-        print_json(&entries)?;
+        print_json(&readable)?;
     } else {
         print(output::table(&readable.iter().collect::<Vec<_>>()))?;
     }
@@ -214,12 +216,11 @@ fn reap(options: &Reap) -> Result<(), Failure> {
         .dry_run(options.dry_run)
         .reap(keep)?;
     let failures = reaped.iter().filter_map(|item| item.fate.as_ref().err());
-    let failures: Vec<String> = failures.map(output::whole).collect();
-    let items: Vec<_> = reaped.iter().map(output::ReapedEntry::from).collect();
+    let failures: Vec<String> = failures.map(dmsnap::Error::one_line).collect();
     if options.json {
-        print_json(&items)?;
+        print_json(&reaped)?;
     } else {
-        print(items.iter().map(ToString::to_string).collect())?;
+        print(reaped.iter().map(output::fate).collect())?;
     }
     failures.iter().for_each(output::note);
     match failures.len() {
@@ -235,6 +236,7 @@ fn outcome_text(outcome: Outcome) -> String {
         Outcome::Deferred { open_count } => {
             format!("deferred until its {open_count} users close it\n")
         }
+        _ => "done\n".to_owned(),
     }
 }
 
