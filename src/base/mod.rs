@@ -16,7 +16,7 @@ pub use device_id::DeviceId;
 pub use handles::{FileId, Handles, LoopHandle};
 pub use identity::OriginIdentity;
 pub use name::{DeviceName, InvalidName, NameFault};
-pub(crate) use name::{KEPT, MAPPER_DIR, POOLED};
+pub(crate) use name::{KEPT, MAPPER_DIR, MERGING, POOLED};
 pub(crate) use number::loop_node;
 pub use number::{DeviceNumber, InvalidNumber};
 pub use progress::Progress;

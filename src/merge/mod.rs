@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::backing::{Backing, Reader, attach, open_locked_origin, open_merged_cow, unsound};
 pub use crate::base::Progress;
 use crate::base::{
-    ChunkSize, DeviceName, Handles, Kind, OriginIdentity, SectorSize, Sectors, Store,
+    ChunkSize, DeviceName, Handles, Kind, MERGING, OriginIdentity, SectorSize, Sectors, Store,
 };
 use crate::call::{absent, ask, timings};
 use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
@@ -203,7 +203,7 @@ enum Stage {
 fn name_after<F>(cow: &Backing<'_, F>) -> Result<DeviceName> {
     let id = cow.facts.id;
     Ok(DeviceName::new(format!(
-        "dmsnap-merge-{}-{}",
+        "{MERGING}{}-{}",
         id.dev, id.inode
     ))?)
 }

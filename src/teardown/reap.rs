@@ -5,20 +5,22 @@ use std::time::Duration;
 
 use super::remove::{self, Outcome};
 use super::{cleanup, pool_mark};
-use crate::base::{MAPPER_DIR, loop_node};
+use crate::base::{MAPPER_DIR, MERGING, POOLED, loop_node};
 use crate::call::{absent, ask, in_parallel, patiently};
 #[cfg(feature = "serde")]
 use crate::error::Error;
 use crate::error::{Result, Retry, Step, Verdict};
 use crate::find;
-use crate::find::SnapshotInfo;
+use crate::find::{SnapshotInfo, State};
 use crate::kernel::{Host, MACHINE};
 
 /// How to reap: take down the snapshots that nobody claims, as a control plane that died leaves them, half-built ones
 /// included.
 ///
-/// A snapshot that is made and not yet opened by its VMM is taken down unless `keep` claims it. COW files stay, but for
-/// those of a dead pool that nobody had claimed.
+/// A snapshot that is made and not yet opened by its VMM is taken down unless `keep` claims it. `keep` is asked about
+/// what a caller can have a use for, and not about what goes anyway: a half-made snapshot whose maker is dead, what a
+/// dead pool had ready (`dmsnap-pool-...`), a merge's device of a process that is dead (`dmsnap-merge-...`; nothing of it
+/// is lost). COW files stay, but for those of a dead pool that nobody had claimed.
 ///
 /// Only devices whose uuid is ours are looked at. A snapshot that another process is making at this moment is left
 /// alone: its maker holds a lock that the kernel frees when the maker is done or dead.
@@ -135,8 +137,8 @@ impl ReapOptions {
     ///
     /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails
     /// for one snapshot is in its [`Reaped::fate`].
-    pub fn reap(&self, keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
-        self.reap_on(&MACHINE, keep)
+    pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
+        self.reap_on(&MACHINE, |info| is_a_callers(info) && keep(info))
     }
 
     pub(crate) fn reap_on<H: Host + Sync>(
@@ -257,6 +259,15 @@ impl ReapOptions {
             fate,
         })
     }
+}
+
+/// Whether a caller can have a use for it: one that was made to its end, under a name that a caller gave.
+fn is_a_callers(info: &SnapshotInfo) -> bool {
+    let made = !matches!(info.state, State::NoTable | State::Loaded);
+    let named = ![POOLED, MERGING]
+        .iter()
+        .any(|own| info.name.starts_with(own));
+    made && named
 }
 
 /// Whether somebody is at work on the snapshot: its maker holds a lock on the COW file's loop device, an exclusive one,
