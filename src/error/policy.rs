@@ -17,7 +17,7 @@ use super::Step;
 /// | LockFile, TestLock | EAGAIN | InUse |
 /// | * | EINTR, EAGAIN | Again |
 /// | Remove, DetachLoop | EBUSY | Busy |
-/// | Remove, Query, Status, Rename | ENXIO, ENOENT, ENODEV | Gone |
+/// | Remove, Query, Status, Rename, Clear | ENXIO, ENOENT, ENODEV | Gone |
 /// | InspectLoop, DetachLoop | ENXIO, ENOENT, ENODEV | Gone |
 /// | FindData | ENXIO | Gone |
 /// | Unlink, MoveFile | ENOENT | Gone |
@@ -85,9 +85,10 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         (S::LockFile | S::TestLock, E::EAGAIN) => Verdict::InUse,
         (_, E::EINTR | E::EAGAIN) => Verdict::Again,
         (S::Remove | S::DetachLoop, E::EBUSY) => Verdict::Busy,
-        (S::Remove | S::Query | S::Status | S::Rename, E::ENXIO | E::ENOENT | E::ENODEV) => {
-            Verdict::Gone
-        }
+        (
+            S::Remove | S::Query | S::Status | S::Rename | S::Clear,
+            E::ENXIO | E::ENOENT | E::ENODEV,
+        ) => Verdict::Gone,
         (S::InspectLoop | S::DetachLoop, E::ENXIO | E::ENOENT | E::ENODEV) => Verdict::Gone,
         (S::FindData, E::ENXIO) => Verdict::Gone,
         (S::Unlink | S::MoveFile, E::ENOENT) => Verdict::Gone,

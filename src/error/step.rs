@@ -84,6 +84,8 @@ steps! {
     Create = "create",
     /// `DM_TABLE_LOAD`.
     Load = "load the table of",
+    /// `DM_TABLE_CLEAR`.
+    Clear = "clear the inactive table of",
     /// `DM_DEV_SUSPEND` with `DM_SUSPEND_FLAG`.
     Suspend = "suspend",
     /// `DM_DEV_SUSPEND` without its flag.

@@ -10,7 +10,7 @@ use crate::base::{DeviceId, DeviceName, Handles};
 use crate::error::{Error, Refusal, Result, Step};
 use crate::kernel::LO_AUTOCLEAR;
 use crate::kernel::fake::Script;
-use crate::kernel::{DeviceMapper, Loops};
+use crate::kernel::{DeviceMapper, Files, Loops};
 
 fn never(_: Step, _: usize) -> Option<Errno> {
     None
@@ -128,7 +128,8 @@ fn a_fake_loop_device_goes_with_its_last_user() {
     let device = script
         .open_loop(Path::new("/dev/loop0"), true)
         .expect("opens");
-    let attached = script.attach_loop(&device, &7, LO_AUTOCLEAR, 512, Path::new("/x"));
+    let file = script.open_file(Path::new("/x"), true).expect("opens");
+    let attached = script.attach_loop(&device, &file, LO_AUTOCLEAR, 512, Path::new("/x"));
     assert_eq!(attached, Ok(()));
     drop(device);
     assert!(script.world.borrow().loops.is_empty());

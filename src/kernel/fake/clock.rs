@@ -13,16 +13,13 @@ impl Clock for Script {
     type Watch = ();
 
     fn now(&self) -> Duration {
-        self.clock.get()
+        self.world.borrow().now
     }
 
     fn sleep(&self, pause: Duration) {
-        self.clock.set(self.clock.get() + pause);
         let mut world = self.world.borrow_mut();
-        if self.clock.get() >= world.dying_until {
-            world.dying.clear();
-            world.settle();
-        }
+        world.now += pause;
+        world.settle();
     }
 
     fn watch_closes(&self, _nodes: &[PathBuf]) -> Result<(), Errno> {
@@ -31,7 +28,10 @@ impl Clock for Script {
 
     /// The users' close is seen as it happens.
     fn wait_for_close(&self, (): &(), pause: Duration) -> bool {
-        let left = self.world.borrow().busy_until.checked_sub(self.clock.get());
+        let left = {
+            let world = self.world.borrow();
+            world.busy_until.checked_sub(world.now)
+        };
         let seen = left.filter(|left| !left.is_zero() && *left <= pause);
         self.sleep(seen.unwrap_or(pause));
         seen.is_some()

@@ -1,12 +1,12 @@
 //! Loop devices of the fake machine.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use nix::errno::Errno;
 
-use super::world::{Binding, file_id, label};
-use super::{Script, ScriptLoop};
+use super::opens::Object;
+use super::world::{Binding, file_id, label, loop_at};
+use super::{Script, ScriptFile, ScriptLoop};
 use crate::base::{DeviceNumber, loop_node};
 use crate::error::Step;
 use crate::kernel::sys::LO_AUTOCLEAR;
@@ -33,16 +33,9 @@ impl Loops for Script {
 
     fn open_loop(&self, path: &Path, _writable: bool) -> Result<ScriptLoop, Errno> {
         self.call(Step::OpenLoop)?;
-        let text = path.to_string_lossy();
-        let number = text
-            .strip_prefix("/dev/loop")
-            .and_then(|digits| digits.parse().ok());
-        let number = number.ok_or(Errno::ENOENT)?;
-        if let Some(binding) = self.world.borrow_mut().loops.get_mut(&number) {
-            binding.opens += 1;
-        }
+        let number = loop_at(path).ok_or(Errno::ENOENT)?;
         Ok(ScriptLoop {
-            world: Arc::clone(&self.world),
+            opened: self.opened(Object::Loop(number)),
             number,
         })
     }
@@ -50,27 +43,30 @@ impl Loops for Script {
     fn attach_loop(
         &self,
         device: &ScriptLoop,
-        backing: &u64,
+        backing: &ScriptFile,
         flags: u32,
         _sector_bytes: u32,
         path: &Path,
     ) -> Result<(), Errno> {
         self.call(Step::AttachLoop)?;
+        let inode = backing.inode();
         let mut world = self.world.borrow_mut();
+        if world.loops.contains_key(&device.number) {
+            return Err(Errno::EBUSY);
+        }
         world.next_diskseq += 1;
+        world.share(backing.0.open);
         let binding = Binding {
-            backing: file_id(*backing),
+            backing: file_id(inode),
             path: path.to_owned(),
             label: label(path),
             bytes: world.file_bytes(path),
             autoclear: flags & LO_AUTOCLEAR != 0,
             diskseq: world.next_diskseq,
-            opens: 1,
+            open: Some(backing.0.open),
         };
-        match world.loops.insert(device.number, binding) {
-            None => Ok(()),
-            Some(_) => Err(Errno::EBUSY),
-        }
+        world.loops.insert(device.number, binding);
+        Ok(())
     }
 
     fn detach_loop(&self, device: &ScriptLoop) -> Result<(), Errno> {
@@ -91,16 +87,19 @@ impl Loops for Script {
         Ok(())
     }
 
-    fn lock_loop(&self, _device: &ScriptLoop, _exclusive: bool) -> Result<(), Errno> {
-        self.call(Step::LockLoop)
+    fn lock_loop(&self, device: &ScriptLoop, exclusive: bool) -> Result<(), Errno> {
+        self.call(Step::LockLoop)?;
+        self.world.borrow_mut().lock(device.opened.open, exclusive)
     }
 
-    fn mark_loop(&self, _device: &ScriptLoop) -> Result<(), Errno> {
-        self.call(Step::LockLoop)
+    fn mark_loop(&self, device: &ScriptLoop) -> Result<(), Errno> {
+        self.call(Step::LockLoop)?;
+        self.world.borrow_mut().mark(device.opened.open)
     }
 
-    fn loop_is_marked(&self, _device: &ScriptLoop) -> Result<bool, Errno> {
-        self.call(Step::TestLock).map(|()| false)
+    fn loop_is_marked(&self, device: &ScriptLoop) -> Result<bool, Errno> {
+        self.call(Step::TestLock)?;
+        Ok(self.world.borrow().is_marked(device.opened.open))
     }
 
     fn loop_number(&self, device: &ScriptLoop) -> Result<DeviceNumber, Errno> {
@@ -157,22 +156,21 @@ impl Loops for Script {
     }
 
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
-        let number = path
-            .to_string_lossy()
-            .strip_prefix("/dev/loop")
-            .and_then(|digits| digits.parse().ok());
         let world = self.world.borrow();
-        number
-            .map(|number| world.holding(number).collect())
-            .unwrap_or_default()
+        let number = world.number_of(path);
+        number.map_or_else(Vec::new, |number| world.holding(number).collect())
     }
 
     fn shows_backing(&self, _path: &Path) -> bool {
-        self.clock.get() < self.world.borrow().letting_go_until
+        let world = self.world.borrow();
+        world.now < world.letting_go_until
     }
 
     fn loop_node_of(&self, number: DeviceNumber) -> Result<PathBuf, Errno> {
         self.call(Step::InspectLoop)?;
+        if number.major != 7 {
+            return Err(Errno::ENOTBLK);
+        }
         let world = self.world.borrow();
         let bound = world.loops.contains_key(&number.minor);
         bound.then(|| loop_node(number.minor)).ok_or(Errno::ENOENT)

@@ -6,7 +6,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::Script;
-use super::world::ScriptDevice;
+use super::world::{ScriptDevice, loop_at};
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
 use crate::error::Step;
@@ -33,35 +33,28 @@ impl DeviceMapper for Script {
             return Err(Errno::EBUSY);
         }
         let mut world = self.world.borrow_mut();
-        let minor = u32::try_from(world.devices.len()).unwrap_or(0);
-        let number = DeviceNumber { major: 254, minor };
-        let device = ScriptDevice {
-            name: name.to_string(),
-            number,
-            table: None,
-            live: false,
-            suspended: false,
-        };
+        let number = world.free_number();
+        let device = ScriptDevice::new(name.to_string(), number);
         world.devices.insert(uuid.to_string(), device);
         Ok(number)
     }
 
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
         self.call(Step::Load)?;
-        let mut world = self.world.borrow_mut();
-        let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
-        device.table = Some(line.clone());
-        Ok(())
+        self.world.borrow_mut().load(uuid.as_str(), line)
+    }
+
+    fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.call(Step::Clear)?;
+        self.world.borrow_mut().clear(uuid.as_str())
     }
 
     fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         self.call(Step::Resume)?;
         let mut world = self.world.borrow_mut();
-        let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
-        (device.live, device.suspended) = (true, false);
-        world.settle();
-        drop(world);
-        Ok(self.open_count())
+        world.resume(uuid.as_str())?;
+        let number = world.devices[uuid.as_str()].number;
+        Ok(world.open_count(number))
     }
 
     fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
@@ -93,31 +86,27 @@ impl DeviceMapper for Script {
             name: device.name.clone(),
             uuid: uuid.clone(),
             number: device.number,
-            open_count: self.open_count(),
-            live_table: device.live,
-            inactive_table: device.table.is_some() && !device.live,
+            open_count: world.open_count(device.number),
+            live_table: device.live.is_some(),
+            inactive_table: device.inactive.is_some(),
             suspended: device.suspended,
-            deferred_remove: false,
+            deferred_remove: device.deferred,
         })
     }
 
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
         self.call(Step::Remove)?;
         let uuid = self.find(address)?;
-        if self.open_count() > 0 {
-            return if deferred {
-                Ok(true)
-            } else {
-                Err(Errno::EBUSY)
-            };
-        }
         let mut world = self.world.borrow_mut();
-        let device = world.devices.remove(&uuid);
-        if self.clock.get() < world.dying_until {
-            world.dying.extend(device);
+        let number = world.devices[&uuid].number;
+        if world.open_count(number) > 0 {
+            let device = world.devices.get_mut(&uuid).filter(|_| deferred);
+            let device = device.ok_or(Errno::EBUSY)?;
+            device.deferred = true;
+            return Ok(true);
         }
+        world.remove(&uuid);
         world.status = None;
-        world.settle();
         Ok(false)
     }
 
@@ -125,15 +114,22 @@ impl DeviceMapper for Script {
         self.call(Step::Status)?;
         let mut world = self.world.borrow_mut();
         let device = world.devices.get(uuid.as_str()).ok_or(Errno::ENXIO)?;
-        let Some(params) = device.params().filter(|_| device.live) else {
+        let Some((table, params)) = device
+            .live
+            .as_ref()
+            .and_then(|table| Some((table, table.params()?)))
+        else {
             return Ok(None);
         };
-        if device.merges() {
+        if table.merges() {
             return Ok(Some(("snapshot-merge".to_owned(), world.merge_on())));
         }
         let sectors = world.loops[&params.cow.minor].bytes / 512;
-        let usage = || format!("16/{sectors} 16");
-        let text = world.status.map_or_else(usage, str::to_owned);
+        let text = match (table.valid, world.status) {
+            (false, _) => "Invalid".to_owned(),
+            (true, Some(status)) => status.to_owned(),
+            (true, None) => format!("16/{sectors} 16"),
+        };
         Ok(Some(("snapshot".to_owned(), text)))
     }
 
@@ -158,12 +154,12 @@ impl DeviceMapper for Script {
 
     fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno> {
         self.call(Step::Query)?;
-        let text = path.to_string_lossy();
-        let number = text.strip_prefix("/dev/loop").and_then(|n| n.parse().ok());
-        Ok(Some(DeviceNumber {
-            major: if number.is_some() { 7 } else { 254 },
-            minor: number.unwrap_or(0),
-        }))
+        let minor = loop_at(path);
+        let known = self.world.borrow().number_of(path);
+        Ok(Some(known.unwrap_or(DeviceNumber {
+            major: if minor.is_some() { 7 } else { 254 },
+            minor: minor.unwrap_or(0),
+        })))
     }
 
     fn is_present(&self, _number: DeviceNumber) -> bool {
@@ -182,7 +178,12 @@ impl DeviceMapper for Script {
         })?;
         let world = self.world.borrow();
         let device = &world.devices[&uuid];
-        let line = device.table.as_ref().filter(|_| device.live != inactive);
+        let slot = if inactive {
+            &device.inactive
+        } else {
+            &device.live
+        };
+        let line = slot.as_ref().map(|table| &table.line);
         Ok(line.map(|line| (line.target.kind().to_owned(), line.target.params())))
     }
 

@@ -6,13 +6,17 @@
 mod clock;
 mod files;
 mod loops;
+mod mapped;
 mod mapper;
+mod opens;
+#[cfg(test)]
+mod tests;
 pub(crate) mod world;
 
 use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
-use std::time::Duration;
 
 use nix::errno::Errno;
+use opens::Object;
 use world::{ScriptDevice, World};
 
 use crate::dm::Address;
@@ -41,35 +45,32 @@ impl<T: Default> Shared<T> {
     }
 }
 
-impl<T: Copy> Shared<T> {
-    fn get(&self) -> T {
-        *self.borrow()
-    }
-
-    fn set(&self, value: T) {
-        *self.borrow_mut() = value;
-    }
-}
-
 pub(crate) struct Script {
     fault: Shared<Fault>,
     /// Every call so far, in order.
     pub(crate) calls: Shared<Vec<Step>>,
     pub(crate) world: Arc<Shared<World>>,
-    clock: Shared<Duration>,
 }
 
+/// An open file, or an open node of a dm device.
+pub(crate) struct ScriptFile(Opened);
+
+/// An open loop device.
 pub(crate) struct ScriptLoop {
-    world: Arc<Shared<World>>,
+    opened: Opened,
     number: u32,
 }
 
-impl Drop for ScriptLoop {
+/// A descriptor.
+struct Opened {
+    world: Arc<Shared<World>>,
+    open: u64,
+}
+
+impl Drop for Opened {
     fn drop(&mut self) {
         let mut world = self.world.borrow_mut();
-        if let Some(binding) = world.loops.get_mut(&self.number) {
-            binding.opens = binding.opens.saturating_sub(1);
-        }
+        world.close(self.open);
         world.settle();
     }
 }
@@ -82,7 +83,6 @@ impl Script {
             fault: Shared(RwLock::new(Box::new(fault))),
             calls: Shared::default(),
             world: Arc::default(),
-            clock: Shared::default(),
         }
     }
 
@@ -115,7 +115,10 @@ impl Script {
         found.map(|(uuid, _)| uuid.clone()).ok_or(Errno::ENXIO)
     }
 
-    fn open_count(&self) -> u32 {
-        u32::from(self.clock.get() < self.world.borrow().busy_until)
+    fn opened(&self, object: Object) -> Opened {
+        Opened {
+            world: Arc::clone(&self.world),
+            open: self.world.borrow_mut().open(object),
+        }
     }
 }

@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
+use super::mapped::MAPPED;
+pub(crate) use super::mapped::{ScriptDevice, Table};
+use super::opens::{Object, Open};
 use crate::base::{ChunkSize, DeviceNumber, FileId, Sectors, Store};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::kernel::Label;
@@ -25,7 +28,7 @@ pub(crate) struct World {
     pub(crate) dying: Vec<ScriptDevice>,
     /// Until when the kernel takes its time to destroy a removed device's table.
     pub(crate) dying_until: Duration,
-    /// What the COW file holds, if a test says so; zeroes without end otherwise.
+    /// What every file holds that has no content of its own, if a test says so; zeroes without end otherwise.
     pub(crate) store: Vec<u8>,
     /// What files' modification times were set to, by inode.
     pub(crate) mtimes: BTreeMap<u64, i64>,
@@ -33,8 +36,15 @@ pub(crate) struct World {
     pub(crate) busy_until: Duration,
     /// When loop devices that are being cleared are done with it.
     pub(crate) letting_go_until: Duration,
-    /// The inodes of files that were moved.
-    pub(crate) moved: BTreeMap<PathBuf, u64>,
+    pub(crate) now: Duration,
+    /// Which file each path leads to that was ever used: none, once it was unlinked.
+    names: BTreeMap<PathBuf, Option<u64>>,
+    next_inode: u64,
+    /// Every open file and node, by a number of its own.
+    pub(super) opens: BTreeMap<u64, Open>,
+    pub(super) next_open: u64,
+    /// Inode to what the file holds, of files whose content a test wants to tell from others'.
+    pub(crate) contents: BTreeMap<u64, Vec<u8>>,
     /// Paths that lead nowhere until something is made there; every other one is a file's.
     pub(crate) missing: BTreeSet<PathBuf>,
     /// Inode to size, of files that are no longer as they were made.
@@ -54,7 +64,8 @@ pub(crate) struct Binding {
     pub(crate) bytes: u64,
     pub(crate) autoclear: bool,
     pub(crate) diskseq: u64,
-    pub(crate) opens: usize,
+    /// The open backing file, unless another program bound it.
+    pub(crate) open: Option<u64>,
 }
 
 pub(crate) fn label(name: &Path) -> Label {
@@ -63,33 +74,6 @@ pub(crate) fn label(name: &Path) -> Label {
     let kept = bytes.len().min(label.len() - 1);
     label[..kept].copy_from_slice(&bytes[..kept]);
     Label(label)
-}
-
-pub(crate) struct ScriptDevice {
-    pub(crate) name: String,
-    pub(crate) number: DeviceNumber,
-    pub(crate) table: Option<TargetLine>,
-    pub(crate) live: bool,
-    pub(crate) suspended: bool,
-}
-
-impl ScriptDevice {
-    pub(crate) fn params(&self) -> Option<&SnapshotParams> {
-        match &self.table.as_ref()?.target {
-            Target::Snapshot(params) | Target::SnapshotMerge(params) => Some(params),
-            _ => None,
-        }
-    }
-
-    pub(crate) fn merges(&self) -> bool {
-        let line = self.table.as_ref();
-        line.is_some_and(|line| matches!(line.target, Target::SnapshotMerge(_)))
-    }
-
-    pub(crate) fn holds(&self, number: u32) -> bool {
-        self.params()
-            .is_some_and(|params| [params.origin.minor, params.cow.minor].contains(&number))
-    }
 }
 
 impl World {
@@ -116,7 +100,7 @@ impl World {
             bytes: FILE_BYTES,
             autoclear: false,
             diskseq: 0,
-            opens: 0,
+            open: None,
         };
         self.loops.insert(number, binding);
     }
@@ -131,43 +115,143 @@ impl World {
             chunk: ChunkSize::DEFAULT,
             discard: Discard::Unsupported,
         };
-        let device = ScriptDevice {
-            name: name.to_owned(),
-            number: DeviceNumber {
-                major: 254,
-                minor: 200,
-            },
-            table: Some(TargetLine {
-                start: Sectors::default(),
-                length: Sectors::new(2048),
-                target: Target::Snapshot(params),
-            }),
-            live: true,
-            suspended: false,
+        let number = DeviceNumber {
+            major: MAPPED,
+            minor: 200,
         };
+        let line = TargetLine {
+            start: Sectors::default(),
+            length: Sectors::new(2048),
+            target: Target::Snapshot(params),
+        };
+        let mut device = ScriptDevice::new(name.to_owned(), number);
+        device.live = Some(Table::live(line));
         self.devices.insert(String::new(), device);
     }
 
-    pub(crate) fn holding(&self, number: u32) -> impl Iterator<Item = DeviceNumber> {
-        let holds = move |device: &&ScriptDevice| device.holds(number);
+    /// The file that a path leads to. One that nobody has used yet leads to a file all the same, unless it is missing.
+    pub(crate) fn file_at(&mut self, path: &Path) -> Option<u64> {
+        let known = self.names.get(path).copied();
+        match known {
+            Some(inode) => inode,
+            None if self.missing.contains(path) && !self.made_files.contains(path) => None,
+            None => Some(self.name_first(path)),
+        }
+    }
+
+    /// A path's first file.
+    fn name_first(&mut self, path: &Path) -> u64 {
+        let first = inode(path);
+        let taken = |inode| self.names.values().any(|known| *known == Some(inode));
+        let inode = if taken(first) {
+            self.fresh_inode()
+        } else {
+            first
+        };
+        self.names.insert(path.to_owned(), Some(inode));
+        inode
+    }
+
+    /// The inode of a file that no path has led to yet.
+    pub(super) fn fresh_inode(&mut self) -> u64 {
+        self.next_inode += 1;
+        1000 + self.next_inode
+    }
+
+    /// How many paths lead to the file.
+    pub(super) fn links(&self, inode: u64) -> u64 {
+        let names = self.names.values().filter(|known| **known == Some(inode));
+        names.count() as u64
+    }
+
+    /// Makes a file at a path that is free. The path of one that was unlinked leads to another file then.
+    pub(super) fn make(&mut self, path: &Path) -> u64 {
+        self.made_files.insert(path.to_owned());
+        match self.names.get(path) {
+            Some(None) => {
+                let inode = self.fresh_inode();
+                self.names.insert(path.to_owned(), Some(inode));
+                inode
+            }
+            Some(Some(inode)) => *inode,
+            None => self.name_first(path),
+        }
+    }
+
+    /// Gives a file that path, which is to be free.
+    pub(super) fn link(&mut self, inode: u64, path: &Path) -> Result<(), Errno> {
+        if !self.made_files.insert(path.to_owned()) {
+            return Err(Errno::EEXIST);
+        }
+        self.names.insert(path.to_owned(), Some(inode));
+        Ok(())
+    }
+
+    /// Moves a file that was made to a path, which leads to no other from then on.
+    pub(super) fn rename(&mut self, from: &Path, to: &Path) -> Result<(), Errno> {
+        let inode = self.file_at(from).ok_or(Errno::ENOENT)?;
+        if !self.made_files.remove(from) {
+            return Err(Errno::ENOENT);
+        }
+        self.made_files.insert(to.to_owned());
+        self.names.insert(from.to_owned(), None);
+        self.names.insert(to.to_owned(), Some(inode));
+        // The kernel knows a backing file by its path of now.
+        let bound = self.loops.values_mut().filter(|each| each.path == from);
+        bound.for_each(|each| each.path = to.to_owned());
+        Ok(())
+    }
+
+    /// Takes a path away that was made; whoever has the file open keeps it.
+    pub(super) fn unlink(&mut self, path: &Path) -> Result<(), Errno> {
+        if self.made_files.remove(path) {
+            self.names.insert(path.to_owned(), None);
+            return Ok(());
+        }
+        let found = self.aliases.remove(path);
+        if found { Ok(()) } else { Err(Errno::ENOENT) }
+    }
+
+    /// The dm device that a node or an alias leads to.
+    pub(super) fn mapped_at(&self, path: &Path) -> Option<DeviceNumber> {
+        let leads = |device: &&ScriptDevice| {
+            let alias = Path::new("/dev/mapper").join(&device.name);
+            path == device.number.dm_node() || (path == alias && self.aliases.contains(path))
+        };
         self.devices
             .values()
-            .chain(&self.dying)
-            .filter(holds)
+            .find(leads)
             .map(|device| device.number)
     }
 
-    /// Gives a new file that path.
-    pub(crate) fn take_path(&mut self, path: &Path) -> Result<(), Errno> {
-        match self.made_files.insert(path.to_owned()) {
-            true => Ok(()),
-            false => Err(Errno::EEXIST),
-        }
+    /// The loop device or dm device that a node leads to.
+    pub(super) fn number_of(&self, path: &Path) -> Option<DeviceNumber> {
+        let minor = loop_at(path).map(|minor| DeviceNumber { major: 7, minor });
+        minor.or_else(|| self.mapped_at(path))
+    }
+
+    /// What a file begins with; `None` for one of zeroes.
+    pub(super) fn content(&self, inode: u64) -> &[u8] {
+        self.contents.get(&inode).unwrap_or(&self.store)
+    }
+
+    pub(super) fn content_mut(&mut self, inode: u64) -> &mut [u8] {
+        self.contents.get_mut(&inode).unwrap_or(&mut self.store)
+    }
+
+    /// Whether the kernel takes what the COW device holds for a store in order: its `valid` word is not 0.
+    pub(super) fn is_valid_store(&self, cow: DeviceNumber) -> bool {
+        let bound = self.loops.get(&cow.minor).filter(|_| cow.major == 7);
+        let content = bound.map(|bound| self.content(bound.backing.inode));
+        content
+            .and_then(|content| content.get(..8))
+            .is_none_or(|start| start[..4] == [0; 4] || start[4..] != [0; 4])
     }
 
     /// How long the file of that path is.
     pub(crate) fn file_bytes(&self, path: &Path) -> u64 {
-        let size = self.sizes.get(&inode(path));
+        let known = self.names.get(path).copied().flatten();
+        let size = self.sizes.get(&known.unwrap_or_else(|| inode(path)));
         size.copied().unwrap_or(FILE_BYTES)
     }
 
@@ -182,17 +266,33 @@ impl World {
         format!("{}/2048 16", 16 + 8 * left)
     }
 
-    pub(crate) fn settle(&mut self) {
-        let idle: Vec<u32> = self
-            .loops
-            .iter()
-            .filter(|(number, binding)| {
-                binding.autoclear && binding.opens == 0 && self.holding(**number).next().is_none()
-            })
+    /// A loop device that is to go with its last user goes when nobody has it open and no table holds it.
+    pub(super) fn let_go_of_loops(&mut self) {
+        let is_idle = |number: &u32, binding: &Binding| {
+            let device = DeviceNumber {
+                major: 7,
+                minor: *number,
+            };
+            binding.autoclear
+                && self.openers(Object::Loop(*number)) == 0
+                && self.holding(device).next().is_none()
+        };
+        let all = self.loops.iter();
+        let idle: Vec<u32> = all
+            .filter(|(number, binding)| is_idle(number, binding))
             .map(|(number, _)| *number)
             .collect();
-        self.loops.retain(|number, _| !idle.contains(number));
+        for number in idle {
+            let open = self.loops.remove(&number).and_then(|bound| bound.open);
+            open.into_iter().for_each(|open| self.close(open));
+        }
     }
+}
+
+/// The number of the loop device that a node is of.
+pub(super) fn loop_at(path: &Path) -> Option<u32> {
+    let digits = path.to_str()?.strip_prefix("/dev/loop")?;
+    digits.parse().ok()
 }
 
 pub(crate) fn file_id(inode: u64) -> FileId {
@@ -202,7 +302,7 @@ pub(crate) fn file_id(inode: u64) -> FileId {
     }
 }
 
-/// The length of the path, so that two paths are two files.
+/// The inode of a path's first file: the length of the path, unless another path was first with it.
 pub(crate) fn inode(path: &Path) -> u64 {
     path.as_os_str().len() as u64
 }

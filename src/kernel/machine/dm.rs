@@ -31,6 +31,10 @@ impl DeviceMapper for Machine {
         self.mapper()?.load(uuid, line)
     }
 
+    fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        self.mapper()?.clear(uuid)
+    }
+
     fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         self.mapper()?.resume(uuid)
     }

@@ -1,5 +1,5 @@
-//! dm devices: create, load, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that has
-//! none.
+//! dm devices: create, load, clear, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that
+//! has none.
 //!
 //! Which verb goes which way, on the same fd, with the feature `devicemapper` (without it all go through `sys.rs`):
 //!
@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | opening the node, long tables | `devicemapper` | it makes room for them, and parses them |
 //! | create, load, status, table | `sys.rs` | the crate clears and copies 16 KiB for each |
-//! | suspend, resume, rename, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
+//! | clear, suspend, resume, rename, giving a uuid | `sys.rs` | the crate waits for udev on a semaphore, without a timeout |
 //! | remove | `sys.rs` | the same, and it sleeps up to 800 ms on a busy device |
 //! | a glance at the status | `sys.rs` | the crate allocates for it, and a watch glances often |
 //! | arming a poll | `sys.rs` | it is for each watch's own descriptor, not the shared one |
@@ -46,6 +46,7 @@ const DEV_RENAME: u8 = 5;
 const DEV_SUSPEND: u8 = 6;
 const DEV_STATUS: u8 = 7;
 const TABLE_LOAD: u8 = 9;
+const TABLE_CLEAR: u8 = 10;
 pub(crate) const TABLE_STATUS: u8 = 12;
 const ARM_POLL: u8 = 16;
 const GET_TARGET_VERSION: u8 = 17;
@@ -98,6 +99,12 @@ impl Mapper {
             TABLE_LOAD,
             &mut message.with_target(start, length, kind, &params),
         )
+    }
+
+    /// Drops the inactive table, if there is one.
+    pub(crate) fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+        let mut message = Head::to(Address::Uuid(uuid.as_str()));
+        self.send(TABLE_CLEAR, &mut message)
     }
 
     /// Makes the loaded table live, or ends a suspension. Nothing is mounted or queued when there is a loaded table, so
@@ -310,6 +317,7 @@ mod tests {
             (DEV_SUSPEND, "DM_DEV_SUSPEND_CMD"),
             (DEV_STATUS, "DM_DEV_STATUS_CMD"),
             (TABLE_LOAD, "DM_TABLE_LOAD_CMD"),
+            (TABLE_CLEAR, "DM_TABLE_CLEAR_CMD"),
             (TABLE_STATUS, "DM_TABLE_STATUS_CMD"),
             (ARM_POLL, "DM_DEV_ARM_POLL_CMD"),
             (GET_TARGET_VERSION, "DM_GET_TARGET_VERSION_CMD"),

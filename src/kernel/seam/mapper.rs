@@ -58,6 +58,8 @@ pub(crate) trait DeviceMapper {
     fn target_version(&self) -> Result<TargetVersion, Errno>;
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
+    /// Drops the inactive table.
+    fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno>;
     fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno>;
