@@ -1,6 +1,6 @@
 //! Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices, by direct ioctls.
 //!
-//! Many VMs share one read-only root image, the origin; each gets a private, writable view of it in a few milliseconds,
+//! Many VMs share one read-only root image, the origin; each gets a private, writable view of it,
 //! whose writes go to a COW file of its own. No process is spawned and no daemon is waited for.
 //!
 //! ```no_run
@@ -15,8 +15,8 @@
 //! # Ok::<(), dmsnap::Error>(())
 //! ```
 //!
-//! A process that is killed leaves its live snapshots, which are its VMs' disks, at most one device that it was making, and
-//! the devices of its pools; [`ReapOptions`] takes down what nobody claims.
+//! A process that is killed leaves its live snapshots, which are its VMs' disks, a device and a COW file for each create that
+//! was under way, and the devices and COW files of its pools; [`ReapOptions`] takes down what nobody claims.
 //!
 //! The main job is at the root: [`SnapshotOptions`], [`Origin`], [`Pool`], [`Handles`], [`cleanup`], [`remove`], [`list`],
 //! [`adopt`] and [`Error`]. The rest is in the modules, and the [`guide`] has chapters on choosing, operating and errors.

@@ -21,6 +21,8 @@ mod messages;
 mod rooms;
 #[path = "api/store.rs"]
 mod store;
+#[path = "api/threads.rs"]
+mod threads;
 
 #[cfg(feature = "tracing")]
 #[path = "api/spans.rs"]

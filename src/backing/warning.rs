@@ -3,12 +3,19 @@
 use std::path::PathBuf;
 
 use super::CowOptions;
+#[cfg(feature = "serde")]
+use crate::base::lossy;
 use crate::base::{SECTOR_BYTES, Sectors};
 use crate::kernel::FileFacts;
 use crate::store;
 
 /// Something that is worth knowing about a snapshot that was made.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 #[non_exhaustive]
 pub enum Warning {
     /// The image is no multiple of 512 bytes: its last bytes are not visible through the snapshot.
@@ -39,6 +46,7 @@ pub enum Warning {
     /// `/dev/mapper/<name>` could not be made. The disk is reached by [`Snapshot::device`](crate::Snapshot::device).
     NoAlias {
         /// The alias that is missing.
+        #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::path"))]
         alias: PathBuf,
         /// The errno.
         errno: i32,

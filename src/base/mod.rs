@@ -3,6 +3,8 @@
 mod device_id;
 mod handles;
 mod identity;
+#[cfg(feature = "serde")]
+pub(crate) mod lossy;
 mod name;
 mod number;
 mod progress;
@@ -14,7 +16,7 @@ pub use device_id::DeviceId;
 pub use handles::{FileId, Handles, LoopHandle};
 pub use identity::OriginIdentity;
 pub use name::{DeviceName, InvalidName, NameFault};
-pub(crate) use name::{KEPT, MAPPER_DIR, POOLED};
+pub(crate) use name::{KEPT, MAPPER_DIR, MERGING, POOLED};
 pub(crate) use number::loop_node;
 pub use number::{DeviceNumber, InvalidNumber};
 pub use progress::Progress;

@@ -10,6 +10,9 @@ pub(crate) const MAPPER_DIR: &str = "/dev/mapper";
 /// What the names of a pool's devices begin with until they are claimed.
 pub(crate) const POOLED: &str = "dmsnap-pool-";
 
+/// What the name of a merge's device begins with, unless its caller gave it one.
+pub(crate) const MERGING: &str = "dmsnap-merge-";
+
 /// What the name of a pool's device ends with while it still has the COW file of a released snapshot, which is to be
 /// kept.
 pub(crate) const KEPT: &str = ".kept";

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
+#[cfg(feature = "serde")]
+use crate::base::lossy;
 use crate::error::Step;
 
 /// How long each step of a create or a removal took.
@@ -48,7 +50,7 @@ pub struct CallTiming {
     /// What was asked for.
     pub step: Step,
     /// Of which file or device.
-    #[cfg_attr(feature = "serde", serde(serialize_with = "as_text"))]
+    #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::path"))]
     pub on: PathBuf,
     /// When, from the beginning of the work.
     #[cfg_attr(
@@ -65,6 +67,7 @@ pub struct CallTiming {
 
 /// All calls of one step together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct StepTiming {
     /// The step.
@@ -72,6 +75,7 @@ pub struct StepTiming {
     /// How often it was made.
     pub count: usize,
     /// How long that took in all.
+    #[cfg_attr(feature = "serde", serde(rename = "took_ns", serialize_with = "as_ns"))]
     pub took: Duration,
 }
 
@@ -275,12 +279,6 @@ pub(crate) fn absorb(other: &Record) {
 #[cfg(feature = "serde")]
 fn as_ns<S: serde::Serializer>(time: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u64(u64::try_from(time.as_nanos()).unwrap_or(u64::MAX))
-}
-
-/// JSON has no other bytes than UTF-8: what is not becomes U+FFFD.
-#[cfg(feature = "serde")]
-fn as_text<S: serde::Serializer>(path: &Path, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(&path.to_string_lossy())
 }
 
 #[cfg(test)]

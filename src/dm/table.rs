@@ -47,6 +47,7 @@ pub enum Target {
 
 /// The parameters of the `snapshot` and `snapshot-merge` targets.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SnapshotParams {
     /// The device read where nothing was written.
     pub origin: DeviceNumber,
@@ -55,6 +56,7 @@ pub struct SnapshotParams {
     /// The kind of exception store.
     pub store: Store,
     /// The unit of copying.
+    #[cfg_attr(feature = "serde", serde(rename = "chunk_sectors"))]
     pub chunk: ChunkSize,
     /// The features behind the chunk size.
     pub discard: Discard,
@@ -62,6 +64,11 @@ pub struct SnapshotParams {
 
 /// What a discard sent to the snapshot does.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 #[non_exhaustive]
 pub enum Discard {
     /// It fails with EOPNOTSUPP, as the snapshot target's default is.

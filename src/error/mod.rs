@@ -103,6 +103,19 @@ impl Error {
         }
     }
 
+    /// The whole chain on one line, each part once, and then what else was left behind with its reason.
+    #[must_use]
+    pub fn one_line(&self) -> String {
+        let mut line = chain(self);
+        for left in self.left() {
+            let reason = chain(&left.error);
+            if !line.contains(&reason) {
+                line = format!("{line}; {reason}");
+            }
+        }
+        line.replace('\n', " ")
+    }
+
     /// What remains in the kernel or on disk; empty unless this is [`Error::Debris`].
     #[must_use]
     pub fn left(&self) -> &[Leftover] {
@@ -127,6 +140,44 @@ impl Error {
                 source: Box::new(first),
             },
         }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        line = format!("{line}: {source}");
+        next = source.source();
+    }
+    line
+}
+
+/// `kind`, `message` (the chain on one line), `errno` and what is `left`, each object with its own message.
+#[cfg(feature = "serde")]
+impl serde::Serialize for Error {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        use serde::ser::SerializeStruct;
+
+        #[derive(serde::Serialize)]
+        struct Left {
+            object: String,
+            message: String,
+        }
+        let left: Vec<_> = self
+            .left()
+            .iter()
+            .map(|left| Left {
+                object: left.object.to_string_lossy().into_owned(),
+                message: left.error.one_line(),
+            })
+            .collect();
+        let mut error = serializer.serialize_struct("Error", 4)?;
+        error.serialize_field("kind", &self.kind())?;
+        error.serialize_field("message", &self.one_line())?;
+        error.serialize_field("errno", &self.errno())?;
+        error.serialize_field("left", &left)?;
+        error.end()
     }
 }
 

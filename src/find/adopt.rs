@@ -1,6 +1,6 @@
 //! A snapshot that another program made, taken over.
 
-use super::list::{LoopFacts, SnapshotInfo, loop_facts, status_of};
+use super::list::{LoopFacts, SnapshotInfo, State, loop_facts, status_of};
 use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
 use crate::call::ask;
 use crate::dm::Target;
@@ -15,7 +15,8 @@ use crate::kernel::{DevId, Host, MACHINE};
 /// # Errors
 ///
 /// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid, [`Refusal::NotAdoptable`]
-/// with the reason for one that is no snapshot over two loop devices. Neither is touched.
+/// with the reason for one that is no snapshot over two loop devices, [`Refusal::NotLive`] for one of ours that is half-made or
+/// suspended. None of them is touched.
 pub fn adopt(device: impl Into<DeviceId>) -> Result<Handles> {
     adopt_on(&MACHINE, &device.into())
 }
@@ -27,6 +28,9 @@ pub(crate) fn adopt_on<H: Host>(host: &H, device: &DeviceId) -> Result<Handles> 
         }
         found => found?,
     };
+    if info.state != State::Live || info.params.is_none() {
+        return Err(Refusal::NotLive { name: info.name }.into());
+    }
     detach_with(host, &info)?;
     Ok(info.handles())
 }

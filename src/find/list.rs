@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use super::{at_work, lookup};
+#[cfg(feature = "serde")]
+use crate::base::lossy;
 use crate::base::{
     DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, LoopHandle, MAPPER_DIR,
 };
@@ -13,6 +15,7 @@ use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
 
 /// One of our snapshots, as the kernel has it now.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct SnapshotInfo {
     /// The dm device's name.
@@ -21,6 +24,8 @@ pub struct SnapshotInfo {
     pub uuid: DeviceUuid,
     /// Its number.
     pub dev: DeviceNumber,
+    /// `/dev/dm-N`, which nobody renames.
+    pub device: PathBuf,
     /// How far it got.
     pub state: State,
     /// Whether it merges its COW file into its image: [`MergeOptions`](crate::merge::MergeOptions) made it, and the kernel
@@ -30,6 +35,7 @@ pub struct SnapshotInfo {
     pub deferred_remove: bool,
     /// Whether a killed process left it half-way, suspended for example, so that its guest hangs:
     /// [`repair`](crate::repair()) it.
+    #[cfg_attr(feature = "serde", serde(default))]
     pub interrupted: bool,
     /// How many users have it open.
     pub open_count: u32,
@@ -64,11 +70,14 @@ pub enum State {
 
 /// A loop device and the file behind it.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct LoopFacts {
     /// `/dev/loopN`.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::path"))]
     pub device: PathBuf,
     /// The backing file's path, as the kernel has it: with ` (deleted)` behind it once it is unlinked.
+    #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::known"))]
     pub path: Option<PathBuf>,
     /// The backing file's identity.
     pub backing: Option<FileId>,
@@ -90,7 +99,7 @@ impl SnapshotInfo {
             name,
             uuid: Some(self.uuid.clone()),
             dev: Some(self.dev),
-            device: Some(self.dev.dm_node()),
+            device: Some(self.device.clone()),
             cow_loop: self.cow.as_ref().and_then(LoopFacts::handle),
             origin_loop: self.origin.as_ref().and_then(LoopFacts::handle),
             origin: self.uuid.origin(),
@@ -197,6 +206,7 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
         uuid,
         interrupted: false,
         dev: device.number,
+        device: device.number.dm_node(),
         state,
         merging,
         deferred_remove: device.deferred_remove,

@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::backing::{Backing, Reader, attach, open_locked_origin, open_merged_cow, unsound};
 pub use crate::base::Progress;
 use crate::base::{
-    ChunkSize, DeviceName, Handles, Kind, OriginIdentity, SectorSize, Sectors, Store,
+    ChunkSize, DeviceName, Handles, Kind, MERGING, OriginIdentity, SectorSize, Sectors, Store,
 };
 use crate::call::{absent, ask, timings};
 use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
@@ -43,8 +43,13 @@ pub struct MergeOptions {
     name: Option<String>,
 }
 
-/// How a merge ended. Lengths count the changed chunks only, in 512-byte sectors.
+/// How a merge ended. Lengths count the changed chunks only, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(tag = "outcome", rename_all = "kebab-case")
+)]
 #[must_use = "a merge that was stopped is still to be finished"]
 #[non_exhaustive]
 pub enum MergeOutcome {
@@ -52,15 +57,15 @@ pub enum MergeOutcome {
     /// new snapshot over it, or be deleted.
     Complete {
         /// What this call merged.
-        merged: Sectors,
+        merged_bytes: u64,
     },
     /// It was stopped. The COW file has the rest: a later merge goes on, and a snapshot over the two shows the same
     /// disk as before.
     Stopped {
         /// What this call merged.
-        merged: Sectors,
+        merged_bytes: u64,
         /// What is left.
-        left: Sectors,
+        left_bytes: u64,
     },
 }
 
@@ -175,10 +180,13 @@ pub(crate) fn merge<H: Host>(
     };
     ran?;
     let left = left?;
-    let merged = Sectors::new(total.count().saturating_sub(left.count()));
-    Ok(match left.count() {
-        0 => MergeOutcome::Complete { merged },
-        _ => MergeOutcome::Stopped { merged, left },
+    let merged_bytes = bytes(total.count().saturating_sub(left.count()));
+    Ok(match bytes(left.count()) {
+        0 => MergeOutcome::Complete { merged_bytes },
+        left_bytes => MergeOutcome::Stopped {
+            merged_bytes,
+            left_bytes,
+        },
     })
 }
 
@@ -195,7 +203,7 @@ enum Stage {
 fn name_after<F>(cow: &Backing<'_, F>) -> Result<DeviceName> {
     let id = cow.facts.id;
     Ok(DeviceName::new(format!(
-        "dmsnap-merge-{}-{}",
+        "{MERGING}{}-{}",
         id.dev, id.inode
     ))?)
 }
@@ -350,7 +358,6 @@ impl<H: Host> Pair<'_, H> {
                 .allocated
                 .count()
                 .saturating_sub(usage.metadata.count());
-            let bytes = |sectors: u64| Sectors::new(sectors).to_bytes().unwrap_or(u64::MAX);
             let seen = Progress {
                 done_bytes: bytes(total.count().saturating_sub(left)),
                 total_bytes: bytes(total.count()),
@@ -362,6 +369,10 @@ impl<H: Host> Pair<'_, H> {
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
+}
+
+fn bytes(sectors: u64) -> u64 {
+    Sectors::new(sectors).to_bytes().unwrap_or(u64::MAX)
 }
 
 /// A small merge is over by then.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 
 use super::{MergeOptions, MergeOutcome, Progress, merge};
-use crate::base::{OriginIdentity, Sectors};
+use crate::base::OriginIdentity;
 use crate::error::{Error, Refusal, Result, Step};
 use crate::kernel::fake::Script;
 use crate::kernel::fake::world::*;
@@ -68,10 +68,10 @@ fn mtime(script: &Script) -> i64 {
 
 fn calls_of_a_merge() -> Vec<Step> {
     let script = machine();
-    let whole = Sectors::new(24);
+    let merged_bytes = 24 * 512;
     assert_eq!(
         merge_on(&script),
-        Ok(MergeOutcome::Complete { merged: whole })
+        Ok(MergeOutcome::Complete { merged_bytes })
     );
     assert_eq!(script.world.borrow().residue(), BTreeSet::new());
     assert_eq!(marked(&script), (mtime(&script), false));
@@ -122,12 +122,20 @@ fn a_merge_that_is_stopped_says_what_is_left() {
         seen.push(progress.done_bytes / 512);
         ControlFlow::Break(())
     });
-    let (merged, left) = (Sectors::new(8), Sectors::new(16));
-    assert_eq!(stopped, Ok(MergeOutcome::Stopped { merged, left }));
+    let (merged_bytes, left_bytes) = (8 * 512, 16 * 512);
+    assert_eq!(
+        stopped,
+        Ok(MergeOutcome::Stopped {
+            merged_bytes,
+            left_bytes
+        })
+    );
     assert_eq!(seen, [8]);
     assert_eq!(script.world.borrow().residue(), BTreeSet::new());
     assert_eq!(marked(&script), (mtime(&script), false));
-    let rest = MergeOutcome::Complete { merged: left };
+    let rest = MergeOutcome::Complete {
+        merged_bytes: left_bytes,
+    };
     assert_eq!(merge_on(&script), Ok(rest));
 }
 

@@ -380,6 +380,7 @@ fn info_of(made: &MappedDevice, cow_loop: u32) -> SnapshotInfo {
         name: made.name.to_string(),
         uuid: made.uuid.clone(),
         dev: made.dev,
+        device: made.dev.dm_node(),
         state: State::Live,
         merging: false,
         deferred_remove: false,

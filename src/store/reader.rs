@@ -54,10 +54,20 @@ pub struct Exception {
     pub cow_chunk: u64,
 }
 
-/// What a store holds, counted.
+/// What a store is and holds, counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct StoreSummary {
+    /// The COW file's length.
+    pub file_bytes: u64,
+    /// The unit of copying.
+    #[cfg_attr(feature = "serde", serde(rename = "chunk_sectors"))]
+    pub chunk: ChunkSize,
+    /// Whether it never overflowed and no write to it failed.
+    pub valid: bool,
+    /// The image that it was made over, if it is marked with one.
+    pub origin: Option<OriginIdentity>,
     /// How many chunks of the origin have been written to.
     pub exceptions: u64,
     /// How many metadata areas the kernel reads.
@@ -208,6 +218,10 @@ impl<R: Read + Seek> ExceptionStore<R> {
         let used = (highest.max(last_area) + 1).saturating_mul(chunk.bytes());
         let least = least_bytes(Store::Persistent, chunk);
         Ok(StoreSummary {
+            file_bytes: self.bytes,
+            chunk,
+            valid: self.header.valid,
+            origin: self.header.origin,
             exceptions,
             areas,
             used_bytes: used.max(least).min(self.bytes),

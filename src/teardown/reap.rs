@@ -5,17 +5,21 @@ use std::time::Duration;
 
 use super::remove::{self, Outcome};
 use super::{cleanup, pool_mark, repair};
-use crate::base::MAPPER_DIR;
+use crate::base::{MAPPER_DIR, MERGING, POOLED};
 use crate::call::{absent, in_parallel};
+#[cfg(feature = "serde")]
+use crate::error::Error;
 use crate::error::{Result, Retry};
-use crate::find::{self, SnapshotInfo, at_work};
+use crate::find::{self, SnapshotInfo, State, at_work};
 use crate::kernel::{Host, MACHINE};
 
 /// How to reap: take down the snapshots that nobody claims, as a control plane that died leaves them, half-built ones
 /// included.
 ///
-/// A snapshot that is made and not yet opened by its VMM is taken down unless `keep` claims it. COW files stay, but for
-/// those of a dead pool that nobody had claimed.
+/// A snapshot that is made and not yet opened by its VMM is taken down unless `keep` claims it. `keep` is asked about
+/// what a caller can have a use for, and not about what goes anyway: a half-made snapshot whose maker is dead, what a
+/// dead pool had ready (`dmsnap-pool-...`), a merge's device of a process that is dead (`dmsnap-merge-...`; nothing of it
+/// is lost). COW files stay, but for those of a dead pool that nobody had claimed.
 ///
 /// Only devices whose uuid is ours are looked at. A snapshot that another process is making at this moment is left
 /// alone: its maker holds a lock that the kernel frees when the maker is done or dead.
@@ -39,6 +43,7 @@ pub struct ReapOptions {
 
 /// One thing that a sweep came by.
 #[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Reaped {
     /// The dm device's name.
@@ -47,7 +52,22 @@ pub struct Reaped {
     /// an alias alone.
     pub snapshot: Option<SnapshotInfo>,
     /// What became of it, or why that failed. A failure does not stop the sweep.
+    #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
     pub fate: Result<Fate>,
+}
+
+/// A fate, or `failed` with its error.
+#[cfg(feature = "serde")]
+fn flat<S: serde::Serializer>(fate: &Result<Fate>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(serde::Serialize)]
+    #[serde(tag = "fate", rename_all = "kebab-case")]
+    enum Other<'a> {
+        Failed { error: &'a Error },
+    }
+    match fate {
+        Ok(fate) => serde::Serialize::serialize(fate, serializer),
+        Err(error) => serde::Serialize::serialize(&Other::Failed { error }, serializer),
+    }
 }
 
 /// What became of a snapshot in a sweep.
@@ -55,7 +75,7 @@ pub struct Reaped {
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize),
-    serde(rename_all = "kebab-case")
+    serde(tag = "fate", rename_all = "kebab-case")
 )]
 #[non_exhaustive]
 pub enum Fate {
@@ -114,8 +134,8 @@ impl ReapOptions {
     ///
     /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails
     /// for one snapshot is in its [`Reaped::fate`].
-    pub fn reap(&self, keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
-        self.reap_on(&MACHINE, keep)
+    pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
+        self.reap_on(&MACHINE, |info| is_a_callers(info) && keep(info))
     }
 
     pub(crate) fn reap_on<H: Host + Sync>(
@@ -261,4 +281,13 @@ impl ReapOptions {
             fate,
         })
     }
+}
+
+/// Whether a caller can have a use for it: one that was made to its end, under a name that a caller gave.
+fn is_a_callers(info: &SnapshotInfo) -> bool {
+    let made = !matches!(info.state, State::NoTable | State::Loaded);
+    let named = ![POOLED, MERGING]
+        .iter()
+        .any(|own| info.name.starts_with(own));
+    made && named
 }

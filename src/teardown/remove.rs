@@ -12,6 +12,12 @@ use crate::kernel::{Device, Host, MACHINE, MAPPER_CONTROL};
 
 /// What became of a dm device that was to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(tag = "outcome", rename_all = "kebab-case")
+)]
+#[non_exhaustive]
 pub enum Outcome {
     /// It is gone, and with it its node and its alias.
     Removed,

@@ -16,12 +16,27 @@ use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
 
 /// One device that a repair found half-way.
 #[derive(Clone, Debug)]
-#[non_exhaustive]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Repaired {
     /// The dm device's name.
     pub name: String,
     /// What was done for it, or why that failed. A failure does not stop the repair of others.
+    #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
     pub outcome: Result<Repair>,
+}
+
+/// An outcome, or `failed` with its error.
+#[cfg(feature = "serde")]
+fn flat<S: serde::Serializer>(outcome: &Result<Repair>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(serde::Serialize)]
+    #[serde(tag = "outcome", rename_all = "kebab-case")]
+    enum Other<'a> {
+        Failed { error: &'a Error },
+    }
+    match outcome {
+        Ok(outcome) => serde::Serialize::serialize(outcome, serializer),
+        Err(error) => serde::Serialize::serialize(&Other::Failed { error }, serializer),
+    }
 }
 
 /// What a repair did for a device.
@@ -29,7 +44,7 @@ pub struct Repaired {
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize),
-    serde(rename_all = "kebab-case")
+    serde(tag = "outcome", rename_all = "kebab-case")
 )]
 #[non_exhaustive]
 pub enum Repair {

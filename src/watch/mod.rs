@@ -65,6 +65,7 @@ impl fmt::Debug for Watch {
 
 /// Something new about a watched snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct WatchEvent {
     /// The dm device's name, as it was when the watch began.
@@ -72,6 +73,7 @@ pub struct WatchEvent {
     /// Its uuid.
     pub uuid: DeviceUuid,
     /// What is new.
+    #[cfg_attr(feature = "serde", serde(flatten))]
     pub change: Change,
 }
 
@@ -94,6 +96,39 @@ pub enum Change {
     Unknown(String),
     /// Its status cannot be read for the moment.
     Unreadable(Error),
+}
+
+/// `event`, and `usage`, `status` or `error` where the change has one.
+#[cfg(feature = "serde")]
+impl serde::Serialize for Change {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        #[derive(serde::Serialize)]
+        struct Flat<'a> {
+            event: &'static str,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            usage: Option<Usage>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            status: Option<&'a str>,
+            #[serde(skip_serializing_if = "Option::is_none")]
+            error: Option<&'a Error>,
+        }
+        let (event, usage, status, error) = match self {
+            Self::Above(usage) => ("above", Some(*usage), None, None),
+            Self::Overflow => ("overflow", None, None, None),
+            Self::Invalid => ("invalid", None, None, None),
+            Self::MergeFailed => ("merge-failed", None, None, None),
+            Self::Gone => ("gone", None, None, None),
+            Self::Unknown(text) => ("unknown", None, Some(text.as_str()), None),
+            Self::Unreadable(error) => ("unreadable", None, None, Some(error)),
+        };
+        let flat = Flat {
+            event,
+            usage,
+            status,
+            error,
+        };
+        flat.serialize(serializer)
+    }
 }
 
 impl std::fmt::Display for Change {

@@ -1,8 +1,14 @@
 //! Handles and words as JSON.
 
+use std::path::Path;
+
 use dmsnap::Handles;
 use dmsnap::base::{FileId, LoopHandle};
-use dmsnap::find::State;
+use dmsnap::dm::{SnapshotStatus, Usage};
+use dmsnap::find::{SnapshotInfo, State};
+use dmsnap::merge::MergeOutcome;
+use dmsnap::teardown::{Fate, Outcome};
+use dmsnap::watch::Change;
 use serde_json::{from_str, json, to_string};
 
 use super::*;
@@ -231,4 +237,70 @@ fn timings_are_printed_in_nanoseconds_with_the_steps_in_words() {
     });
     assert_eq!(printed, expected);
     assert!(took.is_some() && start.is_some());
+}
+
+#[test]
+fn what_a_snapshot_is_reads_back_as_it_was_written() {
+    let info = json!({
+        "name": "vm-42", "uuid": "DMSNAP-42", "dev": "254:3", "device": "/dev/dm-3", "state": "live", "merging": false,
+        "deferred_remove": false,
+        "interrupted": false, "open_count": 1,
+        "params": {"origin": "7:0", "cow": "7:1", "store": "persistent", "chunk_sectors": 8, "discard": "unsupported"},
+        "origin": null,
+        "cow": {"device": "/dev/loop1", "path": "/run/vm-42.cow", "backing": {"dev": "0:25", "inode": 7},
+            "diskseq": 9, "part_bytes": [0, 0], "autoclear": true},
+        "status": {"usage": {"allocated": 16, "total": 2048, "metadata": 16}},
+    });
+    let read: SnapshotInfo = serde_json::from_value(info.clone()).expect("it reads");
+    assert_eq!(read.device, Path::new("/dev/dm-3"));
+    assert_eq!(serde_json::to_value(&read).expect("serialises"), info);
+    for (status, text) in [
+        (SnapshotStatus::Invalid, json!("invalid")),
+        (SnapshotStatus::Overflow, json!("overflow")),
+        (SnapshotStatus::MergeFailed, json!("merge-failed")),
+        (
+            SnapshotStatus::Unknown("x".to_owned()),
+            json!({"unknown": "x"}),
+        ),
+    ] {
+        assert_eq!(serde_json::to_value(status).expect("serialises"), text);
+    }
+}
+
+#[test]
+fn outcomes_events_and_errors_are_flat_objects() {
+    fn printed(value: &impl serde::Serialize) -> serde_json::Value {
+        serde_json::to_value(value).expect("serialises")
+    }
+    let bad = dmsnap::Error::from(DeviceName::new("a/b").expect_err("no name"));
+    let error = printed(&bad);
+    assert_eq!(
+        (&error["kind"], &error["errno"]),
+        (&json!("bad-request"), &json!(null))
+    );
+    assert_eq!(error["message"], bad.one_line());
+    assert_eq!(error["left"], json!([]));
+    assert_eq!(
+        printed(&Fate::Busy { open_count: 2 }),
+        json!({"fate": "busy", "open_count": 2})
+    );
+    assert_eq!(
+        printed(&Outcome::AlreadyGone),
+        json!({"outcome": "already-gone"})
+    );
+    let merged_bytes = 4096;
+    assert_eq!(
+        printed(&MergeOutcome::Complete { merged_bytes }),
+        json!({"outcome": "complete", "merged_bytes": 4096})
+    );
+    assert_eq!(printed(&Change::Gone), json!({"event": "gone"}));
+    let usage = Usage::default();
+    assert_eq!(
+        printed(&Change::Above(usage)),
+        json!({"event": "above", "usage": {"allocated": 0, "total": 0, "metadata": 0}})
+    );
+    assert_eq!(
+        printed(&Change::Unreadable(bad))["error"]["kind"],
+        json!("bad-request")
+    );
 }

@@ -60,13 +60,19 @@ fn list_and_status_print_json_and_tables() {
     assert_eq!(listed, serde_json::json!([status]));
     assert_eq!(status["name"], name);
     assert_eq!(status["state"], "live");
-    assert_eq!(status["store"], "persistent");
-    assert_eq!(status["chunk_sectors"], 8);
+    assert_eq!(status["params"]["store"], "persistent");
+    assert_eq!(status["params"]["chunk_sectors"], 8);
     assert_eq!(
         status["origin"]["path"],
         scene.image().to_str().expect("UTF-8")
     );
-    assert_eq!(status["usage"]["allocated"], status["usage"]["metadata"]);
+    let usage = &status["status"]["usage"];
+    assert!(usage["allocated"].is_number());
+    assert_eq!(usage["allocated"], usage["metadata"]);
+    // What the command prints is what the library reads.
+    let read: dmsnap::find::SnapshotInfo =
+        serde_json::from_value(status.clone()).expect("it reads back");
+    assert_eq!(Ok(read), dmsnap::status(&name));
     for table in [
         success(dmsnap().arg("list")),
         success(dmsnap().args(["status", &name])),

@@ -86,8 +86,9 @@ fuzz_replay() {
 }
 
 command_test() {
-    # Those that take longest come first, so that none of them is the last to end.
-    local kernels="5.10 6.12+udev 6.1 6.12 latest 6.12+slim" kernel begin line
+    # Those that take longest come first, so that none of them is the last to end. Both builds pass everything: the
+    # default one on three kernels and beside udevd, the slim one on the fourth.
+    local kernels="latest 5.10 6.12+udev 6.1 6.12+slim" kernel begin line
     while (($# > 0)); do
         case $1 in
             --kernels) option_value "$@"; kernels=$2; shift 2 ;;
@@ -114,6 +115,14 @@ command_test() {
     trap 'exit 130' INT
     trap 'exit 143' TERM HUP
 
+    # The guests' first, so that two of them are at work beside the rest of the stages.
+    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests &&
+        { [[ $kernels != *+slim* ]] || stage "build the kernel tests, no default features" build_slim_kernel_tests; } &&
+        { [[ $kernels != *arm64* ]] || stage "build the kernel tests for arm64" build_arm64_kernel_tests; }; then
+        # shellcheck disable=SC2086
+        kernel_tests_queue $kernels
+    fi
+    kernel_tests_fill
     stage "fmt" cargo fmt --all --check || true
     stage "clippy" cargo clippy --all-targets --all-features --locked -- -D warnings || true
     # No part of all targets, as its tests are none of `cargo test`'s.
@@ -124,12 +133,8 @@ command_test() {
     stage "test on this machine, no default features" \
         cargo test --no-default-features --features "$(slim_features)" --locked || true
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
-    stage "check, Rust $(rust_version)" check_rust_version || true
-    stage "build for arm64" build_arm64 || true
-    if stage "build the command line" build_cli && stage "build the kernel tests" build_kernel_tests &&
-        { [[ $kernels != *+slim* ]] || stage "build the kernel tests, no default features" build_slim_kernel_tests; }; then
-        kernel_tests $kernels
-    fi
+    stage "build for arm64, Rust $(rust_version)" build_arm64 || true
+    kernel_tests
 
     printf '\n== report, %s s in all\n' "$(seconds $(($(now_ms) - begin)))"
     for line in "${stage_report[@]}"; do
@@ -144,8 +149,11 @@ test_jobs=2
 
 declare -A job_spec=() job_part=() job_begin=()
 
-# kernel_tests SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
-kernel_tests() {
+# What is still to be started, as "SPEC PART".
+job_queue=()
+
+# kernel_tests_queue SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
+kernel_tests_queue() {
     local spec kernel part ready=()
     wait "$test_fetch" || true
     for spec in "$@"; do
@@ -157,18 +165,29 @@ kernel_tests() {
         fi
         ready+=("$spec")
     done
-    # In halves, so that no core waits long for another at the end: the proof, which is about half of the time and the
-    # longer one, comes first.
-    for part in proof rest; do
+    # In halves, so that no core waits long for another at the end: the longer one comes first.
+    for part in rest proof; do
         for spec in "${ready[@]}"; do
-            while ((${#job_spec[@]} >= test_jobs)); do
-                kernel_tests_end
-            done
-            kernel_tests_begin "$spec" "$part"
+            job_queue+=("$spec $part")
         done
     done
+}
+
+# Starts guests until as many are at work as may be.
+kernel_tests_fill() {
+    while ((${#job_queue[@]} > 0 && ${#job_spec[@]} < test_jobs)); do
+        # shellcheck disable=SC2086
+        kernel_tests_begin ${job_queue[0]}
+        job_queue=("${job_queue[@]:1}")
+    done
+}
+
+# Returns when all of them have ended.
+kernel_tests() {
+    kernel_tests_fill
     while ((${#job_spec[@]} > 0)); do
         kernel_tests_end
+        kernel_tests_fill
     done
 }
 

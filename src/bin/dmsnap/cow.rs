@@ -6,7 +6,7 @@ use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use clap::{Args as Arguments, Subcommand};
-use dmsnap::base::{OriginIdentity, Sectors};
+use dmsnap::base::Sectors;
 use dmsnap::store::{ExceptionStore, Extent, StoreError};
 use dmsnap::{ChunkSize, Store};
 
@@ -52,18 +52,6 @@ pub(crate) struct Size {
     json: bool,
 }
 
-/// A COW file as `cow inspect --json` prints it. The keys are stable; new ones may be added.
-#[derive(Debug, serde::Serialize)]
-struct Inspected {
-    file_bytes: u64,
-    chunk_sectors: ChunkSize,
-    valid: bool,
-    origin: Option<OriginIdentity>,
-    exceptions: u64,
-    areas: u64,
-    used_bytes: u64,
-}
-
 #[derive(Debug, serde::Serialize)]
 struct Diff {
     chunk_sectors: ChunkSize,
@@ -89,16 +77,7 @@ pub(crate) fn run(command: Cow) -> Result<(), Failure> {
 
 fn inspect(cow: &Path, json: bool) -> Result<(), Failure> {
     let mut store = open(cow)?;
-    let summary = store.summary().map_err(|error| unsound(cow, error))?;
-    let found = Inspected {
-        file_bytes: store.file_bytes(),
-        chunk_sectors: store.chunk_size(),
-        valid: store.is_valid(),
-        origin: store.origin(),
-        exceptions: summary.exceptions,
-        areas: summary.areas,
-        used_bytes: summary.used_bytes,
-    };
+    let found = store.summary().map_err(|error| unsound(cow, error))?;
     if json {
         return print_json(&found);
     }
@@ -113,7 +92,7 @@ fn inspect(cow: &Path, json: bool) -> Result<(), Failure> {
     };
     let mut text = String::new();
     for (key, value) in [
-        ("chunk", format!("{} sectors", found.chunk_sectors)),
+        ("chunk", format!("{} sectors", found.chunk)),
         ("valid", valid.to_owned()),
         ("origin", origin),
         ("exceptions", found.exceptions.to_string()),

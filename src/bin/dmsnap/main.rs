@@ -22,7 +22,7 @@ use clap::Parser;
 use dmsnap::error::Retry;
 use dmsnap::find::SnapshotInfo;
 use dmsnap::snapshot::GrowOptions;
-use dmsnap::teardown::Outcome;
+use dmsnap::teardown::{Outcome, Repaired};
 use dmsnap::timings::Timings;
 use dmsnap::{Handles, ReapOptions, Teardown, WhenBusy};
 
@@ -170,7 +170,10 @@ fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure
         (Some(error), 1) => Err(error.into()),
         (Some(error), _) => {
             failed.push(error);
-            failed.iter().map(output::whole).for_each(output::note);
+            failed
+                .iter()
+                .map(dmsnap::Error::one_line)
+                .for_each(output::note);
             Err(Failure::Uncleaned(failed.len()))
         }
     }
@@ -179,7 +182,7 @@ fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure
 fn status(name: &str, json: bool) -> Result<(), Failure> {
     let info = dmsnap::status(name)?;
     if json {
-        print_json(&output::Entry::from(&info))
+        print_json(&info)
     } else {
         print(output::table(&[&info]))
     }
@@ -192,14 +195,13 @@ fn list(json: bool) -> Result<(), Failure> {
         match snapshot {
             Ok(info) => readable.push(info),
             Err(error) => {
-                output::note(output::chain(&error));
+                output::note(error.one_line());
                 unreadable += 1;
             }
         }
     }
     if json {
-        let entries: Vec<_> = readable.iter().map(output::Entry::from).collect();
-        print_json(&entries)?;
+        print_json(&readable)?;
     } else {
         print(output::table(&readable.iter().collect::<Vec<_>>()))?;
     }
@@ -218,12 +220,11 @@ fn reap(options: &Reap) -> Result<(), Failure> {
         .dry_run(options.dry_run)
         .reap(keep)?;
     let failures = reaped.iter().filter_map(|item| item.fate.as_ref().err());
-    let failures: Vec<String> = failures.map(output::whole).collect();
-    let items: Vec<_> = reaped.iter().map(output::ReapedEntry::from).collect();
+    let failures: Vec<String> = failures.map(dmsnap::Error::one_line).collect();
     if options.json {
-        print_json(&items)?;
+        print_json(&reaped)?;
     } else {
-        print(items.iter().map(ToString::to_string).collect())?;
+        print(reaped.iter().map(output::fate).collect())?;
     }
     failures.iter().for_each(output::note);
     match failures.len() {
@@ -233,32 +234,31 @@ fn reap(options: &Reap) -> Result<(), Failure> {
 }
 
 fn repair(names: &[String], json: bool) -> Result<(), Failure> {
-    let found: Vec<_> = match names {
-        [] => {
-            let all = dmsnap::repair_all()?.into_iter();
-            all.map(|item| (item.name, item.outcome)).collect()
-        }
-        names => {
-            let each = names.iter();
-            each.filter_map(|name| Some((name.clone(), dmsnap::repair(name.as_str()).transpose()?)))
-                .collect()
-        }
+    let repaired: Vec<Repaired> = match names {
+        [] => dmsnap::repair_all()?,
+        names => names.iter().filter_map(|name| repair_one(name)).collect(),
     };
-    let items: Vec<_> = found.iter().map(output::RepairedEntry::from).collect();
-    if json {
-        print_json(&items)?;
-    } else {
-        print(items.iter().map(ToString::to_string).collect())?;
-    }
-    let failures = found
+    let failures = repaired
         .iter()
-        .filter_map(|(_, outcome)| outcome.as_ref().err());
-    let failures: Vec<String> = failures.map(output::whole).collect();
+        .filter_map(|item| item.outcome.as_ref().err());
+    let failures: Vec<String> = failures.map(dmsnap::Error::one_line).collect();
+    if json {
+        print_json(&repaired)?;
+    } else {
+        print(repaired.iter().map(output::outcome).collect())?;
+    }
     failures.iter().for_each(output::note);
     match failures.len() {
         0 => Ok(()),
         failed => Err(Failure::Unrepaired(failed)),
     }
+}
+
+/// `None` when there was nothing to do.
+fn repair_one(name: &str) -> Option<Repaired> {
+    let outcome = dmsnap::repair(name).transpose()?;
+    let name = name.to_owned();
+    Some(Repaired { name, outcome })
 }
 
 fn outcome_text(outcome: Outcome) -> String {
@@ -268,6 +268,7 @@ fn outcome_text(outcome: Outcome) -> String {
         Outcome::Deferred { open_count } => {
             format!("deferred until its {open_count} users close it\n")
         }
+        _ => "done\n".to_owned(),
     }
 }
 

@@ -1,20 +1,10 @@
 //! `dmsnap merge`: the library's merge with a progress bar, stopped by SIGINT.
 
-use dmsnap::base::Sectors;
 use dmsnap::merge::{MergeOptions, MergeOutcome};
 
 use crate::args::Merge;
 use crate::interrupt::Job;
 use crate::{Failure, print, print_json};
-
-/// How a merge ended, as `merge --json` prints it. The keys are stable; new ones may be added.
-#[derive(Debug, serde::Serialize)]
-struct Ended {
-    /// `complete` or `stopped`.
-    outcome: &'static str,
-    merged_bytes: u64,
-    left_bytes: u64,
-}
 
 pub(crate) fn merge(args: &Merge) -> Result<(), Failure> {
     let job = Job::begin().map_err(Failure::Signals)?;
@@ -28,28 +18,22 @@ pub(crate) fn merge(args: &Merge) -> Result<(), Failure> {
     });
     let signal = job.signal();
     drop(job);
-    let (merged, left) = match outcome? {
-        MergeOutcome::Stopped { merged, left } => (merged, left),
-        MergeOutcome::Complete { merged } => (merged, Sectors::default()),
-        _ => Default::default(),
-    };
-    let complete = left == Sectors::default();
-    let ended = Ended {
-        outcome: if complete { "complete" } else { "stopped" },
-        merged_bytes: bytes(merged),
-        left_bytes: bytes(left),
+    let outcome = outcome?;
+    let (merged_bytes, left_bytes) = match outcome {
+        MergeOutcome::Stopped {
+            merged_bytes,
+            left_bytes,
+        } => (merged_bytes, left_bytes),
+        MergeOutcome::Complete { merged_bytes } => (merged_bytes, 0),
+        _ => (0, 0),
     };
     if args.json {
-        print_json(&ended)?;
+        print_json(&outcome)?;
     } else {
-        print(format!("merged {} bytes\n", ended.merged_bytes))?;
+        print(format!("merged {merged_bytes} bytes\n"))?;
     }
-    match ended.left_bytes {
+    match left_bytes {
         0 => Ok(()),
         left_bytes => Err(Failure::Stopped { left_bytes, signal }),
     }
-}
-
-fn bytes(sectors: Sectors) -> u64 {
-    sectors.to_bytes().unwrap_or(u64::MAX)
 }

@@ -33,12 +33,12 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
         // All of them grown first, and told of then: whoever reads may be slow.
         let grown: Vec<_> = events.iter().map(|event| grow(options, event)).collect();
         for (event, grown) in events.iter().zip(&grown) {
-            let lines = [Some(Line::of(event)), grown.as_ref().cloned()];
-            for line in lines.iter().flatten() {
-                if let (Err(failure), None) = (tell(options, line), &unlogged) {
-                    output::note(output::chain(&failure));
-                    unlogged = Some(failure);
-                }
+            let told = tell(options, event, seen(event));
+            let grown = grown.as_ref();
+            let told = told.and_then(|()| grown.map_or(Ok(()), |line| tell(options, line, line)));
+            if let (Err(failure), None) = (told, &unlogged) {
+                output::note(output::chain(&failure));
+                unlogged = Some(failure);
             }
         }
         if watch.is_empty() || wait(&watch, &signals)? {
@@ -60,34 +60,33 @@ fn wait(watch: &dmsnap::watch::Watch, signals: &UnixStream) -> Result<bool, Fail
 }
 
 /// Makes the COW file of one that is above the threshold longer, if that was asked for.
-fn grow<'a>(options: &Watch, event: &'a WatchEvent) -> Option<Line<'a>> {
+fn grow<'a>(options: &Watch, event: &'a WatchEvent) -> Option<Grown<'a>> {
     let (Change::Above(usage), Some(by)) = (&event.change, options.grow_by) else {
         return None;
     };
-    let line = |what, status, error| {
-        Some(Line {
-            name: &event.name,
-            uuid: &event.uuid,
-            event: what,
-            usage: status,
-            error,
-        })
-    };
     let total = usage.total.to_bytes().unwrap_or(u64::MAX);
     let most = options.max.unwrap_or(u64::MAX);
+    let mut grown = Grown {
+        name: &event.name,
+        uuid: &event.uuid,
+        event: "at-max",
+        usage: Some(*usage),
+        error: None,
+        status: None,
+    };
     if total >= most {
-        return line("at-max", Some(*usage), None);
+        return Some(grown);
     }
     let wanted = wanted(*usage, options.at, by).min(most);
     let mut how = GrowOptions::new();
-    match how
-        .reserve(options.reserve)
-        .grow(DeviceId::Name(event.name.clone()), wanted)
-    {
-        Ok(SnapshotStatus::Usage(usage)) => line("grown", Some(usage), None),
-        Ok(other) => line("grow-failed", None, Some(other.to_string())),
-        Err(error) => line("grow-failed", None, Some(output::whole(&error))),
+    how.reserve(options.reserve);
+    (grown.event, grown.usage) = ("grow-failed", None);
+    match how.grow(DeviceId::Name(event.name.clone()), wanted) {
+        Ok(SnapshotStatus::Usage(usage)) => (grown.event, grown.usage) = ("grown", Some(usage)),
+        Ok(other) => grown.status = Some(other),
+        Err(error) => grown.error = Some(error),
     }
+    Some(grown)
 }
 
 /// The size that is below the threshold again, in steps of `by` bytes.
@@ -99,61 +98,71 @@ fn wanted(usage: Usage, at: u8, by: u64) -> u64 {
     u64::try_from(total + steps * u128::from(by)).unwrap_or(u64::MAX)
 }
 
-fn tell(options: &Watch, line: &Line<'_>) -> Result<(), Failure> {
+fn tell(options: &Watch, json: &impl serde::Serialize, text: impl Display) -> Result<(), Failure> {
     if !options.json {
-        return print(format!("{line}\n"));
+        return print(format!("{text}\n"));
     }
-    let mut text = serde_json::to_string(line).map_err(|error| Failure::Output(error.into()))?;
+    let mut text = serde_json::to_string(json).map_err(|error| Failure::Output(error.into()))?;
     text.push('\n');
     print(text)
 }
 
-/// A line of `watch`. The keys are stable; new ones may be added.
+/// What became of growing one: an event of the command's own, beside those of the library.
 #[derive(Clone, Debug, serde::Serialize)]
-struct Line<'a> {
+struct Grown<'a> {
     name: &'a str,
     uuid: &'a DeviceUuid,
-    /// `above`, `grown`, `at-max`, `grow-failed`, `overflow`, `invalid`, `merge-failed`, `gone`, `unknown` or
-    /// `unreadable`.
+    /// `grown`, `at-max` or `grow-failed`.
     event: &'static str,
-    /// In 512-byte sectors.
+    #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
-    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<dmsnap::Error>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<SnapshotStatus>,
 }
 
-impl<'a> Line<'a> {
-    fn of(event: &'a WatchEvent) -> Self {
-        let (what, usage, error) = match &event.change {
-            Change::Above(usage) => ("above", Some(*usage), None),
-            Change::Overflow => ("overflow", None, None),
-            Change::Invalid => ("invalid", None, None),
-            Change::MergeFailed => ("merge-failed", None, None),
-            Change::Gone => ("gone", None, None),
-            Change::Unreadable(error) => ("unreadable", None, Some(output::whole(error))),
-            other => ("unknown", None, Some(other.to_string())),
-        };
-        Self {
-            name: &event.name,
-            uuid: &event.uuid,
-            event: what,
-            usage,
-            error,
-        }
-    }
-}
-
-impl Display for Line<'_> {
+impl Display for Grown<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.name, self.event)?;
         if let Some(usage) = &self.usage {
-            let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
-            write!(f, ": {}% of {bytes} bytes", usage.percent())?;
+            used(f, usage)?;
         }
-        match &self.error {
-            Some(error) => write!(f, ": {error}"),
-            None => Ok(()),
+        if let Some(error) = &self.error {
+            write!(f, ": {}", error.one_line())?;
+        }
+        self.status
+            .as_ref()
+            .map_or(Ok(()), |status| write!(f, ": {status}"))
+    }
+}
+
+/// An event of the library's on a line.
+fn seen(event: &WatchEvent) -> impl Display + '_ {
+    struct Seen<'a>(&'a WatchEvent);
+    impl Display for Seen<'_> {
+        fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "{}: ", self.0.name)?;
+            match &self.0.change {
+                Change::Above(usage) => {
+                    f.write_str("above")?;
+                    used(f, usage)
+                }
+                Change::Overflow => f.write_str("overflow"),
+                Change::Invalid => f.write_str("invalid"),
+                Change::Gone => f.write_str("gone"),
+                Change::MergeFailed => f.write_str("merge-failed"),
+                Change::Unreadable(error) => write!(f, "unreadable: {}", error.one_line()),
+                other => write!(f, "unknown: {other}"),
+            }
         }
     }
+    Seen(event)
+}
+
+fn used(f: &mut fmt::Formatter<'_>, usage: &Usage) -> fmt::Result {
+    let bytes = usage.total.to_bytes().unwrap_or(u64::MAX);
+    write!(f, ": {}% of {bytes} bytes", usage.percent())
 }
 
 #[cfg(test)]

@@ -212,7 +212,7 @@ impl World {
             false => Ok(()),
         };
         if resumed.is_ok() {
-            for device in self.devices.get_mut(uuid).into_iter() {
+            if let Some(device) = self.devices.get_mut(uuid) {
                 device.suspended = false;
                 device.live.iter_mut().for_each(|table| table.active = true);
             }
@@ -256,7 +256,7 @@ impl World {
             }
         };
         let device = self.devices.get_mut(uuid).ok_or(Errno::ENXIO)?;
-        for table in &mut device.live {
+        if let Some(table) = &mut device.live {
             (table.valid, table.chunkless) = (valid, false);
         }
         Ok(())

@@ -1,0 +1,55 @@
+//! What may go to another thread, or be shared by several.
+
+use dmsnap::*;
+
+fn goes_anywhere<T: Send + Sync + Unpin + 'static>() {}
+
+macro_rules! all_go_anywhere {
+    ($($of:ty),* $(,)?) => { $(goes_anywhere::<$of>();)* };
+}
+
+/// It compiles, or it does not. A control plane holds these across threads and await points.
+#[test]
+fn every_public_type_goes_to_other_threads_and_is_shared_by_them() {
+    all_go_anywhere!(
+        SnapshotOptions,
+        Snapshot,
+        Handles,
+        Origin,
+        Pool,
+        PoolOptions,
+        Error,
+        ErrorKind,
+        DeviceId,
+        ChunkSize,
+        CowSize,
+        SectorSize,
+        Store,
+        Warning,
+        Teardown,
+        ReapOptions,
+        base::DeviceName,
+        base::DeviceUuid,
+        base::DeviceNumber,
+        base::LoopHandle,
+        base::OriginIdentity,
+        base::Progress,
+        dm::SnapshotStatus,
+        dm::TargetLine,
+        error::Refusal,
+        error::Retry,
+        export::ExportOptions,
+        export::Exported,
+        find::SnapshotInfo,
+        merge::MergeOptions,
+        merge::MergeOutcome,
+        snapshot::GrowOptions,
+        store::ExceptionStore<std::fs::File>,
+        store::StoreError,
+        store::StoreSummary,
+        teardown::Reaped,
+        timings::Timings,
+        watch::Watch,
+        watch::WatchEvent,
+    );
+}
