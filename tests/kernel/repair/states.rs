@@ -11,7 +11,9 @@ use crate::facts::Device;
 use crate::facts::handover::{Writer, assert_files};
 
 /// Steps of a checkpoint behind the loading of both tables, up to where its process was killed; and what is done then.
-const STATES: &[(&[&str], &str)] = &[
+type States = &'static [(&'static [&'static str], &'static str)];
+
+const UNDONE: States = &[
     (&[], "undone"),
     (&["resume b"], "undone"),
     (&["suspend v"], "undone"),
@@ -19,6 +21,9 @@ const STATES: &[(&[&str], &str)] = &[
     (&["suspend v", "clear v"], "undone"),
     (&["suspend v", "clear v", "resume v"], "undone"),
     (&["suspend v", "clear v", "remove b"], "resumed"),
+];
+
+const FINISHED: States = &[
     (&["suspend v", "resume b"], "finished"),
     (&["suspend v", "resume b", "resume v"], "finished"),
 ];
@@ -40,7 +45,17 @@ fn step(verb: &str, v: &Device, b: &Device) {
 }
 
 #[test]
-fn wherever_a_checkpoint_was_cut_off_v_goes_on_with_all_data() {
+fn a_checkpoint_that_was_cut_off_before_the_handover_is_undone() {
+    cut_off_in(UNDONE);
+}
+
+#[test]
+fn a_checkpoint_that_was_cut_off_behind_the_handover_is_finished() {
+    cut_off_in(FINISHED);
+}
+
+/// V goes on with all data, whatever the state.
+fn cut_off_in(states: States) {
     let scene = Scene::ext4();
     let mut stage = Stage::over(&scene);
     let writer = Writer::start(stage.at.clone());
@@ -48,15 +63,14 @@ fn wherever_a_checkpoint_was_cut_off_v_goes_on_with_all_data() {
     let mut cow = stage.c0.clone();
     let v = stage.v.clone();
     let mut layers = Vec::new();
-    for (steps, outcome) in STATES {
-        writer.go_on();
+    writer.go_on();
+    for (steps, outcome) in states {
         let (_, fresh) = stage.stack.cow();
         let c1 = last_loop(&stage.stack).to_owned();
         let b = stage.stack.device_of(&uuid(&c1, "-layer"));
         b.load(&stage.stack.table(&origin, &cow));
         v.load(&stage.stack.table(&b.number, &fresh));
         let_go(&c1);
-        writer.go_on();
         let synced = writer.synced();
         steps.iter().for_each(|verb| step(verb, &v, &b));
         // The last state is V's, whole, and B's alone.
