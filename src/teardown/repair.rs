@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::base::{DeviceId, DeviceName, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
+use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
 use crate::call::{absent, ask, ask_unobserved, patiently};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
@@ -470,30 +470,20 @@ fn layer_step<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<(Seen, Laye
     Ok(step.map(|step| (layer, step)))
 }
 
-/// The alias is made last.
+/// Whether it goes with its last user, or has an alias, as one that is kept has.
 fn is_finished<H: Host>(host: &H, layer: &Seen) -> bool {
     let alias = Path::new(MAPPER_DIR).join(&layer.device.name);
     layer.device.deferred_remove || host.is_our_alias(&alias)
 }
 
-/// What a checkpoint does after its pause: the layer goes with its last user, and has an alias.
+/// What a checkpoint does after its pause: the layer goes with its last user. It gets no alias, of which the kernel,
+/// that takes it away, knows nothing.
 fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
     if is_finished(host, layer) {
         return Ok(());
     }
-    let name = &layer.device.name;
-    let path = Path::new(MAPPER_DIR).join(name);
+    let path = Path::new(MAPPER_DIR).join(&layer.device.name);
     let address = Address::Uuid(layer.uuid.as_str());
-    let flagged = ask(Step::Remove, &path, || host.remove(address, true));
-    if absent(flagged)? != Some(true) {
-        return Ok(());
-    }
-    let Ok(name) = DeviceName::new(name.as_str()) else {
-        return Ok(());
-    };
-    let (alias, number) = (name.mapper_path(), layer.device.number);
-    let node = host.find_node(number);
-    ask(Step::Link, &alias, || {
-        host.make_alias(&alias, number, node.as_deref())
-    })
+    let flag = || host.remove(address, true);
+    absent(ask(Step::Remove, &path, flag)).map(drop)
 }

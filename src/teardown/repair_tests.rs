@@ -41,7 +41,7 @@ enum Do {
     ResumeV,
     ClearV,
     RemoveB,
-    /// The last steps: the layer goes with its last user, and has an alias.
+    /// The last step: the layer goes with its last user.
     Finish,
     /// A rollback's table: the same origin, another COW file.
     LoadRollback,
