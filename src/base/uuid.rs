@@ -41,6 +41,8 @@ pub(crate) enum Kind {
     Shared,
     /// As `Shared`, and the dm device serves one snapshot after another.
     Pooled,
+    /// A layer: what a snapshot had when it was frozen. Its 128 bits are the layer's id.
+    Layer,
 }
 
 impl Kind {
@@ -49,6 +51,7 @@ impl Kind {
             Self::Own => "",
             Self::Shared => "-shared",
             Self::Pooled => "-pool",
+            Self::Layer => "-layer",
         }
     }
 }
@@ -106,10 +109,17 @@ impl DeviceUuid {
     /// What is special about the device.
     pub(crate) fn kind(&self) -> Kind {
         let is = |kind: &Kind| self.0.ends_with(kind.suffix());
-        [Kind::Shared, Kind::Pooled]
+        [Kind::Shared, Kind::Pooled, Kind::Layer]
             .into_iter()
             .find(is)
             .unwrap_or(Kind::Own)
+    }
+
+    /// The id of the layer that the device is, if it is one.
+    pub(crate) fn layer(&self) -> Option<u128> {
+        let digits = self.0.strip_prefix(Self::PREFIX)?.split('-').next()?;
+        let id = u128::from_str_radix(digits, 16).ok()?;
+        (self.kind() == Kind::Layer).then_some(id)
     }
 
     fn fields(&self) -> Option<[u64; 3]> {
@@ -178,10 +188,11 @@ mod tests {
             ours.as_str(),
             "DMSNAP-00000000000000000000000000000007-40000000-ffffffffffffffff-12c"
         );
-        for kind in [Kind::Own, Kind::Shared, Kind::Pooled] {
+        for kind in [Kind::Own, Kind::Shared, Kind::Pooled, Kind::Layer] {
             let ours = DeviceUuid::fresh(7, origin, 300, kind);
             assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
             assert_eq!(ours.kind(), kind);
+            assert_eq!(ours.layer(), (kind == Kind::Layer).then_some(7));
         }
         assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
         let signed = DeviceUuid::new("DMSNAP-0-+5-0-0").expect("a uuid");

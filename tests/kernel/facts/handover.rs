@@ -22,7 +22,7 @@ use crate::common::reading::{dm_exists, number};
 use crate::common::{Losetup, Scene, eventually, output, run};
 
 /// Writes file after file, each synced before the next, until it is stopped.
-struct Writer {
+pub(crate) struct Writer {
     stop: Arc<AtomicBool>,
     synced: Arc<AtomicU64>,
     thread: JoinHandle<io::Result<()>>,
@@ -36,7 +36,7 @@ fn file_content(nth: u64) -> Vec<u8> {
 }
 
 impl Writer {
-    fn start(dir: PathBuf) -> Self {
+    pub(crate) fn start(dir: PathBuf) -> Self {
         let (stop, synced) = (
             Arc::new(AtomicBool::new(false)),
             Arc::new(AtomicU64::new(0)),
@@ -58,19 +58,19 @@ impl Writer {
         }
     }
 
-    fn synced(&self) -> u64 {
+    pub(crate) fn synced(&self) -> u64 {
         self.synced.load(Ordering::Acquire)
     }
 
     /// Waits for a few more files.
-    fn go_on(&self) {
+    pub(crate) fn go_on(&self) {
         let goal = (self.synced() + 10).min(FILES);
         let written = eventually(Duration::from_secs(30), || self.synced() >= goal);
         assert!(written, "{} of {goal} files", self.synced());
     }
 
     /// How many files there are; no write of any failed.
-    fn stop(self) -> u64 {
+    pub(crate) fn stop(self) -> u64 {
         self.stop.store(true, Ordering::Relaxed);
         let ended = self.thread.join().expect("it does not panic");
         ended.expect("no write fails");
@@ -78,7 +78,7 @@ impl Writer {
     }
 }
 
-fn assert_files(dir: &Path, count: u64) {
+pub(crate) fn assert_files(dir: &Path, count: u64) {
     for nth in 0..count {
         let found = fs::read(dir.join(nth.to_string()));
         let found = found.unwrap_or_else(|error| panic!("file {nth} of {count}: {error}"));

@@ -2,7 +2,7 @@
 //! at a time, so that a test can stop between any two of them.
 
 mod cow_device;
-mod handover;
+pub(crate) mod handover;
 
 use std::fs;
 use std::path::{Path, PathBuf};

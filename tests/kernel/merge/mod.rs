@@ -157,7 +157,7 @@ fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
         ControlFlow::Continue(())
     });
     let all = MergeOutcome::Complete {
-        merged: sectors(MANY),
+        merged_bytes: sectors(MANY).count() * 512,
     };
     assert_eq!(merged, Ok(all));
     pair.assert_image();
@@ -176,7 +176,7 @@ fn a_merge_of_a_thousand_random_chunks_makes_the_image_what_the_snapshot_was() {
 
     pair.assert_refused(&other);
     // The store is empty, and the COW file may be used again over the new image.
-    let nothing = MergeOutcome::Complete { merged: sectors(0) };
+    let nothing = MergeOutcome::Complete { merged_bytes: 0 };
     assert_eq!(pair.merge(), Ok(nothing));
     pair.assert_snapshot(&SnapshotOptions::new());
 }
@@ -202,9 +202,9 @@ fn every_chunk_size_and_an_image_that_ends_in_the_middle_of_a_chunk() {
         assert_eq!(before.len(), 188);
         let merged = pair.finish();
         // The page cache writes its own blocks, which may be more than a sector.
-        let least = Sectors::new(3 * u64::from(chunk));
+        let least = 3 * chunk.bytes();
         assert!(
-            matches!(merged, MergeOutcome::Complete { merged } if merged >= least),
+            matches!(merged, MergeOutcome::Complete { merged_bytes } if merged_bytes >= least),
             "{merged:?}"
         );
         assert_eq!(tail(), before);
