@@ -128,6 +128,15 @@ pub(crate) fn check_header<O, F>(
     sample: Sample<'_>,
     any_origin: bool,
 ) -> Result<()> {
+    let parent = header.chain.map_or(0, |chain| chain.parent);
+    if parent != origin.layer.unwrap_or(0) {
+        let (cow, origin) = (cow.path.to_owned(), origin.path.to_owned());
+        return Err(Refusal::LayerForeign { cow, origin }.into());
+    }
+    if header.chain.is_some_and(|chain| chain.frozen) {
+        let path = cow.path.to_owned();
+        return Err(Refusal::CowFrozen { path }.into());
+    }
     if any_origin || is_half_merged(&origin.facts, &cow.facts, header) {
         return Ok(());
     }

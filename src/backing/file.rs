@@ -14,6 +14,8 @@ pub(crate) struct Backing<'a, F> {
     pub(crate) path: &'a Path,
     pub(crate) file: F,
     pub(crate) facts: FileFacts,
+    /// The id of the layer that it is, if it is an origin that is one.
+    pub(crate) layer: Option<u128>,
 }
 
 impl<F> Backing<'_, F> {
@@ -130,7 +132,12 @@ pub(super) fn inspect<'a, H: Host>(
             kind,
         }
         .into()),
-        _ => Ok(Backing { path, file, facts }),
+        _ => Ok(Backing {
+            path,
+            file,
+            facts,
+            layer: None,
+        }),
     }
 }
 

@@ -59,6 +59,7 @@ mod tests {
             }),
             merging_into,
             sample: None,
+            chain: None,
         }
     }
 

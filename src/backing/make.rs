@@ -34,7 +34,12 @@ pub(crate) fn make<'a, H: Host, O>(
     let facts = sized
         .and(inspected)
         .map_err(|error| unmake(host, error, path, id))?;
-    Ok(Backing { path, file, facts })
+    Ok(Backing {
+        path,
+        file,
+        facts,
+        layer: None,
+    })
 }
 
 fn lock_made<H: Host>(host: &H, path: &Path, file: H::File) -> Result<H::File> {

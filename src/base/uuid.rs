@@ -41,7 +41,7 @@ pub(crate) enum Kind {
     Shared,
     /// As `Shared`, and the dm device serves one snapshot after another.
     Pooled,
-    /// A layer: it is read by the snapshots that stand on it, and never written.
+    /// A layer: what a snapshot had when it was frozen. Its 128 bits are the layer's id.
     Layer,
 }
 
@@ -115,6 +115,13 @@ impl DeviceUuid {
             .unwrap_or(Kind::Own)
     }
 
+    /// The id of the layer that the device is, if it is one.
+    pub(crate) fn layer(&self) -> Option<u128> {
+        let digits = self.0.strip_prefix(Self::PREFIX)?.split('-').next()?;
+        let id = u128::from_str_radix(digits, 16).ok()?;
+        (self.kind() == Kind::Layer).then_some(id)
+    }
+
     fn fields(&self) -> Option<[u64; 3]> {
         let mut fields = self.0.strip_prefix(Self::PREFIX)?.split('-').skip(1);
         let mut next = || {
@@ -185,6 +192,7 @@ mod tests {
             let ours = DeviceUuid::fresh(7, origin, 300, kind);
             assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
             assert_eq!(ours.kind(), kind);
+            assert_eq!(ours.layer(), (kind == Kind::Layer).then_some(7));
         }
         assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
         let signed = DeviceUuid::new("DMSNAP-0-+5-0-0").expect("a uuid");

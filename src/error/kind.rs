@@ -72,7 +72,11 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::NotAdoptable { .. }
             | Refusal::Irreparable { .. }
             | Refusal::NotExportable { .. }
-            | Refusal::OutputExists { .. } => Self::Conflict,
+            | Refusal::OutputExists { .. }
+            | Refusal::CowFrozen { .. }
+            | Refusal::LayerForeign { .. }
+            | Refusal::NotFreezable { .. } => Self::Conflict,
+            Refusal::AtWork { .. } => Self::Busy,
             Refusal::CowUnlinked { .. } | Refusal::FileElsewhere { .. } => Self::Gone,
             Refusal::PoolEmpty | Refusal::Overflowed { .. } => Self::Exhausted,
             Refusal::CowInvalid { .. }

@@ -358,6 +358,41 @@ pub enum Refusal {
         /// The logical sector size of the disk, in bytes.
         sector_bytes: u64,
     },
+    /// The COW file is a layer's: other COW files were made over what it holds.
+    #[error("COW file {path:?} is a layer's, and never to be written again")]
+    CowFrozen {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// The COW file was made over another layer, over a layer where this is an image, or over an image where this is a
+    /// layer.
+    #[error("COW file {cow:?} was not made over {origin:?}, but over another layer or image")]
+    LayerForeign {
+        /// The COW file.
+        cow: PathBuf,
+        /// What it was to be used over.
+        origin: PathBuf,
+    },
+    /// A layer is needed.
+    #[error("{name:?} is no layer")]
+    NotALayer {
+        /// The dm device's name.
+        name: String,
+    },
+    /// A snapshot that cannot be frozen, or not now.
+    #[error("cannot freeze {name:?}: {why}")]
+    NotFreezable {
+        /// The dm device's name.
+        name: String,
+        /// What is in the way.
+        why: &'static str,
+    },
+    /// Another process is at work on the device.
+    #[error("another process is at work on {name:?}")]
+    AtWork {
+        /// The dm device's name.
+        name: String,
+    },
     /// The device has no live table, or one of another target.
     #[error("{name:?} is not a live snapshot")]
     NotLive {

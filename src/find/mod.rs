@@ -3,6 +3,7 @@
 mod adopt;
 pub(crate) mod at_work;
 mod list;
+mod lock;
 mod lookup;
 mod select;
 #[cfg(test)]
@@ -11,5 +12,8 @@ mod tests;
 pub use adopt::adopt;
 pub use list::{LoopFacts, SnapshotInfo, State, list, status};
 pub(crate) use list::{ours as all, status_of};
-pub(crate) use lookup::{Bound, Live, bound, find_snapshot, live, reach, still, whole, whole_file};
+pub(crate) use lock::locked;
+pub(crate) use lookup::{
+    Bound, Live, bound, find, find_snapshot, live, reach, still, whole, whole_file,
+};
 pub(crate) use select::{Key, select};

@@ -2,6 +2,7 @@
 //!
 //! - [`choosing`]: stores, COW files, chunk sizes, discard.
 //! - [`operating`]: teardown, after a crash, two control planes, pools, watching and growing, udev.
+//! - [`checkpoint`]: a running disk frozen as a layer, and forks of it.
 //! - [`errors`]: kinds, chains, and what an errno means.
 //! - [`kernels`]: what it was run on, and features by version.
 //! - [`landmines`]: what bites.
@@ -12,6 +13,8 @@
 pub mod choosing {}
 #[doc = include_str!("operating.md")]
 pub mod operating {}
+#[doc = include_str!("checkpoint.md")]
+pub mod checkpoint {}
 #[doc = include_str!("errors.md")]
 pub mod errors {}
 #[doc = include_str!("kernels.md")]

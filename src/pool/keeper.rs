@@ -54,7 +54,12 @@ fn build<H: Host>(
         host.size_file(&file, COW_BYTES, false)
     })?;
     let facts = ask(Step::InspectFile, path, || host.inspect_file(&file))?;
-    let cow = Backing { path, file, facts };
+    let cow = Backing {
+        path,
+        file,
+        facts,
+        layer: None,
+    };
     // Its lock says that the maker is at work, until the node is open and says so.
     let cow_loop = attach(
         host,

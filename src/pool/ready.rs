@@ -112,7 +112,7 @@ pub(crate) fn claim<H: Host>(
         name: Some(name.clone()),
         mapper: Some(mapper),
         device: Some(device),
-        origin_loop: Some(site.base.handle.clone()),
+        origin_loop: site.base.handle.clone(),
         ..take(&mut ready.handles)
     };
     Ok(Snapshot::of(handles, take(&mut ready.warnings)))

@@ -11,7 +11,7 @@ use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host, MAPPER_CONTROL, TargetVersion};
 use crate::kernel::{LO_AUTOCLEAR, LO_DIRECT_IO};
-use crate::store::{self, CONTENT_AT, CONTENT_BYTES, MARK_AT};
+use crate::store::{self, CONTENT_AT, Chain, MARK_AT};
 use crate::teardown;
 
 /// The origin as a device: the image, and the loop device that serves it.
@@ -20,6 +20,8 @@ pub(crate) struct OriginDevice<'a> {
     pub(crate) facts: &'a FileFacts,
     pub(crate) device: DeviceNumber,
     pub(crate) length: Sectors,
+    /// The place in the stack of what is made over a layer.
+    pub(crate) above: Option<Chain>,
 }
 
 /// The dm device that a snapshot's table is loaded into.
@@ -110,7 +112,7 @@ pub(crate) fn build<H: Host>(
         }
     };
     if let Some(mark) = mark {
-        write_mark(host, cow, identity, mark)?;
+        write_mark(host, cow, identity, origin.above, mark)?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
     Ok(LiveDevice {
@@ -126,25 +128,23 @@ fn write_mark<H: Host>(
     host: &H,
     cow: &Backing<'_, H::File>,
     origin: OriginIdentity,
+    above: Option<Chain>,
     mark: &Mark,
 ) -> Result<()> {
-    let first = store::mark(origin, None);
-    let Some(sample) = mark.sample else {
-        let write = || host.write_at(&cow.file, &first, MARK_AT);
-        return ask(Step::MarkFile, cow.path, write);
-    };
-    let second = store::content(origin, sample);
     let write = |bytes: &[u8], at| {
         ask(Step::MarkFile, cow.path, || {
             host.write_at(&cow.file, bytes, at)
         })
     };
+    let first = store::mark(origin, None);
+    let second = mark.sample.map(|sample| store::content(origin, sample));
     if mark.fresh {
-        let mut both = [0; CONTENT_AT - MARK_AT + CONTENT_BYTES];
-        both[..first.len()].copy_from_slice(&first);
-        both[CONTENT_AT - MARK_AT..].copy_from_slice(&second);
-        return write(&both, MARK_AT);
+        let (whole, length) = store::marks(first, above.map(store::chain), second);
+        return write(&whole[..length], MARK_AT);
     }
+    let Some(second) = second else {
+        return write(&first, MARK_AT);
+    };
     // What is between the two stays. Torn apart, the second one is void.
     write(&second, CONTENT_AT)?;
     write(&first, MARK_AT)

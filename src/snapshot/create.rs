@@ -100,6 +100,7 @@ pub(crate) fn create<H: Host>(
             facts: &origin.facts,
             device: origin_loop.dev,
             length,
+            above: None,
         };
         let kind = Kind::Own;
         let destination = Destination::New { name, kind };
@@ -143,7 +144,7 @@ pub(crate) fn create_on<H: Host>(
     };
     let built = live();
     if built.is_ok() {
-        handles.origin_loop = Some(base.handle.clone());
+        handles.origin_loop.clone_from(&base.handle);
     }
     finish(host, options, &cow, built, handles)
 }
@@ -166,8 +167,8 @@ pub(crate) fn prepare<'a, H: Host>(
         ..Handles::default()
     };
     let fingerprint = Sample {
-        take: &|| Ok(base.sample()),
-        marks: true,
+        take: &|| Ok(base.sample().unwrap_or_default()),
+        marks: base.sample().is_some(),
     };
     let cow = open_cow(host, cow, &image, fingerprint, &options.cow)?;
     Ok((cow, handles))

@@ -1,11 +1,15 @@
 //! The main job: a snapshot made, kept and made longer.
 
 mod build;
+mod checkpoint;
+#[cfg(test)]
+mod checkpoint_tests;
 mod create;
 mod grow;
 #[cfg(test)]
 mod grow_tests;
 mod handle;
+mod layer;
 mod options;
 mod origin;
 mod recover;
@@ -14,11 +18,13 @@ mod tests;
 
 pub(crate) use build::{Destination, LiveDevice};
 pub(crate) use build::{MappedDevice, build, load, make_device, undone};
+pub use checkpoint::CheckpointOptions;
 #[cfg(test)]
 pub(crate) use create::create;
 pub(crate) use create::{create_on, link, open_controls, prepare, unbuilt};
 pub use grow::{GrowOptions, grow, recover};
 pub use handle::Snapshot;
+pub use layer::Layer;
 pub use options::SnapshotOptions;
 pub(crate) use origin::Base;
 pub use origin::Origin;

@@ -10,6 +10,7 @@ use crate::call::ask;
 use crate::error::{Result, Step, Verdict};
 use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, MACHINE, SHARED_ORIGIN};
 use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
+use crate::store::Chain;
 
 /// An origin image on a loop device that any number of snapshots share.
 ///
@@ -29,16 +30,19 @@ use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
 #[derive(Clone, Debug)]
 pub struct Origin(pub(crate) Arc<Base<LoopDevice>>);
 
-/// An image and the loop device that it is attached to.
+/// An image and the loop device that it is attached to, or a layer and its open device.
 #[derive(Debug)]
 pub(crate) struct Base<L> {
-    path: PathBuf,
-    facts: FileFacts,
-    /// A fingerprint of what it held when it was opened.
-    sample: u128,
-    length: Sectors,
-    device: Attached<L>,
-    pub(crate) handle: LoopHandle,
+    pub(super) path: PathBuf,
+    pub(super) facts: FileFacts,
+    /// A fingerprint of what it held when it was opened; a layer has none.
+    pub(super) sample: Option<u128>,
+    pub(super) length: Sectors,
+    pub(super) device: Attached<L>,
+    /// The loop device's; a layer has none.
+    pub(crate) handle: Option<LoopHandle>,
+    /// The place of what is made over it, if it is a layer.
+    pub(super) above: Option<Chain>,
 }
 
 impl<L> Base<L> {
@@ -48,10 +52,11 @@ impl<L> Base<L> {
             path: &self.path,
             file: (),
             facts: self.facts,
+            layer: self.above.map(|above| above.parent),
         }
     }
 
-    pub(crate) fn sample(&self) -> u128 {
+    pub(crate) fn sample(&self) -> Option<u128> {
         self.sample
     }
 
@@ -60,6 +65,7 @@ impl<L> Base<L> {
             facts: &self.facts,
             device: self.device.dev,
             length: self.length,
+            above: self.above,
         }
     }
 }
@@ -130,11 +136,12 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path) -> Result<Base<H::Loop>> {
     };
     Ok(Base {
         length: loop_length(host, &device)?,
-        sample: sample(host, &origin)?,
+        sample: Some(sample(host, &origin)?),
+        above: None,
         path: path.to_owned(),
         facts: origin.facts,
         device,
-        handle,
+        handle: Some(handle),
     })
 }
 

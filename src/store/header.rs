@@ -38,6 +38,92 @@ pub(crate) struct Header {
     pub(crate) merging_into: Option<u64>,
     /// A fingerprint of what the origin held ([`content`]).
     pub(crate) sample: Option<u128>,
+    /// Its place in a stack of layers; `None` for a store over an image that was never frozen.
+    pub(crate) chain: Option<Chain>,
+}
+
+/// A store's place in a stack of layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Chain {
+    /// The id that it was frozen under; 0 before.
+    pub(crate) id: u128,
+    /// The id of the layer that it was made over; 0 for an image.
+    pub(crate) parent: u128,
+    /// How many layers are below it.
+    pub(crate) depth: u32,
+    /// Whether it is a layer's, and never to be written again.
+    pub(crate) frozen: bool,
+}
+
+/// Where the mark of a store in a stack stands, between the other two.
+pub(crate) const CHAIN_AT: usize = 128;
+
+/// What that mark begins with. Its id and its parent's follow, 24 bytes that are zeroes, its depth, its flags, 8 bytes
+/// that are zeroes, and a checksum.
+const CHAIN: [u8; 16] = *b"dmsnap chain 1\0\0";
+
+/// The length of that mark.
+pub(crate) const CHAIN_BYTES: usize = 96;
+
+/// The mark that says what a store stands on, and who may stand on it.
+pub(crate) fn chain(chain: Chain) -> [u8; CHAIN_BYTES] {
+    let mut mark = [0; CHAIN_BYTES];
+    mark[..16].copy_from_slice(&CHAIN);
+    mark[16..32].copy_from_slice(&chain.id.to_le_bytes());
+    mark[32..48].copy_from_slice(&chain.parent.to_le_bytes());
+    mark[72..76].copy_from_slice(&chain.depth.to_le_bytes());
+    mark[76..80].copy_from_slice(&u32::from(chain.frozen).to_le_bytes());
+    let sum = fnv(mark[..CHAIN_BYTES - 8].iter());
+    mark[CHAIN_BYTES - 8..].copy_from_slice(&sum.to_le_bytes());
+    mark
+}
+
+/// All marks of a new store in one piece, from [`MARK_AT`] on, and how many bytes of it count.
+pub(crate) fn marks(
+    first: [u8; 64],
+    chain: Option<[u8; CHAIN_BYTES]>,
+    content: Option<[u8; CONTENT_BYTES]>,
+) -> ([u8; ALL_BYTES], usize) {
+    let mut all = [0; ALL_BYTES];
+    all[..first.len()].copy_from_slice(&first);
+    let mut length = first.len();
+    let (chain, content) = (chain.as_ref(), content.as_ref());
+    let parts = [
+        (CHAIN_AT, chain.map(<[u8; CHAIN_BYTES]>::as_slice)),
+        (CONTENT_AT, content.map(<[u8; CONTENT_BYTES]>::as_slice)),
+    ];
+    for (at, part) in parts {
+        if let Some(part) = part {
+            length = at - MARK_AT + part.len();
+            all[at - MARK_AT..length].copy_from_slice(part);
+        }
+    }
+    (all, length)
+}
+
+const ALL_BYTES: usize = CONTENT_AT - MARK_AT + CONTENT_BYTES;
+
+/// `Err` for a mark that is not as it was written.
+fn chained(start: &[u8]) -> Result<Option<Chain>, HeaderFault> {
+    let found = start.get(CHAIN_AT..CHAIN_AT + CHAIN_BYTES);
+    let Some(found) = found.filter(|mark| mark.starts_with(&CHAIN)) else {
+        return Ok(None);
+    };
+    let id = |at: usize| found[at..].first_chunk().copied().map(u128::from_le_bytes);
+    let word = |at: usize| found[at..].first_chunk().copied().map(u32::from_le_bytes);
+    let read = Chain {
+        id: id(16).unwrap_or_default(),
+        parent: id(32).unwrap_or_default(),
+        depth: word(72).unwrap_or_default(),
+        frozen: word(76) == Some(1),
+    };
+    match found == chain(read) {
+        true => Ok(Some(read)),
+        false => Err(HeaderFault {
+            field: "chain",
+            value: 0,
+        }),
+    }
 }
 
 /// Where our mark stands: in the part of the header's sector that the kernel zeroes when it writes a new header and
@@ -88,13 +174,16 @@ pub(crate) fn content(origin: OriginIdentity, sample: u128) -> [u8; CONTENT_BYTE
     mark
 }
 
-/// FNV-1a, 64 bits.
+/// A checksum of a mark, and of the origin that it counts for: FNV-1a, 64 bits.
 fn sum(mark: &[u8], origin: OriginIdentity) -> u64 {
     let (size, mtime) = (
         origin.size_bytes.to_le_bytes(),
         origin.mtime_ns.to_le_bytes(),
     );
-    let bytes = mark.iter().chain(&size).chain(&mtime);
+    fnv(mark.iter().chain(&size).chain(&mtime))
+}
+
+fn fnv<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
         (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
     })
@@ -136,6 +225,7 @@ impl HeaderFault {
         match self.field {
             "valid" => 4,
             "version" => 8,
+            "chain" => CHAIN_AT as u64,
             _ => 12,
         }
     }
@@ -157,13 +247,17 @@ pub(crate) fn probe(start: &[u8]) -> Probe {
     }
     let damaged = |field, value| Probe::Damaged(HeaderFault { field, value });
     match (version, valid, ChunkSize::new(u64::from(chunk))) {
-        (VERSION, 0 | 1, Ok(chunk)) => Probe::Store(Header {
-            valid: valid == 1,
-            chunk,
-            origin: marked(start),
-            merging_into: merging_into(start),
-            sample: sampled(start),
-        }),
+        (VERSION, 0 | 1, Ok(chunk)) => match chained(start) {
+            Ok(chain) => Probe::Store(Header {
+                valid: valid == 1,
+                chunk,
+                origin: marked(start),
+                merging_into: merging_into(start),
+                sample: sampled(start),
+                chain,
+            }),
+            Err(fault) => Probe::Damaged(fault),
+        },
         (VERSION, 0 | 1, Err(_)) => damaged("chunk_size", chunk),
         (VERSION, _, _) => damaged("valid", valid),
         (_, _, _) => damaged("version", version),
@@ -218,6 +312,7 @@ mod tests {
                 origin: None,
                 merging_into: None,
                 sample: None,
+                chain: None,
             })
         );
         assert_eq!(
@@ -228,6 +323,7 @@ mod tests {
                 origin: None,
                 merging_into: None,
                 sample: None,
+                chain: None,
             })
         );
         for (fields, field, value) in [
@@ -277,6 +373,29 @@ mod tests {
             start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(origin, None));
             start[at.start + 16] ^= 1;
             assert_eq!(sample(&start), None, "damaged");
+        }
+    }
+
+    #[test]
+    fn a_store_of_a_stack_tells_its_place_and_a_changed_mark_is_damage() {
+        let place = Chain {
+            id: u128::MAX - 1,
+            parent: 5,
+            depth: 3,
+            frozen: true,
+        };
+        let mut start = header([MAGIC, 1, 1, 1]);
+        start[CHAIN_AT..CHAIN_AT + CHAIN_BYTES].copy_from_slice(&chain(place));
+        let Probe::Store(found) = probe(&start[..512]) else {
+            panic!("a store of the least chunk size")
+        };
+        assert_eq!(found.chain, Some(place));
+        for at in [16, 40, 50, 76, 95].map(|at| CHAIN_AT + at) {
+            let mut changed = start.clone();
+            changed[at] ^= 2;
+            let damaged =
+                matches!(probe(&changed), Probe::Damaged(fault) if fault.field == "chain");
+            assert!(damaged, "byte {at}");
         }
     }
 }

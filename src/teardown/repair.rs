@@ -13,6 +13,7 @@ use crate::dm::{Address, SnapshotParams, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{self, at_work};
 use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
+use crate::store::{CHAIN_AT, CHAIN_BYTES, Chain, Header, PROBE_BYTES, Probe, chain, probe};
 
 /// One device that a repair found half-way.
 #[derive(Clone, Debug)]
@@ -343,6 +344,9 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
                     return Ok(Some(Repair::InProgress));
                 }
             }
+            if let Some(layer) = layer {
+                thaw(host, &snapshot, layer)?;
+            }
             if clear {
                 ask_unobserved(Step::Clear, &path, || host.clear(uuid))?;
             }
@@ -387,6 +391,41 @@ fn made_by_the_living<H: Host>(host: &H, layer: &Seen, held: &Path) -> Result<bo
         Some(node) => at_work::is_locked(host, &node, &at_work::MAKER_RETRY),
         None => Ok(false),
     }
+}
+
+/// Takes the mark of a frozen store off the COW file that the snapshot goes on with, if the layer's maker had come to it.
+/// First of all: once the layer is gone, nothing says that it is wrong.
+fn thaw<H: Host>(host: &H, snapshot: &Seen, layer: &Seen) -> Result<()> {
+    let (Some(table), Some(id)) = (snapshot.live, layer.uuid.layer()) else {
+        return Ok(());
+    };
+    let bound = find::bound(host, table.cow)?;
+    let (file, _) = find::reach(host, &bound, &snapshot.device.name, true)?;
+    let mut start = [0; PROBE_BYTES];
+    ask_unobserved(Step::ReadFile, &bound.path, || {
+        host.read_at(&file, &mut start, 0)
+    })?;
+    let Probe::Store(Header {
+        chain: Some(found), ..
+    }) = probe(&start)
+    else {
+        return Ok(());
+    };
+    if !found.frozen || found.id != id {
+        return Ok(());
+    }
+    let before = match found.parent {
+        0 => [0; CHAIN_BYTES],
+        _ => chain(Chain {
+            id: 0,
+            frozen: false,
+            ..found
+        }),
+    };
+    ask_unobserved(Step::MarkFile, &bound.path, || {
+        host.write_at(&file, &before, CHAIN_AT)
+    })?;
+    ask_unobserved(Step::SyncFile, &bound.path, || host.sync_file(&file))
 }
 
 fn resume<H: Host>(host: &H, uuid: &DeviceUuid, path: &Path) -> Result<()> {

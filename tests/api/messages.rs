@@ -206,6 +206,38 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW device "/run/vm 42.cow" has 1056768 bytes, less than the 2097152 asked for: only files are made longer here"#,
         ),
         (
+            Refusal::CowFrozen {
+                path: "/run/vm 42.cow".into(),
+            },
+            r#"COW file "/run/vm 42.cow" is a layer's, and never to be written again"#,
+        ),
+        (
+            Refusal::LayerForeign {
+                cow: "/run/vm 42.cow".into(),
+                origin: "/dev/mapper/noon".into(),
+            },
+            r#"COW file "/run/vm 42.cow" was not made over "/dev/mapper/noon", but over another layer or image"#,
+        ),
+        (
+            Refusal::NotALayer {
+                name: "vm-42".to_owned(),
+            },
+            r#""vm-42" is no layer"#,
+        ),
+        (
+            Refusal::NotFreezable {
+                name: "vm-42".to_owned(),
+                why: "its store is transient",
+            },
+            r#"cannot freeze "vm-42": its store is transient"#,
+        ),
+        (
+            Refusal::AtWork {
+                name: "vm-42".to_owned(),
+            },
+            r#"another process is at work on "vm-42""#,
+        ),
+        (
             Refusal::NotLive {
                 name: "vm-42".to_owned(),
             },

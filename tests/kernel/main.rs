@@ -20,6 +20,7 @@ mod bad_input;
 mod bad_names;
 mod cases;
 mod cases_down;
+mod checkpoint;
 mod cli;
 mod concurrency;
 mod discard;

@@ -14,17 +14,18 @@ mod watch;
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::path::PathBuf;
+use std::os::unix::fs::FileTypeExt;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use args::{Args, Command, Reap};
 use clap::Parser;
-use dmsnap::error::Retry;
+use dmsnap::error::{Refusal, Retry};
 use dmsnap::find::SnapshotInfo;
-use dmsnap::snapshot::GrowOptions;
+use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer};
 use dmsnap::teardown::{Outcome, Repaired};
 use dmsnap::timings::Timings;
-use dmsnap::{Handles, ReapOptions, Teardown, WhenBusy};
+use dmsnap::{DeviceId, Error, Handles, ReapOptions, Teardown, WhenBusy};
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
@@ -85,7 +86,10 @@ fn run(command: Command) -> Result<(), Failure> {
     match command {
         Command::Create(create) => {
             let options = create.options();
-            let work = || options.create(&create.origin, &create.cow, &create.name);
+            let work = || match layer(&create.origin)? {
+                Some(layer) => options.create_on(layer.origin(), &create.cow, &create.name),
+                None => options.create(&create.origin, &create.cow, &create.name),
+            };
             let made = timed(create.timings, work)?;
             for warning in made.warnings() {
                 output::note(warning);
@@ -95,6 +99,17 @@ fn run(command: Command) -> Result<(), Failure> {
                 made.cleanup()?;
                 Err(unprinted)
             })
+        }
+        Command::Checkpoint(checkpoint) => {
+            let mut options = CheckpointOptions::new();
+            options.reserve(checkpoint.reserve).keep(checkpoint.keep);
+            options.retry(Retry::until(checkpoint.deadline));
+            if let Some(size) = checkpoint.make_cow {
+                options.make_cow(size);
+            }
+            let (name, layer) = (&checkpoint.name, &checkpoint.layer);
+            let layer = options.checkpoint(name, layer, &checkpoint.cow)?;
+            print_json(layer.handles())
         }
         Command::Cleanup {
             files,
@@ -142,6 +157,28 @@ fn run(command: Command) -> Result<(), Failure> {
             print_json(recovered.handles())
         }
         Command::Watch(options) => watch::watch(&options),
+    }
+}
+
+/// The layer that an origin is, if it is one: a block device, or a name below /dev/mapper, where not every layer has a
+/// link.
+fn layer(origin: &Path) -> dmsnap::Result<Option<Layer>> {
+    let found = fs::metadata(origin).map(|found| found.file_type().is_block_device());
+    let named = origin
+        .strip_prefix("/dev/mapper")
+        .ok()
+        .and_then(Path::to_str);
+    let id = match (found, named) {
+        (Ok(true), _) => DeviceId::from(origin),
+        (Err(_), Some(name)) => DeviceId::from(name),
+        _ => return Ok(None),
+    };
+    match Layer::open(id) {
+        Ok(layer) => Ok(Some(layer)),
+        Err(Error::Refused(
+            Refusal::NotALayer { .. } | Refusal::NotOurs { .. } | Refusal::NotADmDevice { .. },
+        )) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 

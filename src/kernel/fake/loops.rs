@@ -33,6 +33,14 @@ impl Loops for Script {
 
     fn open_loop(&self, path: &Path, _writable: bool) -> Result<ScriptLoop, Errno> {
         self.call(Step::OpenLoop)?;
+        // Any block device's node will do: a layer's serves as one.
+        let mapped = self.world.borrow().mapped_at(path);
+        if let Some(number) = mapped {
+            return Ok(ScriptLoop {
+                opened: self.opened(Object::Mapped(number)),
+                number: u32::MAX,
+            });
+        }
         let number = loop_at(path).ok_or(Errno::ENOENT)?;
         Ok(ScriptLoop {
             opened: self.opened(Object::Loop(number)),

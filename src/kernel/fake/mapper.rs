@@ -57,12 +57,12 @@ impl DeviceMapper for Script {
         Ok(world.open_count(number))
     }
 
-    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<Device, Errno> {
         self.call(Step::Suspend)?;
         let mut world = self.world.borrow_mut();
         let device = world.devices.get_mut(uuid.as_str()).ok_or(Errno::ENXIO)?;
         device.suspended = true;
-        Ok(())
+        Ok(described(&world, uuid.as_str()))
     }
 
     fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno> {
@@ -80,18 +80,7 @@ impl DeviceMapper for Script {
     fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
         self.call(Step::Query)?;
         let uuid = self.find(address)?;
-        let world = self.world.borrow();
-        let device = &world.devices[&uuid];
-        Ok(Device {
-            name: device.name.clone(),
-            uuid: uuid.clone(),
-            number: device.number,
-            open_count: world.open_count(device.number),
-            live_table: device.live.is_some(),
-            inactive_table: device.inactive.is_some(),
-            suspended: device.suspended,
-            deferred_remove: device.deferred,
-        })
+        Ok(described(&self.world.borrow(), &uuid))
     }
 
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
@@ -224,5 +213,20 @@ impl DeviceMapper for Script {
 
     fn poll(&self, (): &(), _at_most: Duration) -> Result<bool, Errno> {
         Ok(false)
+    }
+}
+
+/// What the kernel answers of a device.
+fn described(world: &super::world::World, uuid: &str) -> Device {
+    let device = &world.devices[uuid];
+    Device {
+        name: device.name.clone(),
+        uuid: uuid.to_owned(),
+        number: device.number,
+        open_count: world.open_count(device.number),
+        live_table: device.live.is_some(),
+        inactive_table: device.inactive.is_some(),
+        suspended: device.suspended,
+        deferred_remove: device.deferred,
     }
 }

@@ -39,7 +39,7 @@ impl DeviceMapper for Machine {
         self.mapper()?.resume(uuid)
     }
 
-    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<Device, Errno> {
         self.mapper()?.suspend(uuid)
     }
 

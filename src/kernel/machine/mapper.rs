@@ -121,9 +121,11 @@ impl Mapper {
     /// Holds back all I/O and waits for what is in flight. Without `DM_SKIP_LOCKFS_FLAG`, on purpose: the kernel then
     /// writes out what it has cached of the device (`freeze_bdev`), where a VMM without O_DIRECT has its guest's
     /// writes, and freezes a file system that is mounted on this host until the resume.
-    pub(crate) fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
+    pub(crate) fn suspend(&self, uuid: &DeviceUuid) -> Result<Device, Errno> {
         let head = Head::to(Address::Uuid(uuid.as_str()));
-        self.send(DEV_SUSPEND, &mut head.with_flags(message::SUSPEND))
+        let mut message = head.with_flags(message::SUSPEND);
+        self.send(DEV_SUSPEND, &mut message)?;
+        Ok(described(&message))
     }
 
     /// Removes the device, or has the kernel do so at the last close; says whether that is still to come.
@@ -162,17 +164,7 @@ impl Mapper {
     pub(crate) fn query(&self, address: Address<'_>) -> Result<Device, Errno> {
         let mut message = Head::to(address);
         self.send(DEV_STATUS, &mut message)?;
-        let has = |flag| message.flags() & flag != 0;
-        Ok(Device {
-            name: message.name(),
-            uuid: message.uuid(),
-            number: message.number(),
-            open_count: message.open_count(),
-            live_table: has(message::ACTIVE_PRESENT),
-            inactive_table: has(message::INACTIVE_PRESENT),
-            suspended: has(message::SUSPEND),
-            deferred_remove: has(message::DEFERRED_REMOVE),
-        })
+        Ok(described(&message))
     }
 
     /// The first line of the device's table: its target and parameters, as the live or the inactive table has
@@ -299,6 +291,21 @@ impl EventFd {
 impl AsFd for EventFd {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// What an answer's head says of the device.
+fn described(message: &Head) -> Device {
+    let has = |flag| message.flags() & flag != 0;
+    Device {
+        name: message.name(),
+        uuid: message.uuid(),
+        number: message.number(),
+        open_count: message.open_count(),
+        live_table: has(message::ACTIVE_PRESENT),
+        inactive_table: has(message::INACTIVE_PRESENT),
+        suspended: has(message::SUSPEND),
+        deferred_remove: has(message::DEFERRED_REMOVE),
     }
 }
 

@@ -61,7 +61,8 @@ pub(crate) trait DeviceMapper {
     /// Drops the inactive table.
     fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno>;
-    fn suspend(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
+    /// Says what the device is then: whether it has an inactive table, how many have it open.
+    fn suspend(&self, uuid: &DeviceUuid) -> Result<Device, Errno>;
     fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno>;
     fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno>;

@@ -1,0 +1,417 @@
+//! The story of a checkpoint: a live snapshot's table is handed over to a layer, and the snapshot goes on over that.
+//!
+//! V is the live snapshot, B the layer, C0 the COW file that V has, C1 the one that it goes on with. Everything that can
+//! fail or take long comes before the pause, and the pause is three calls: suspend V, resume B, resume V.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::build::{MappedDevice, load};
+use super::create::{link, open_controls};
+use super::layer::{Layer, base, facts, hold};
+use super::{Base, Snapshot};
+use crate::backing::{
+    Attached, Backing, CowOptions, CowSize, Sample, attach, open_cow, probe_store, unmake, valid,
+};
+use crate::base::{
+    DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
+};
+use crate::call::{absent, ask, ask_unobserved, patiently};
+use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
+use crate::find::{Live, locked, reach, whole};
+use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
+use crate::store::{self, CHAIN_AT, Chain, Header, MARK_AT};
+
+/// How to freeze what a live snapshot has, while its VM runs.
+///
+/// ```no_run
+/// use dmsnap::snapshot::CheckpointOptions;
+/// use dmsnap::{CowSize, SnapshotOptions};
+///
+/// let layer = CheckpointOptions::new()
+///     .make_cow(CowSize::WorstCase)
+///     .checkpoint("vm-42", "vm-42-noon", "/run/vm-42.cow2")?;
+/// let fork = SnapshotOptions::new()
+///     .make_cow(CowSize::WorstCase)
+///     .create_on(layer.origin(), "/run/vm-43.cow", "vm-43")?;
+/// # fork.cleanup()?;
+/// # Ok::<(), dmsnap::Error>(())
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct CheckpointOptions {
+    cow: CowOptions,
+    keep: bool,
+    retry: Retry,
+}
+
+/// How many layers a stack may have.
+const DEEPEST: u32 = 32;
+
+/// A guest waits meanwhile, for ever if this gives up.
+const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
+
+/// Nobody knows the layer yet, so only a probe can hold it, and not for long.
+const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
+
+impl CheckpointOptions {
+    /// Over a blank COW file that is there; a layer that goes with its last user; up to 15 seconds for whoever else is at
+    /// work on the snapshot.
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Makes the new COW file too, as [`SnapshotOptions::make_cow`](crate::SnapshotOptions::make_cow) does.
+    pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
+        self.cow.make = Some(size);
+        self
+    }
+
+    /// Has the new COW file's space set aside when it is made.
+    pub fn reserve(&mut self, reserve: bool) -> &mut Self {
+        self.cow.reserve = reserve;
+        self
+    }
+
+    /// Keeps the layer when nobody stands on it any more, until it is removed.
+    pub fn keep(&mut self, keep: bool) -> &mut Self {
+        self.keep = keep;
+        self
+    }
+
+    /// Sets how long another process that is at work on the snapshot is waited for.
+    pub fn retry(&mut self, retry: Retry) -> &mut Self {
+        self.retry = retry;
+        self
+    }
+
+    /// Freezes what the snapshot has now as the layer `layer`, and has the snapshot go on over that, with its writes in
+    /// `cow`. Whoever has it open notices a pause: its node, open descriptors and mounts stay.
+    ///
+    /// The new COW file gets the store, the chunk size and the way with discards of the old one, which is not written
+    /// again but for its mark. What the host has cached of the device is written out first. A file system of the
+    /// snapshot that is mounted on this host is frozen for the pause. The snapshot's handles stay good; `list` and
+    /// [`adopt`](crate::adopt()) have it with its new COW file.
+    ///
+    /// A process that is killed in the pause leaves the snapshot with its I/O held back, until somebody resumes it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
+    /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
+    /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was.
+    /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back (`dmsetup resume`
+    /// completes the checkpoint), or the layer, if the snapshot goes on over it and it could not be made known.
+    pub fn checkpoint(
+        &self,
+        snapshot: impl Into<DeviceId>,
+        layer: &str,
+        cow: impl AsRef<Path>,
+    ) -> Result<Layer> {
+        let name = DeviceName::given(layer)?;
+        checkpoint(&MACHINE, self, &snapshot.into(), &name, cow.as_ref()).map(Layer::from)
+    }
+}
+
+impl Snapshot {
+    /// Freezes what it has, over a blank COW file, as [`CheckpointOptions::checkpoint`] does.
+    ///
+    /// # Errors
+    ///
+    /// As [`CheckpointOptions::checkpoint`].
+    pub fn checkpoint(&self, layer: &str, cow: impl AsRef<Path>) -> Result<Layer> {
+        CheckpointOptions::new().checkpoint(self, layer, cow)
+    }
+}
+
+pub(crate) fn checkpoint<H: Host>(
+    host: &H,
+    options: &CheckpointOptions,
+    id: &DeviceId,
+    name: &DeviceName,
+    cow: &Path,
+) -> Result<(Base<H::Loop>, Handles)> {
+    open_controls(host)?;
+    let live = locked(host, id, &options.retry)?;
+    admit(&live)?;
+    whole(&live.cow)?;
+    let v_name = DeviceName::new(live.device.name.as_str())?;
+    let v = MappedDevice {
+        mapper: v_name.mapper_path(),
+        name: v_name,
+        uuid: live.uuid.clone(),
+        dev: live.device.number,
+    };
+    let refused = |why| Refusal::NotFreezable {
+        name: v.name.to_string(),
+        why,
+    };
+    // Open, it keeps everybody from removing the device.
+    let node = host.find_node(v.dev).unwrap_or_else(|| v.mapper.clone());
+    let held = ask(Step::OpenFile, &node, || host.open_backing(&node, false))?;
+
+    let (file, c0_facts) = reach(host, &live.cow, v.name.as_str(), true)?;
+    let c0 = Backing {
+        path: &live.cow.path,
+        file,
+        facts: c0_facts,
+        layer: None,
+    };
+    let header = probe_store(host, &c0)?.ok_or_else(|| refused("its store has no header"))?;
+    let header = valid(&c0, header)?;
+    let below = header.chain.unwrap_or_default();
+    if below.depth + 1 >= DEEPEST {
+        return Err(refused("it stands on as many layers as a stack may have").into());
+    }
+
+    let id = ask(Step::Random, &v.mapper, || host.random())?;
+    let origin = Backing {
+        path: &v.mapper,
+        file: (),
+        facts: facts(&v.uuid, v.dev).ok_or_else(|| refused("its image is not known"))?,
+        layer: Some(id),
+    };
+    let mut cow_options = options.cow.clone();
+    (cow_options.store, cow_options.chunk) = (live.params.store, live.params.chunk);
+    let no_sample = Sample {
+        take: &|| Ok(0),
+        marks: false,
+    };
+    let c1 = open_cow(host, cow, &origin, no_sample, &cow_options)?;
+    let unmade = |error| match cow_options.make {
+        Some(_) => unmake(host, error, cow, c1.backing.facts.id),
+        None => error,
+    };
+    let attached = || {
+        let sectors = || host.loop_sector_bytes(&live.cow.device);
+        let sectors = ask(Step::InspectLoop, &live.cow.node, sectors)?;
+        let sectors = if sectors == SectorSize::Bytes4096.bytes() {
+            SectorSize::Bytes4096
+        } else {
+            SectorSize::Bytes512
+        };
+        let direct_io = if live.cow.status.direct_io {
+            LO_DIRECT_IO
+        } else {
+            0
+        };
+        let flags = LO_AUTOCLEAR | direct_io;
+        attach(host, &c1.backing, flags, sectors, cow, &mut None)
+    };
+    let c1_loop = attached().map_err(unmade)?;
+
+    let parts = Parts {
+        host,
+        v: &v,
+        identity: origin.identity(),
+        params: &live.params,
+        length: Sectors::from_bytes_floor(origin.facts.size_bytes),
+        c0: &c0,
+        header: &header,
+        held: (&node, &held),
+        c1: (&c1.backing, &c1_loop),
+        frozen: Chain {
+            id,
+            frozen: true,
+            ..below
+        },
+    };
+    let mut done = Done::default();
+    match parts.freeze(name, &mut done) {
+        Ok(b) => parts.finish(&b, options.keep).map_err(|error| {
+            // The snapshot stands on it already.
+            let left = vec![Leftover::new(&b.mapper, error.clone())];
+            error.leaving(left)
+        }),
+        Err(error) if done.handed_over => {
+            let left = vec![Leftover::new(&v.mapper, error.clone())];
+            Err(error.leaving(left))
+        }
+        Err(error) => {
+            let error = parts.undo(error, &done);
+            drop(c1_loop);
+            Err(unmade(error))
+        }
+    }
+}
+
+/// What no checkpoint is made of.
+fn admit<L>(live: &Live<L>) -> Result<()> {
+    let name = || live.device.name.clone();
+    let why = match &live.status {
+        SnapshotStatus::Invalid => return Err(Refusal::Invalid { name: name() }.into()),
+        SnapshotStatus::Overflow => return Err(Refusal::Overflowed { name: name() }.into()),
+        _ if !live.params.store.is_persistent() => "its store is transient",
+        _ if live.device.inactive_table => "it is about to get another table",
+        _ if live.device.suspended => "it is suspended",
+        _ if live.uuid.kind() == Kind::Layer => "it is a layer",
+        _ => return Ok(()),
+    };
+    Err(Refusal::NotFreezable { name: name(), why }.into())
+}
+
+/// What a checkpoint is made of.
+struct Parts<'a, H: Host> {
+    host: &'a H,
+    v: &'a MappedDevice,
+    identity: OriginIdentity,
+    params: &'a SnapshotParams,
+    length: Sectors,
+    c0: &'a Backing<'a, H::File>,
+    /// C0's, as it was.
+    header: &'a Header,
+    held: (&'a Path, &'a H::File),
+    c1: (&'a Backing<'a, H::File>, &'a Attached<H::Loop>),
+    frozen: Chain,
+}
+
+/// How far it got, and what there is to undo.
+#[derive(Default)]
+struct Done {
+    b: Option<MappedDevice>,
+    loaded: bool,
+    marked: bool,
+    suspended: bool,
+    /// The exceptions are the layer's: there is no way back.
+    handed_over: bool,
+}
+
+impl<H: Host> Parts<'_, H> {
+    fn freeze(&self, name: &DeviceName, done: &mut Done) -> Result<MappedDevice> {
+        let Self { host, v, .. } = self;
+        let (cow, cow_loop) = self.c1;
+        let mapper = name.mapper_path();
+        let uuid = DeviceUuid::fresh(self.frozen.id, self.identity, cow_loop.number, Kind::Layer);
+        let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
+        let b = MappedDevice {
+            name: name.clone(),
+            uuid,
+            mapper,
+            dev,
+        };
+        done.b = Some(b.clone());
+        let line = |params| TargetLine {
+            start: Sectors::default(),
+            length: self.length,
+            target: Target::Snapshot(params),
+        };
+        load(*host, &b, &line(self.params.clone()))?;
+        // B's node comes with its resume: until then the kernel knows it by number alone.
+        let over = SnapshotParams {
+            origin: b.dev,
+            cow: cow_loop.dev,
+            ..self.params.clone()
+        };
+        load(*host, v, &line(over))?;
+        done.loaded = true;
+        // A power cut must not leave a layer whose upper store is not known to be over it.
+        done.marked = true;
+        self.write(self.c0, &store::chain(self.frozen), CHAIN_AT)?;
+        let above = Chain {
+            parent: self.frozen.id,
+            depth: self.frozen.depth + 1,
+            ..Chain::default()
+        };
+        let content = self
+            .header
+            .sample
+            .map(|sample| store::content(self.identity, sample));
+        let first = store::mark(self.identity, None);
+        let (marks, length) = store::marks(first, Some(store::chain(above)), content);
+        self.write(cow, &marks[..length], MARK_AT)?;
+        // What a VMM without O_DIRECT has in the page cache is not to be written in the pause.
+        let (node, held) = self.held;
+        ask(Step::SyncFile, node, || host.sync_file(held))?;
+
+        // From here to the last resume the guest waits: nothing else may come in between.
+        let paused = ask_unobserved(Step::Suspend, &v.mapper, || host.suspend(&v.uuid))?;
+        done.suspended = true;
+        if !paused.inactive_table {
+            let name = v.name.to_string();
+            let why = "its new table was taken away meanwhile";
+            return Err(Refusal::NotFreezable { name, why }.into());
+        }
+        ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
+        done.handed_over = true;
+        patiently(*host, &RESUME_RETRY, Verdict::Exhausted, || {
+            ask_unobserved(Step::Resume, &v.mapper, || host.resume(&v.uuid))
+        })?;
+        Ok(b)
+    }
+
+    /// Writes a mark through to the disk.
+    fn write(&self, cow: &Backing<'_, H::File>, mark: &[u8], at: usize) -> Result<()> {
+        ask(Step::MarkFile, cow.path, || {
+            self.host.write_at(&cow.file, mark, at)
+        })?;
+        ask(Step::SyncFile, cow.path, || self.host.sync_file(&cow.file))
+    }
+
+    /// Takes back what was done, so that V works again as soon as can be. A cleared V does not resume while B's table
+    /// waits for its exceptions.
+    fn undo(&self, error: Error, done: &Done) -> Error {
+        let Self { host, v, .. } = self;
+        let mut left = Vec::new();
+        let mut undone = |object: &Path, result: Result<()>| {
+            if let Err(error) = result {
+                left.push(Leftover::new(object, error));
+            }
+        };
+        if done.loaded {
+            let cleared = ask(Step::Clear, &v.mapper, || host.clear(&v.uuid));
+            undone(&v.mapper, absent(cleared).map(drop));
+        }
+        if let Some(b) = &done.b {
+            let address = Address::Uuid(b.uuid.as_str());
+            let removed = patiently(*host, &UNDO_RETRY, Verdict::Busy, || {
+                absent(ask(Step::Remove, &b.mapper, || host.remove(address, false)))
+            });
+            undone(&b.mapper, removed.map(drop));
+        }
+        if done.suspended {
+            let resumed = patiently(*host, &RESUME_RETRY, Verdict::Exhausted, || {
+                ask(Step::Resume, &v.mapper, || host.resume(&v.uuid))
+            });
+            undone(&v.mapper, resumed.map(drop));
+        }
+        if done.marked {
+            let before = self
+                .header
+                .chain
+                .map(store::chain)
+                .unwrap_or([0; store::CHAIN_BYTES]);
+            undone(self.c0.path, self.write(self.c0, &before, CHAIN_AT));
+        }
+        error.leaving(left)
+    }
+
+    /// Makes the layer known. One that goes with its last user gets no alias where it has a node: the kernel, which
+    /// takes it away, knows of none.
+    fn finish(&self, b: &MappedDevice, keep: bool) -> Result<(Base<H::Loop>, Handles)> {
+        let Self { host, .. } = self;
+        let node = host.find_node(b.dev);
+        let device = match node {
+            Some(node) if !keep => node,
+            _ => link(*host, b)?,
+        };
+        let open = hold(*host, &device)?;
+        if !keep {
+            // Somebody stands on it, so this is for later.
+            let address = Address::Uuid(b.uuid.as_str());
+            ask(Step::Remove, &b.mapper, || host.remove(address, true))?;
+        }
+        let mut handles = b.handles();
+        handles.origin = Some(self.identity);
+        let base = base(
+            *host,
+            device.clone(),
+            &b.uuid,
+            b.dev,
+            self.frozen.depth,
+            open,
+        )?;
+        handles.device = Some(device);
+        Ok((base, handles))
+    }
+}

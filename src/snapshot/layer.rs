@@ -1,0 +1,164 @@
+//! A layer: what a snapshot had at one moment, for any number of snapshots over it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::{Base, Origin};
+use crate::backing::{Attached, Backing, loop_length, probe_store};
+use crate::base::{DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, MAPPER_DIR};
+use crate::call::ask;
+use crate::dm::Target;
+use crate::error::{Refusal, Result, Step};
+use crate::find::{bound, find, reach};
+use crate::kernel::{DevId, FileFacts, FileKind, Host, LoopDevice, MACHINE};
+use crate::store::Chain;
+
+/// What a snapshot had when it was frozen: a dm device that never changes again.
+///
+/// [`CheckpointOptions`](super::CheckpointOptions) makes one of a live snapshot, which goes on over it. A snapshot over
+/// [`origin`](Self::origin) is a fork: it begins with what the layer has, and costs what any snapshot over a shared image
+/// does. A pool over it hands out forks.
+///
+/// It belongs to the kernel, and goes with its last user, a snapshot over it or a value of this type, unless it is to be
+/// kept. It has a link below /dev/mapper if it is kept. Its COW file has to
+/// stay, and to stay as it is, for as long as there is a snapshot over it.
+#[derive(Clone, Debug)]
+pub struct Layer {
+    pub(super) origin: Origin,
+    pub(super) handles: Handles,
+}
+
+impl Layer {
+    /// A layer that is there.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NotALayer`] for any other device of ours; [`Refusal::FileElsewhere`] when its COW file cannot be
+    /// reached by the path that the kernel has for it.
+    pub fn open(device: impl Into<DeviceId>) -> Result<Self> {
+        open(&MACHINE, &device.into()).map(Self::from)
+    }
+
+    /// What snapshots are made over, by [`create_on`](crate::SnapshotOptions::create_on) or a
+    /// [`Pool`](crate::Pool): [`Origin::path`] and [`Origin::device`] are the layer's node, [`Origin::identity`] is that
+    /// of the image at the bottom.
+    #[must_use]
+    pub fn origin(&self) -> &Origin {
+        &self.origin
+    }
+
+    /// What to keep of it. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any more.
+    #[must_use]
+    pub fn handles(&self) -> &Handles {
+        &self.handles
+    }
+}
+
+impl From<(Base<LoopDevice>, Handles)> for Layer {
+    fn from((base, handles): (Base<LoopDevice>, Handles)) -> Self {
+        Self {
+            origin: Origin(Arc::new(base)),
+            handles,
+        }
+    }
+}
+
+/// Opens the layer that `id` means, which keeps it there.
+fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, Handles)> {
+    let (device, uuid) = find(host, id)?;
+    let name = device.name.clone();
+    let path = Path::new(MAPPER_DIR).join(&name);
+    let node = host
+        .find_node(device.number)
+        .unwrap_or_else(|| path.clone());
+    let no_layer = || Refusal::NotALayer { name: name.clone() };
+    uuid.layer().ok_or_else(no_layer)?;
+    let open = hold(host, &node)?;
+    let table = ask(Step::Status, &path, || {
+        host.table(DevId::Uuid(&uuid), false)
+    })?;
+    let Some(Ok(Target::Snapshot(params))) = table.map(|(kind, text)| Target::parse(&kind, &text))
+    else {
+        return Err(no_layer().into());
+    };
+    let cow = bound(host, params.cow)?;
+    let (file, facts) = reach(host, &cow, &name, false)?;
+    let store = Backing {
+        path: &cow.path,
+        file,
+        facts,
+        layer: None,
+    };
+    let chain = probe_store(host, &store)?.and_then(|header| header.chain);
+    let depth = chain.ok_or_else(no_layer)?.depth;
+    let handles = Handles {
+        name: DeviceName::new(name.as_str()).ok(),
+        dev: Some(device.number),
+        device: Some(node.clone()),
+        mapper: Some(path),
+        origin: uuid.origin(),
+        uuid: Some(uuid.clone()),
+        ..Handles::default()
+    };
+    Ok((
+        base(host, node, &uuid, device.number, depth, open)?,
+        handles,
+    ))
+}
+
+/// Opens the dm device, which keeps it from being removed.
+pub(super) fn hold<H: Host>(host: &H, node: &Path) -> Result<H::Loop> {
+    ask(Step::OpenFile, node, || host.open_loop(node, false))
+}
+
+/// What a snapshot over the layer is made over, from the layer's open device. `depth` is how many are below the layer.
+pub(super) fn base<H: Host>(
+    host: &H,
+    path: PathBuf,
+    uuid: &DeviceUuid,
+    number: DeviceNumber,
+    depth: u32,
+    device: H::Loop,
+) -> Result<Base<H::Loop>> {
+    let refusal = || Refusal::NotALayer {
+        name: path.display().to_string(),
+    };
+    let (id, facts) = uuid.layer().zip(facts(uuid, number)).ok_or_else(refusal)?;
+    let device = Attached {
+        path: number.dm_node(),
+        number: number.minor,
+        dev: number,
+        device,
+    };
+    Ok(Base {
+        length: loop_length(host, &device)?,
+        path,
+        facts,
+        sample: None,
+        device,
+        handle: None,
+        above: Some(Chain {
+            parent: id,
+            depth: depth + 1,
+            ..Chain::default()
+        }),
+    })
+}
+
+/// A device of ours as an origin, with what is known of the image at the bottom; `None` when that is nothing.
+pub(super) fn facts(uuid: &DeviceUuid, number: DeviceNumber) -> Option<FileFacts> {
+    let origin = uuid.origin()?;
+    Some(FileFacts {
+        id: FileId {
+            dev: number,
+            inode: 0,
+        },
+        kind: FileKind::BlockDevice(number),
+        mode: 0o600,
+        size_bytes: origin.size_bytes,
+        mtime_ns: origin.mtime_ns,
+        links: 1,
+        read_only: false,
+        has_blocks: true,
+    })
+}

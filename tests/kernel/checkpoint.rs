@@ -1,0 +1,275 @@
+//! Checkpoints of running disks, and forks of what they froze.
+//!
+//! What a layer and a fork hold is said by md5sum, e2fsck and a mount, what the kernel has by dmsetup.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use dmsnap::error::Refusal;
+use dmsnap::snapshot::{CheckpointOptions, Layer};
+use dmsnap::{CowSize, Error, ErrorKind, Snapshot, SnapshotOptions};
+
+use crate::common::reading::{dm_exists, dm_info, loops_over};
+use crate::common::tools::{finish, success};
+use crate::common::{Mounted, Scene, chain, dmsnap, dmsnap_under, eventually, output, run, settle};
+use crate::facts::handover::{Writer, assert_files};
+
+const COW: CowSize = CowSize::WorstCase;
+
+/// Nothing that is waited for here takes so long.
+const SOON: std::time::Duration = std::time::Duration::from_secs(60);
+
+fn snapshot(scene: &Scene) -> Snapshot {
+    let name = scene.name();
+    let cow = scene.path(format!("{name}.cow"));
+    let made = SnapshotOptions::new()
+        .make_cow(COW)
+        .create(scene.image(), cow, &name);
+    made.unwrap_or_else(|error| panic!("{}", chain(&error)))
+}
+
+fn name_of(snapshot: &Snapshot) -> String {
+    snapshot.handles().name.clone().expect("a name").to_string()
+}
+
+fn freeze(scene: &Scene, snapshot: &Snapshot) -> (String, Layer) {
+    let name = scene.name();
+    let cow = scene.path(format!("{name}.cow"));
+    let frozen = CheckpointOptions::new()
+        .make_cow(COW)
+        .checkpoint(snapshot, &name, cow);
+    (
+        name,
+        frozen.unwrap_or_else(|error| panic!("{}", chain(&error))),
+    )
+}
+
+fn fork(scene: &Scene, layer: &Layer) -> Snapshot {
+    let name = scene.name();
+    let cow = scene.path(format!("{name}.cow"));
+    let made = SnapshotOptions::new()
+        .make_cow(COW)
+        .create_on(layer.origin(), cow, &name);
+    made.unwrap_or_else(|error| panic!("{}", chain(&error)))
+}
+
+/// The MD5 of a device, read past the page cache.
+fn sum(device: &Path) -> String {
+    let device = device.to_str().expect("UTF-8");
+    run!(
+        "sh",
+        "-c",
+        format!("dd if={device} bs=1M iflag=direct 2>/dev/null | md5sum")
+    )
+}
+
+/// The device's own node.
+fn node(name: &str) -> PathBuf {
+    let minor = run!("dmsetup", "info", "-c", "--noheadings", "-o", "minor", name);
+    PathBuf::from(format!("/dev/dm-{}", minor.trim()))
+}
+
+fn mounted(device: &Path, at: &Path, options: &str) -> Mounted {
+    Mounted::mount(["-o", options, device.to_str().expect("UTF-8")], at)
+}
+
+/// Live table, inactive table, suspended, writable.
+fn attributes(name: &str) -> String {
+    dm_info(name, "attr")
+}
+
+/// A writer on a mounted file system sees no error, each layer stays what it was, and each fork of it is that, clean.
+#[test]
+fn a_mounted_snapshot_is_frozen_three_times_under_writes_and_each_fork_is_what_it_was() {
+    let scene = Scene::ext4();
+    let v = snapshot(&scene);
+    let at = mounted(v.device(), &scene.path("v"), "rw");
+    let dir = at.at().join("files");
+    fs::create_dir(&dir).expect("room for a directory");
+    let writer = Writer::start(dir);
+    let mut frozen = Vec::new();
+    for _ in 0..3 {
+        writer.go_on();
+        let synced = writer.synced();
+        let (name, layer) = freeze(&scene, &v);
+        let forks = [fork(&scene, &layer), fork(&scene, &layer)];
+        frozen.push((name, layer, synced, forks));
+    }
+    writer.go_on();
+    let written = writer.stop();
+    let before: Vec<_> = frozen.iter().map(|(name, ..)| sum(&node(name))).collect();
+    for (_, _, synced, forks) in &frozen {
+        for each in forks {
+            run!("e2fsck", "-f", "-n", each.device());
+            let there = mounted(each.device(), &scene.path("fork"), "rw");
+            let dir = there.at().join("files");
+            assert_files(&dir, *synced);
+            fs::write(dir.join("own"), "a fork's").expect("it takes writes");
+        }
+    }
+    drop(at);
+    settle();
+    run!("e2fsck", "-f", "-n", v.device());
+    let at = mounted(v.device(), &scene.path("v"), "ro");
+    assert_files(&at.at().join("files"), written);
+    assert!(!at.at().join("files/own").exists(), "a fork's writes");
+    drop(at);
+    for ((name, ..), before) in frozen.iter().zip(&before) {
+        assert_eq!(sum(&node(name)), *before, "a layer has changed");
+        assert_eq!(attributes(name), "L--w");
+    }
+
+    // The layers go with their last users: the topmost first, as the others are under it.
+    v.cleanup()
+        .unwrap_or_else(|error| panic!("{}", chain(&error)));
+    for (name, layer, _, forks) in frozen.into_iter().rev() {
+        assert!(dm_exists(&name), "forks stand on it");
+        for each in forks {
+            each.cleanup()
+                .unwrap_or_else(|error| panic!("{}", chain(&error)));
+        }
+        drop(layer);
+        assert!(eventually(SOON, || !dm_exists(&name)), "{name} stays");
+    }
+    scene.assert_clean();
+}
+
+/// The command freezes and forks, and what comes between the suspension and the last resume is three calls.
+#[test]
+fn the_command_freezes_in_a_pause_of_three_calls_and_forks() {
+    let scene = Scene::new();
+    let v = snapshot(&scene);
+    let (name, layer) = (name_of(&v), scene.name());
+    let cow = scene.path("c1");
+    let log = scene.path("strace.log");
+    let traced = ["strace", "-f", "-o", log.to_str().expect("UTF-8")];
+    let json = success(
+        dmsnap_under(&traced)
+            .args([
+                "checkpoint",
+                "--keep",
+                "--make-cow",
+                "worst-case",
+                &name,
+                &layer,
+            ])
+            .arg(&cow),
+    );
+    let handles: dmsnap::Handles = serde_json::from_str(&json).expect("handles");
+    assert_eq!(
+        handles.name.as_ref().map(ToString::to_string),
+        Some(layer.clone())
+    );
+    let log = fs::read_to_string(&log).expect("strace wrote it");
+    let pauses = |line: &&&str| line.contains("DM_DEV_SUSPEND");
+    let calls: Vec<_> = log.lines().collect();
+    let first = calls
+        .iter()
+        .position(|line| pauses(&line))
+        .expect("a suspension");
+    let last = calls
+        .iter()
+        .rposition(|line| pauses(&line))
+        .expect("a resume");
+    println!("the pause:\n{}", calls[first..=last].join("\n"));
+    assert_eq!(calls.iter().filter(pauses).count(), 3);
+    assert_eq!(last - first, 2, "nothing else in between");
+
+    let forked = scene.name();
+    success(
+        dmsnap()
+            .args(["create", "--make-cow", "worst-case"])
+            .arg(Path::new("/dev/mapper").join(&layer))
+            .arg(scene.path("c2"))
+            .arg(&forked),
+    );
+    let below = |name: &str| run!("dmsetup", "deps", "-o", "devname", name);
+    assert!(
+        below(&forked).contains(&format!("({layer})")),
+        "{}",
+        below(&forked)
+    );
+    assert!(
+        below(&name).contains(&format!("({layer})")),
+        "{}",
+        below(&name)
+    );
+    assert_eq!(sum(&node(&forked)), sum(v.device()));
+
+    // A layer that somebody stands on stays, and says on whom it waits.
+    let refused = finish(dmsnap().args(["remove", "--deadline", "50ms", &layer]));
+    let line = String::from_utf8_lossy(&refused.stderr).into_owned();
+    println!("message: a layer with a fork: {line}");
+    assert!(
+        !refused.status.success() && line.contains("in use by"),
+        "{line}"
+    );
+    success(dmsnap().args(["remove", &forked]));
+    v.cleanup().expect("nobody has it open");
+    assert!(dm_exists(&layer), "it was to be kept");
+    let file = scene.file("layer.json", json);
+    success(dmsnap().arg("cleanup").arg(file));
+    scene.assert_clean();
+}
+
+/// Over anything but what it was made over, a COW file of a stack is garbage; and a frozen one is others' ground.
+#[test]
+fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
+    let scene = Scene::new();
+    let v = snapshot(&scene);
+    let name = name_of(&v);
+    let c0 = scene.path(format!("{name}.cow"));
+    let (layer_name, layer) = freeze(&scene, &v);
+    let c1 = scene.path(format!("{layer_name}.cow"));
+    v.cleanup().expect("nobody has it open");
+    assert_eq!(loops_over(&c1), 0);
+
+    let other = scene.name();
+    let create = |origin: &Path, cow: &Path| SnapshotOptions::new().create(origin, cow, &other);
+    let refused = |made: dmsnap::Result<Snapshot>| match made {
+        Err(Error::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    };
+    let refusal = refused(create(scene.image(), &c1));
+    assert!(matches!(refusal, Refusal::LayerForeign { .. }), "{refusal}");
+    let out = scene.path("out");
+    let export = output!(
+        dmsnap_path(),
+        "export",
+        "--origin",
+        scene.image(),
+        "--cow",
+        &c1,
+        &out
+    );
+    assert!(!export.status.success() && !out.exists(), "{export:?}");
+    // Over its layer it goes on where it was.
+    let again = SnapshotOptions::new().create_on(layer.origin(), &c1, &other);
+    again.expect("it is its own").cleanup().expect("idle");
+
+    drop(layer);
+    assert!(eventually(SOON, || !dm_exists(&layer_name)));
+    assert!(eventually(SOON, || loops_over(&c0) == 0));
+    let refusal = refused(create(scene.image(), &c0));
+    assert!(matches!(refusal, Refusal::CowFrozen { .. }), "{refusal}");
+
+    let transient = SnapshotOptions::new()
+        .store(dmsnap::Store::Transient)
+        .make_cow(COW)
+        .create(scene.image(), scene.path("transient"), &other)
+        .expect("a snapshot");
+    let blank = scene.path("blank");
+    let error =
+        CheckpointOptions::new()
+            .make_cow(COW)
+            .checkpoint(&transient, "dmsnap-test-x", &blank);
+    let error = error.expect_err("nothing of it is on the disk");
+    assert_eq!(error.kind(), ErrorKind::Conflict);
+    assert!(!blank.exists() && attributes(&other) == "L--w");
+    transient.cleanup().expect("idle");
+    scene.assert_clean();
+}
+
+fn dmsnap_path() -> PathBuf {
+    dmsnap().get_program().into()
+}
