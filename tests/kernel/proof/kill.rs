@@ -1,5 +1,5 @@
 //! SIGKILL at every system call of create, cleanup and reap: one sweep afterwards leaves nothing. At every ioctl of a live
-//! export and a repair: one repair afterwards has the disk go on.
+//! export, a checkpoint and a repair: one repair afterwards has the disk go on.
 //!
 //! strace delivers the signal on entering the call, and the kernel does not begin a call with a fatal signal pending
 //! (`syscall_trace_enter`, `ptrace_report_syscall`): a process killed at call n has done all up to n - 1 and no more.
@@ -13,6 +13,7 @@ use std::path::Path;
 use super::trace::{self, Call, Injected};
 use super::world::World;
 use super::{has_its_turn, long};
+use crate::common::filling::Direct;
 use crate::common::reading::dm_info;
 use crate::common::run;
 
@@ -205,4 +206,54 @@ fn sigkill_at_every_ioctl_of_a_repair_and_another_one() {
     let suspend = || drop(run!("dmsetup", "suspend", &name));
     let suspended = kill_and_repair(&world, &["repair", &name], suspend);
     assert!(suspended > 0);
+}
+
+#[test]
+fn sigkill_at_every_ioctl_of_a_checkpoint_then_one_repair() {
+    let world = World::new();
+    let log = world.scene.path("strace.log");
+    let (victim, layer) = (
+        world.victim().to_owned(),
+        format!("{}-layer", world.victim()),
+    );
+    let next = world.scene.path("next.cow");
+    let path = next.to_str().expect("ASCII");
+    let arguments = ["checkpoint", "--make-cow", "1M", &victim, &layer, path];
+    let node = Path::new("/dev/mapper").join(&victim);
+    let prepare = || {
+        world.make_victim();
+        Direct::open(&node).write(7, 8192, 4096).expect("room");
+    };
+    let end = |when: &str| {
+        let removed = world.dmsnap(&["remove", &victim]);
+        assert!(removed.status.success(), "{when}: {removed:?}");
+        let _ = fs::remove_file(&next);
+        world.assert_as_before(when);
+    };
+    prepare();
+    let calls = trace::calls(&log, &arguments);
+    end("after the run without a kill");
+    let ioctls = calls.iter().filter(|call| call.name == "ioctl");
+    let fatal = ioctls.filter(|call| !call.only_looks());
+    let mut suspended = 0;
+    for call in fatal {
+        prepare();
+        let injected = trace::with(&log, call, "signal=KILL", "", &arguments);
+        assert!(injected.hit, "not reached: {call:?}");
+        let left = dm_info(&victim, "attr");
+        let repaired = world.dmsnap(&["repair"]);
+        assert!(repaired.status.success(), "{call:?}: {repaired:?}");
+        let said = String::from_utf8_lossy(&repaired.stdout);
+        println!("      {:40}  {left}  {}", call.brief(), said.trim_end());
+        suspended += usize::from(left.ends_with("sw"));
+        assert_eq!(dm_info(&victim, "attr"), "L--w", "{call:?}");
+        let again = world.dmsnap(&["repair"]);
+        assert!(
+            again.status.success() && again.stdout.is_empty(),
+            "{call:?}: {again:?}"
+        );
+        assert!(Direct::open(&node).reads(7, 8192, 4096), "{call:?}");
+        end(&format!("killed at {call:?}, and repaired"));
+    }
+    assert!(suspended >= 2, "it dies in the pause too");
 }

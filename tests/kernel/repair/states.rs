@@ -94,7 +94,7 @@ fn cut_off_in(states: States) {
         } else {
             assert!(is_gone(&b), "{steps:?}");
             let gone = || !is_bound(&c1);
-            assert!(eventually(Duration::from_secs(10), gone), "{steps:?}");
+            assert!(eventually(Duration::from_secs(60), gone), "{steps:?}");
         }
     }
     for (b, synced) in &layers {
@@ -164,7 +164,7 @@ fn a_rollback_that_was_cut_off_is_undone() {
         assert!(stage.is_interrupted());
         assert_eq!(stage.repair(), format!("{}: undone\n", stage.v.name));
         assert_eq!(stage.v.attributes(), "L--w");
-        assert!(eventually(Duration::from_secs(10), || !is_bound(&c1)));
+        assert!(eventually(Duration::from_secs(60), || !is_bound(&c1)));
         writer.go_on();
     }
     let written = writer.stop();
