@@ -7,13 +7,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::backing::{Backing, probe_store};
 use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
 use crate::call::{absent, ask, ask_unobserved, patiently};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{self, at_work};
 use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
-use crate::store::{CHAIN_AT, CHAIN_BYTES, Chain, Header, PROBE_BYTES, Probe, chain, probe};
+use crate::store::{self, CHAIN_AT, Chain};
 
 /// One device that a repair found half-way.
 #[derive(Clone, Debug)]
@@ -344,9 +345,6 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
                     return Ok(Some(Repair::InProgress));
                 }
             }
-            if let Some(layer) = layer {
-                thaw(host, &snapshot, layer)?;
-            }
             if clear {
                 ask_unobserved(Step::Clear, &path, || host.clear(uuid))?;
             }
@@ -391,41 +389,6 @@ fn made_by_the_living<H: Host>(host: &H, layer: &Seen, held: &Path) -> Result<bo
         Some(node) => at_work::is_locked(host, &node, &at_work::MAKER_RETRY),
         None => Ok(false),
     }
-}
-
-/// Takes the mark of a frozen store off the COW file that the snapshot goes on with, if the layer's maker had come to it.
-/// First of all: once the layer is gone, nothing says that it is wrong.
-fn thaw<H: Host>(host: &H, snapshot: &Seen, layer: &Seen) -> Result<()> {
-    let (Some(table), Some(id)) = (snapshot.live, layer.uuid.layer()) else {
-        return Ok(());
-    };
-    let bound = find::bound(host, table.cow)?;
-    let (file, _) = find::reach(host, &bound, &snapshot.device.name, true)?;
-    let mut start = [0; PROBE_BYTES];
-    ask_unobserved(Step::ReadFile, &bound.path, || {
-        host.read_at(&file, &mut start, 0)
-    })?;
-    let Probe::Store(Header {
-        chain: Some(found), ..
-    }) = probe(&start)
-    else {
-        return Ok(());
-    };
-    if !found.frozen || found.id != id {
-        return Ok(());
-    }
-    let before = match found.parent {
-        0 => [0; CHAIN_BYTES],
-        _ => chain(Chain {
-            id: 0,
-            frozen: false,
-            ..found
-        }),
-    };
-    ask_unobserved(Step::MarkFile, &bound.path, || {
-        host.write_at(&file, &before, CHAIN_AT)
-    })?;
-    ask_unobserved(Step::SyncFile, &bound.path, || host.sync_file(&file))
 }
 
 fn resume<H: Host>(host: &H, uuid: &DeviceUuid, path: &Path) -> Result<()> {
@@ -521,8 +484,43 @@ fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
     if is_finished(host, layer) {
         return Ok(());
     }
+    mark_frozen(host, layer)?;
     let path = Path::new(MAPPER_DIR).join(&layer.device.name);
     let address = Address::Uuid(layer.uuid.as_str());
     let flag = || host.remove(address, true);
     absent(ask(Step::Remove, &path, flag)).map(drop)
+}
+
+/// Has the layer's COW file say that it is one, if it can be reached and has a place in a stack.
+fn mark_frozen<H: Host>(host: &H, layer: &Seen) -> Result<()> {
+    let Some(table) = &layer.live else {
+        return Ok(());
+    };
+    let Some(bound) = absent(find::bound(host, table.cow))? else {
+        return Ok(());
+    };
+    let (file, facts) = match find::reach(host, &bound, &layer.device.name, true) {
+        Err(Error::Refused(_)) => return Ok(()),
+        reached => reached?,
+    };
+    let cow = Backing {
+        path: &bound.path,
+        file,
+        facts,
+        layer: None,
+    };
+    let header = match probe_store(host, &cow) {
+        Err(Error::Refused(_)) => return Ok(()),
+        probed => probed?,
+    };
+    match header.and_then(|header| header.chain) {
+        Some(chain) if !chain.frozen => ask(Step::MarkFile, cow.path, || {
+            let frozen = store::chain(Chain {
+                frozen: true,
+                ..chain
+            });
+            host.write_at(&cow.file, &frozen, CHAIN_AT)
+        }),
+        _ => Ok(()),
+    }
 }
