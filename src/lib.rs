@@ -51,4 +51,4 @@ pub use error::{Error, ErrorKind, Result};
 pub use find::{adopt, list, status};
 pub use pool::{Pool, PoolOptions};
 pub use snapshot::{Origin, Snapshot, SnapshotOptions};
-pub use teardown::{ReapOptions, Teardown, WhenBusy, cleanup, remove};
+pub use teardown::{ReapOptions, Teardown, WhenBusy, cleanup, remove, repair, repair_all};

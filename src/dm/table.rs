@@ -132,6 +132,18 @@ impl Target {
 }
 
 impl SnapshotParams {
+    /// The origin and the COW device of a snapshot's line, as [`Target::parse`] takes it; `None` for another target's.
+    ///
+    /// Of a table that waits for the exceptions of another, and of one that has given them away, no more can be read:
+    /// its chunk size is 0 (`snapshot_ctr` and `__handover_exceptions`, `drivers/md/dm-snap.c`).
+    pub(crate) fn devices(kind: &str, params: &str) -> Option<[DeviceNumber; 2]> {
+        let mut words = params.split_ascii_whitespace();
+        let mut number = || words.next()?.parse().ok();
+        let is_snapshot = ["snapshot", "snapshot-merge"].contains(&kind);
+        let devices = [number()?, number()?];
+        is_snapshot.then_some(devices)
+    }
+
     fn parse(words: &mut Words<'_>) -> Result<Self, TableError> {
         let origin = words.device("origin")?;
         let cow = words.device("COW device")?;

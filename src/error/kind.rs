@@ -70,6 +70,7 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::CowNotBlank { .. }
             | Refusal::NotOurs { .. }
             | Refusal::NotAdoptable { .. }
+            | Refusal::Irreparable { .. }
             | Refusal::NotExportable { .. }
             | Refusal::OutputExists { .. }
             | Refusal::CowFrozen { .. }

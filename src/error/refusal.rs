@@ -67,6 +67,14 @@ pub enum Refusal {
         /// What it is instead, or what is in the way.
         why: String,
     },
+    /// A snapshot that a killed process left half-way, in a state that a repair cannot end.
+    #[error("cannot repair {name:?}: {why}")]
+    Irreparable {
+        /// The device's name.
+        name: String,
+        /// What happened to it.
+        why: &'static str,
+    },
     /// The origin image holds no whole sector.
     #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
     OriginTooShort {

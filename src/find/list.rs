@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use super::lookup;
+use super::{at_work, lookup};
 #[cfg(feature = "serde")]
 use crate::base::lossy;
 use crate::base::{
-    DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, LoopHandle, MAPPER_DIR,
+    DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, LoopHandle, MAPPER_DIR,
 };
-use crate::call::ask;
+use crate::call::{absent, ask};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target};
-use crate::error::{Error, Refusal, Result, Step, Verdict};
+use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
 
 /// One of our snapshots, as the kernel has it now.
@@ -33,6 +33,10 @@ pub struct SnapshotInfo {
     pub merging: bool,
     /// Whether it goes at its last close.
     pub deferred_remove: bool,
+    /// Whether a killed process left it half-way, suspended for example, so that its guest hangs:
+    /// [`repair`](crate::repair()) it.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub interrupted: bool,
     /// How many users have it open.
     pub open_count: u32,
     /// Store and chunk size; `None` without a table, or with one that is no snapshot's.
@@ -183,7 +187,9 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
             host.table(DevId::Uuid(&uuid), !device.live_table)
         })?,
     };
-    let target = table.and_then(|(kind, params)| Target::parse(&kind, &params).ok());
+    let line = table.as_ref();
+    let target = line.and_then(|(kind, params)| Target::parse(kind, params).ok());
+    let devices = line.and_then(|(kind, params)| SnapshotParams::devices(kind, params));
     let merging = matches!(target, Some(Target::SnapshotMerge(_)));
     let params = target.and_then(|target| match target {
         Target::Snapshot(params) | Target::SnapshotMerge(params) => Some(params),
@@ -193,27 +199,47 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
         true => ask(Step::Status, &path, || host.status(&uuid))?,
         false => None,
     };
-    Ok(SnapshotInfo {
-        name: device.name,
+    let half_way = (devices.is_some() || uuid.kind() == Kind::Layer)
+        && is_half_way(host, &device, &uuid, &path)?;
+    let mut info = SnapshotInfo {
+        name: device.name.clone(),
         uuid,
+        interrupted: false,
         dev: device.number,
         device: device.number.dm_node(),
         state,
         merging,
         deferred_remove: device.deferred_remove,
         open_count: device.open_count,
-        origin: params
-            .as_ref()
-            .and_then(|params| loop_facts(host, params.origin)),
-        cow: params
-            .as_ref()
-            .and_then(|params| loop_facts(host, params.cow)),
+        origin: devices.and_then(|[origin, _]| loop_facts(host, origin)),
+        cow: devices.and_then(|[_, cow]| loop_facts(host, cow)),
         params,
         status: status.map(|(_, text)| {
             let Ok(status) = text.parse();
             status
         }),
-    })
+    };
+    if half_way && !at_work::in_progress(host, &info, &Retry::ONCE)? {
+        // Whoever was at work may just have come to the end.
+        let query = || host.query(Address::Uuid(info.uuid.as_str()));
+        let now = absent(ask(Step::Query, &path, query))?;
+        let tables = |device: &Device| (device.suspended, device.live_table, device.inactive_table);
+        info.interrupted = now.is_some_and(|now| tables(&now) == tables(&device));
+    }
+    Ok(info)
+}
+
+/// Whether the device is between two steps of something: a snapshot that is suspended or has a second table, a layer
+/// that is suspended or has none yet.
+fn is_half_way<H: Host>(host: &H, device: &Device, uuid: &DeviceUuid, path: &Path) -> Result<bool> {
+    if uuid.kind() == Kind::Layer {
+        return Ok(device.suspended || !device.live_table);
+    }
+    if !device.live_table || device.suspended || !device.inactive_table {
+        return Ok(device.live_table && device.suspended);
+    }
+    let next = ask(Step::Status, path, || host.table(DevId::Uuid(uuid), true))?;
+    Ok(next.is_some_and(|(kind, _)| kind == "snapshot"))
 }
 
 /// `None` when the device is no loop device.

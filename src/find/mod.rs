@@ -1,6 +1,7 @@
 //! What is there: one device by what a caller calls it, all of ours, and taking over what another program made.
 
 mod adopt;
+pub(crate) mod at_work;
 mod list;
 mod lock;
 mod lookup;

@@ -384,6 +384,7 @@ fn info_of(made: &MappedDevice, cow_loop: u32) -> SnapshotInfo {
         state: State::Live,
         merging: false,
         deferred_remove: false,
+        interrupted: false,
         open_count: 0,
         params: Some(SnapshotParams {
             origin: DeviceNumber { major: 7, minor: 0 },

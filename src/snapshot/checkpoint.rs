@@ -183,6 +183,12 @@ pub(crate) fn checkpoint<H: Host>(
         Some(_) => unmake(host, error, cow, c1.backing.facts.id),
         None => error,
     };
+    // Each would wait for the other.
+    if c1.backing.facts.id.dev == v.dev {
+        return Err(unmade(
+            refused("the new COW file is on its own file system").into(),
+        ));
+    }
     let attached = || {
         let sectors = || host.loop_sector_bytes(&live.cow.device);
         let sectors = ask(Step::InspectLoop, &live.cow.node, sectors)?;

@@ -15,7 +15,7 @@ use crate::error::{Error, Result, Retry, Step};
 use crate::kernel::DeviceMapper;
 use crate::kernel::fake::{Script, ScriptLoop};
 use crate::store::{self, Probe};
-use crate::teardown::clean;
+use crate::teardown::{clean, repair_every};
 
 const COW: &str = "/the/cow";
 const NEXT: &str = "/the/next";
@@ -152,5 +152,28 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
             "call {index}, {step:?}: {result:?}"
         );
         clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+    }
+}
+
+/// The snapshot's COW file would be refused to everybody, once it is down, if it went on being a layer's.
+#[test]
+fn wherever_a_checkpoint_is_killed_one_repair_ends_it_and_no_file_is_taken_for_another_sort() {
+    let (script, _) = machine();
+    let (before, _) = writes_to(&script);
+    script.restart(never);
+    drop(freeze(&script).expect("nothing fails"));
+    let calls = script.calls.take();
+    for (index, step) in calls.iter().enumerate() {
+        let (script, _) = machine();
+        script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
+        let killed = freeze(&script).map(drop);
+        assert!(killed.is_err(), "call {index}, {step:?}");
+        script.restart(never);
+        for item in repair_every(&script).expect("it can be asked") {
+            assert!(item.outcome.is_ok(), "call {index}, {step:?}: {item:?}");
+        }
+        let (cow, waits) = writes_to(&script);
+        assert!(!waits, "call {index}, {step:?}");
+        assert_eq!(is_frozen(&script), cow != before, "call {index}, {step:?}");
     }
 }

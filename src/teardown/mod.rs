@@ -6,6 +6,9 @@ mod options;
 mod pool_mark;
 mod reap;
 mod remove;
+mod repair;
+#[cfg(test)]
+mod repair_tests;
 #[cfg(test)]
 mod tests;
 
@@ -18,3 +21,6 @@ pub(crate) use pool_mark::is_alive;
 pub use reap::{Fate, ReapOptions, Reaped};
 pub use remove::{Outcome, remove};
 pub(crate) use remove::{Subject, When, remove_subject};
+#[cfg(test)]
+pub(crate) use repair::repair_every;
+pub use repair::{Repair, Repaired, repair, repair_all};

@@ -4,14 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::remove::{self, Outcome};
-use super::{cleanup, pool_mark};
-use crate::base::{MAPPER_DIR, MERGING, POOLED, loop_node};
-use crate::call::{absent, ask, in_parallel, patiently};
+use super::{cleanup, pool_mark, repair};
+use crate::base::{MAPPER_DIR, MERGING, POOLED};
+use crate::call::{absent, in_parallel};
 #[cfg(feature = "serde")]
 use crate::error::Error;
-use crate::error::{Result, Retry, Step, Verdict};
-use crate::find;
-use crate::find::{SnapshotInfo, State};
+use crate::error::{Result, Retry};
+use crate::find::{self, SnapshotInfo, State, at_work};
 use crate::kernel::{Host, MACHINE};
 
 /// How to reap: take down the snapshots that nobody claims, as a control plane that died leaves them, half-built ones
@@ -104,10 +103,6 @@ pub enum Fate {
     AliasRemoved,
 }
 
-/// Beside a busy udevd, exclusive locks for a moment were seen that were no maker's: systemd takes one around a new
-/// look at a partition table (`REREADPT_BSD_LOCK`). A maker at work is not waited for longer.
-const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
-
 /// For the loop devices behind a removed device, which a probe may have open for a moment.
 const LOOP_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
@@ -130,8 +125,10 @@ impl ReapOptions {
         self
     }
 
-    /// Sweeps, keeping those that `keep` claims: it is asked about all of them first, and then the others are taken
-    /// down side by side, as [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) does.
+    /// Sweeps, keeping those that `keep` claims. What a killed process left half-way is [`repaired`](super::repair())
+    /// first, also of what is kept.
+    ///
+    /// `keep` is asked about all of them before any is taken down; the others are taken down side by side, as [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) does.
     ///
     /// # Errors
     ///
@@ -146,12 +143,19 @@ impl ReapOptions {
         host: &H,
         mut keep: impl FnMut(&SnapshotInfo) -> bool,
     ) -> Result<Vec<Reaped>> {
-        let found = find::all(host)?;
+        let mut found = find::all(host)?;
+        let interrupted =
+            |info: &Result<SnapshotInfo>| info.as_ref().is_ok_and(|info| info.interrupted);
+        let mut unrepaired = Vec::new();
+        if !self.dry_run && found.iter().any(|(_, info)| interrupted(info)) {
+            unrepaired = repair::repair_every(host)?;
+            found = find::all(host)?;
+        }
         // Before `keep` is asked: a snapshot whose maker is done by then is one that `keep` can know of.
         let mut making: Vec<_> = found
             .iter()
             .map(|(_, info)| match info {
-                Ok(info) => in_progress(host, info, &Retry::ONCE),
+                Ok(info) => at_work::in_progress(host, info, &Retry::ONCE),
                 Err(_) => Ok(false),
             })
             .collect();
@@ -161,7 +165,9 @@ impl ReapOptions {
             .filter(|(_, making)| **making == Ok(true))
             .filter_map(|((_, info), making)| Some((info.as_ref().ok()?, making)))
             .unzip();
-        let still = in_parallel(&infos, |info| in_progress(host, info, &MAKER_RETRY));
+        let still = in_parallel(&infos, |info| {
+            at_work::in_progress(host, info, &at_work::MAKER_RETRY)
+        });
         for (locked, still) in locked.into_iter().zip(still) {
             *locked = still;
         }
@@ -203,6 +209,22 @@ impl ReapOptions {
             *fate = became;
         }
         reaped.extend(self.sweep_aliases(host));
+        // What is gone by now needs none.
+        let is_there = |name: &str| {
+            reaped
+                .iter()
+                .any(|item| item.name == name && item.fate != Ok(Fate::Removed))
+        };
+        let failed = unrepaired.into_iter().filter_map(|item| {
+            let error = item.outcome.err()?;
+            is_there(&item.name).then_some(Reaped {
+                name: item.name,
+                snapshot: None,
+                fate: Err(error),
+            })
+        });
+        let failed: Vec<_> = failed.collect();
+        reaped.extend(failed);
         Ok(reaped)
     }
 
@@ -268,36 +290,4 @@ fn is_a_callers(info: &SnapshotInfo) -> bool {
         .iter()
         .any(|own| info.name.starts_with(own));
     made && named
-}
-
-/// Whether somebody is at work on the snapshot: its maker holds a lock on the COW file's loop device, an exclusive one,
-/// or one beside a probe's (udev's, say) and a mark.
-///
-/// The device that the uuid names may serve somebody else by now, whose lock is taken for the maker's: then the
-/// snapshot stays until the next sweep. The one that the table has is looked at too, where that is another.
-fn in_progress<H: Host>(host: &H, info: &SnapshotInfo, retry: &Retry) -> Result<bool> {
-    let made_with = info.uuid.cow_loop().map(loop_node);
-    let has = info.cow.as_ref().map(|cow| cow.device.clone());
-    let other = has.filter(|path| made_with.as_ref() != Some(path));
-    for path in made_with.into_iter().chain(other) {
-        if is_locked(host, &path, retry)? {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-fn is_locked<H: Host>(host: &H, path: &Path, retry: &Retry) -> Result<bool> {
-    let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
-    let Some(device) = absent(opened)? else {
-        return Ok(false);
-    };
-    let beside = patiently(host, retry, Verdict::InUse, || {
-        ask(Step::TestLock, path, || host.lock_loop(&device, false))
-    });
-    match beside {
-        Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(true),
-        Err(error) => Err(error),
-        Ok(()) => ask(Step::TestLock, path, || host.loop_is_marked(&device)),
-    }
 }

@@ -91,8 +91,8 @@ fn help_and_version_are_status_0_on_stdout() {
     let text = String::from_utf8_lossy(&help.stdout).into_owned();
     assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
     for command in [
-        "create", "cleanup", "remove", "list", "adopt", "reap", "status", "grow", "recover",
-        "watch", "merge", "cow", "export",
+        "create", "cleanup", "remove", "list", "adopt", "reap", "repair", "status", "grow",
+        "recover", "watch", "merge", "cow", "export",
     ] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }

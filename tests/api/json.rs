@@ -243,7 +243,8 @@ fn timings_are_printed_in_nanoseconds_with_the_steps_in_words() {
 fn what_a_snapshot_is_reads_back_as_it_was_written() {
     let info = json!({
         "name": "vm-42", "uuid": "DMSNAP-42", "dev": "254:3", "device": "/dev/dm-3", "state": "live", "merging": false,
-        "deferred_remove": false, "open_count": 1,
+        "deferred_remove": false,
+        "interrupted": false, "open_count": 1,
         "params": {"origin": "7:0", "cow": "7:1", "store": "persistent", "chunk_sectors": 8, "discard": "unsupported"},
         "origin": null,
         "cow": {"device": "/dev/loop1", "path": "/run/vm-42.cow", "backing": {"dev": "0:25", "inode": 7},

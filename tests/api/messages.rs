@@ -125,6 +125,13 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"cannot adopt "swap": its target is linear"#,
         ),
         (
+            Refusal::Irreparable {
+                name: "vm".to_owned(),
+                why: "the table that it was to go on with is gone",
+            },
+            r#"cannot repair "vm": the table that it was to go on with is gone"#,
+        ),
+        (
             Refusal::OriginTooShort {
                 path: image(),
                 bytes: 511,

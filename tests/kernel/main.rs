@@ -38,6 +38,7 @@ mod origin;
 mod pool;
 mod proof;
 mod reaction;
+mod repair;
 mod side_by_side;
 mod sizes;
 mod stores;

@@ -91,6 +91,7 @@ const ALONE: &[(&str, &str)] = &[
     ("proof::soak", "measures the host's memory; sweeps the host"),
     ("proof::stuck_udev", "stops udevd"),
     ("reaction::", "measures CPU time"),
+    ("repair::sweeps::", "repairs and sweeps the host"),
     ("strace::", "counts system calls"),
     (
         "teardown::every_path",

@@ -63,6 +63,15 @@ pub(crate) enum Command {
     },
     /// Take down our snapshots that nobody claims, half-built ones included
     Reap(Reap),
+    /// Finish or undo what a killed process left half-way, so that a hanging guest goes on
+    Repair {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// The dm devices' names, or their uuids; all of ours if there is none
+        #[arg(value_name = "NAME")]
+        names: Vec<String>,
+    },
     /// Fold a COW file's changes back into its image; neither may be in use
     Merge(Merge),
     /// Show one of our snapshots

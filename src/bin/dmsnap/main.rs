@@ -23,7 +23,7 @@ use clap::Parser;
 use dmsnap::error::{Refusal, Retry};
 use dmsnap::find::SnapshotInfo;
 use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer};
-use dmsnap::teardown::Outcome;
+use dmsnap::teardown::{Outcome, Repaired};
 use dmsnap::timings::Timings;
 use dmsnap::{DeviceId, Error, Handles, ReapOptions, Teardown, WhenBusy};
 
@@ -74,6 +74,9 @@ enum Failure {
     /// Some snapshots could not be taken down; the others were.
     #[error("cannot clean up {0} of the snapshots")]
     Uncleaned(usize),
+    /// Some snapshots could not be repaired; the others were.
+    #[error("cannot repair {0} of the snapshots")]
+    Unrepaired(usize),
     /// Some snapshots could not be removed; the others were.
     #[error("cannot reap {0} of the snapshots")]
     Unreaped(usize),
@@ -128,6 +131,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::List { json } => list(json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
+        Command::Repair { json, names } => repair(&names, json),
         Command::Merge(options) => merge::merge(&options),
         Command::Status { json, name } => status(&name, json),
         Command::Grow {
@@ -264,6 +268,34 @@ fn reap(options: &Reap) -> Result<(), Failure> {
         0 => Ok(()),
         failed => Err(Failure::Unreaped(failed)),
     }
+}
+
+fn repair(names: &[String], json: bool) -> Result<(), Failure> {
+    let repaired: Vec<Repaired> = match names {
+        [] => dmsnap::repair_all()?,
+        names => names.iter().filter_map(|name| repair_one(name)).collect(),
+    };
+    let failures = repaired
+        .iter()
+        .filter_map(|item| item.outcome.as_ref().err());
+    let failures: Vec<String> = failures.map(dmsnap::Error::one_line).collect();
+    if json {
+        print_json(&repaired)?;
+    } else {
+        print(repaired.iter().map(output::outcome).collect())?;
+    }
+    failures.iter().for_each(output::note);
+    match failures.len() {
+        0 => Ok(()),
+        failed => Err(Failure::Unrepaired(failed)),
+    }
+}
+
+/// `None` when there was nothing to do.
+fn repair_one(name: &str) -> Option<Repaired> {
+    let outcome = dmsnap::repair(name).transpose()?;
+    let name = name.to_owned();
+    Some(Repaired { name, outcome })
 }
 
 fn outcome_text(outcome: Outcome) -> String {

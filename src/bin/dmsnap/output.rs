@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use dmsnap::dm::SnapshotStatus;
 use dmsnap::find::{LoopFacts, SnapshotInfo, State};
-use dmsnap::teardown::{Fate, Reaped};
+use dmsnap::teardown::{Fate, Reaped, Repair, Repaired};
 
 use crate::Failure;
 
@@ -34,6 +34,11 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
         } else {
             ""
         };
+        let interrupted = if info.interrupted {
+            ", interrupted"
+        } else {
+            ""
+        };
         let path = |facts: &Option<LoopFacts>| match facts
             .as_ref()
             .and_then(|facts| facts.path.as_ref())
@@ -44,7 +49,7 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
         rows.push([
             info.name.clone(),
             info.device.display().to_string(),
-            format!("{state}{merging}{due}"),
+            format!("{state}{interrupted}{merging}{due}"),
             info.open_count.to_string(),
             used,
             path(&info.origin),
@@ -121,4 +126,17 @@ pub(crate) fn fate(item: &Reaped) -> String {
     };
     let open = open_count.map(|count| format!(" (open count {count})"));
     format!("{}: {fate}{}\n", item.name, open.unwrap_or_default())
+}
+
+/// A device that needed a repair, on a line.
+pub(crate) fn outcome(item: &Repaired) -> String {
+    let outcome = match &item.outcome {
+        Ok(Repair::Resumed) => "resumed",
+        Ok(Repair::Undone) => "undone",
+        Ok(Repair::Finished) => "finished",
+        Ok(Repair::InProgress) => "in-progress",
+        Ok(_) => "unknown",
+        Err(_) => "failed",
+    };
+    format!("{}: {outcome}\n", item.name)
 }

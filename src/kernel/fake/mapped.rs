@@ -31,6 +31,8 @@ pub(crate) struct Table {
     pub(crate) line: TargetLine,
     /// Whether it was resumed: then it has its exceptions.
     active: bool,
+    /// Whether it waits for the exceptions of another table, or has given them away: then its line shows no chunk size.
+    chunkless: bool,
     /// Of a snapshot: whether it can be read.
     pub(crate) valid: bool,
 }
@@ -40,6 +42,7 @@ impl Table {
         Self {
             line,
             active: true,
+            chunkless: false,
             valid: true,
         }
     }
@@ -48,6 +51,21 @@ impl Table {
         match &self.line.target {
             Target::Snapshot(params) | Target::SnapshotMerge(params) => Some(params),
             _ => None,
+        }
+    }
+
+    /// Gives its exceptions away, and says whether they can be read.
+    fn give(&mut self) -> bool {
+        self.chunkless = true;
+        std::mem::replace(&mut self.valid, false)
+    }
+
+    /// The text behind the target's name, as the kernel prints it.
+    pub(super) fn text(&self) -> String {
+        let text = self.line.target.params();
+        match self.params().filter(|_| self.chunkless) {
+            None => text,
+            Some(params) => text.replacen(&format!("P {}", params.chunk), "P 0", 1),
         }
     }
 
@@ -144,6 +162,7 @@ impl World {
         let mut table = Table {
             line: line.clone(),
             active: false,
+            chunkless: false,
             valid: true,
         };
         let mapped = self.devices.values().map(|device| device.number);
@@ -158,9 +177,11 @@ impl World {
             if sharing.len() == 2 || sharing.iter().any(|(_, table)| !table.active) {
                 return Err(Errno::EINVAL);
             }
-            if sharing.is_empty() {
+            let is_new = sharing.is_empty();
+            if is_new {
                 table.valid = self.is_valid_store(params.cow);
             }
+            table.chunkless = !is_new;
         }
         let device = self.devices.get_mut(uuid).ok_or(Errno::ENXIO)?;
         let old = device.inactive.replace(table);
@@ -191,7 +212,7 @@ impl World {
             false => Ok(()),
         };
         if resumed.is_ok() {
-            for device in self.devices.get_mut(uuid).into_iter() {
+            if let Some(device) = self.devices.get_mut(uuid) {
                 device.suspended = false;
                 device.live.iter_mut().for_each(|table| table.active = true);
             }
@@ -210,14 +231,18 @@ impl World {
         else {
             return Ok(());
         };
-        let waiting = self.sharing(&params).iter().any(|(_, table)| !table.active);
+        let chunkless = self.sharing(&params).iter().any(|(_, table)| !table.active);
         if active {
             // The source, which a destination waits for.
-            return if waiting { Err(Errno::EINVAL) } else { Ok(()) };
+            return if chunkless {
+                Err(Errno::EINVAL)
+            } else {
+                Ok(())
+            };
         }
         let replaced = old.filter(|table| table.active && table.shares(&params));
         let valid = match replaced {
-            Some(table) => std::mem::replace(&mut table.valid, false),
+            Some(table) => table.give(),
             None => {
                 let mut all = self.devices.values_mut().flat_map(|device| {
                     let suspended = device.suspended;
@@ -226,12 +251,14 @@ impl World {
                 match all.find(|(_, table)| table.active && table.shares(&params)) {
                     None => return Ok(()),
                     Some((false, _)) => return Err(Errno::EINVAL),
-                    Some((true, source)) => std::mem::replace(&mut source.valid, false),
+                    Some((true, source)) => source.give(),
                 }
             }
         };
         let device = self.devices.get_mut(uuid).ok_or(Errno::ENXIO)?;
-        device.live.iter_mut().for_each(|table| table.valid = valid);
+        if let Some(table) = &mut device.live {
+            (table.valid, table.chunkless) = (valid, false);
+        }
         Ok(())
     }
 

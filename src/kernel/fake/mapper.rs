@@ -172,8 +172,8 @@ impl DeviceMapper for Script {
         } else {
             &device.live
         };
-        let line = slot.as_ref().map(|table| &table.line);
-        Ok(line.map(|line| (line.target.kind().to_owned(), line.target.params())))
+        let table = slot.as_ref();
+        Ok(table.map(|table| (table.line.target.kind().to_owned(), table.text())))
     }
 
     fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {

@@ -10,7 +10,7 @@ use super::{Script, ScriptFile, ScriptLoop};
 use crate::base::{ChunkSize, DeviceName, DeviceNumber, DeviceUuid, Sectors, Store};
 use crate::dm::{Address, Discard, SnapshotParams, Target, TargetLine};
 use crate::kernel::fake::mapped::MAPPED;
-use crate::kernel::{Clock, DeviceMapper, Files, LO_AUTOCLEAR, Loops};
+use crate::kernel::{Clock, DevId, DeviceMapper, Files, LO_AUTOCLEAR, Loops};
 
 const IMAGE: DeviceNumber = loop_number(0);
 const C0: DeviceNumber = loop_number(1);
@@ -152,6 +152,21 @@ fn a_snapshot_becomes_a_layer() {
         "V and the fork have it open"
     );
     assert!(!fork.is_invalid());
+}
+
+#[test]
+fn a_table_that_waits_for_its_exceptions_or_has_given_them_away_shows_no_chunk_size() {
+    let script = machine();
+    let (v, b) = prepared(&script);
+    let table = |device: &Device<'_>, inactive| {
+        let found = script.table(DevId::Uuid(&device.uuid), inactive);
+        found.expect("it is there").expect("it has one").1
+    };
+    assert_eq!(table(&b, true), "7:0 7:1 P 0");
+    v.suspend();
+    assert_eq!(b.resume(), Ok(()));
+    assert_eq!(table(&b, false), "7:0 7:1 P 8");
+    assert_eq!(table(&v, false), "7:0 7:1 P 0");
 }
 
 #[test]

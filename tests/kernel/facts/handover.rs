@@ -228,6 +228,30 @@ fn a_layer_may_have_a_read_only_table_over_a_read_only_loop_device() {
     );
 }
 
+// drivers/md/dm-snap.c, snapshot_ctr: the store of a table that waits has no chunk size; __handover_exceptions swaps the
+// two stores.
+#[test]
+fn a_table_that_waits_for_its_exceptions_or_has_given_them_away_shows_no_chunk_size() {
+    let scene = Scene::new();
+    let mut stack = Stack::over(&scene);
+    let (_, cow) = stack.cow();
+    let image = stack.image.clone();
+    let v = stack.snapshot(&image, &cow);
+    let (b, _) = stack.prepare(&v, &image, &cow);
+    let waiting = run!("dmsetup", "table", "--inactive", &b.name);
+    assert!(
+        waiting.ends_with(&format!("{image} {cow} P 0")),
+        "{waiting}"
+    );
+    v.suspend();
+    b.resume();
+    let given = run!("dmsetup", "table", &v.name);
+    assert!(given.ends_with(&format!("{image} {cow} P 0")), "{given}");
+    let live = run!("dmsetup", "table", &b.name);
+    assert!(live.ends_with(&format!("{image} {cow} P 8")), "{live}");
+    v.resume();
+}
+
 #[test]
 fn before_the_suspension_a_handover_is_undone_by_a_clear_and_a_removal() {
     let scene = Scene::new();

@@ -20,18 +20,18 @@ const COW_BYTES: u64 = 24 << 20;
 const CHUNK_BYTES: u64 = 4096;
 
 /// A dm device of dmsetup's, addressed by number in the tables of others.
-#[derive(Clone)]
-struct Device {
-    name: String,
-    number: String,
+#[derive(Clone, Debug)]
+pub(crate) struct Device {
+    pub(crate) name: String,
+    pub(crate) number: String,
 }
 
 impl Device {
-    fn node(&self) -> PathBuf {
+    pub(crate) fn node(&self) -> PathBuf {
         Path::new("/dev/mapper").join(&self.name)
     }
 
-    fn load(&self, table: &str) {
+    pub(crate) fn load(&self, table: &str) {
         run!("dmsetup", "reload", &self.name, "--table", table);
     }
 
@@ -52,20 +52,20 @@ impl Device {
         run!("dmsetup", "reload", &self.name, file);
     }
 
-    fn suspend(&self) {
+    pub(crate) fn suspend(&self) {
         run!("dmsetup", "suspend", &self.name);
     }
 
-    fn resume(&self) {
+    pub(crate) fn resume(&self) {
         run!("dmsetup", "resume", &self.name);
     }
 
-    fn clear(&self) {
+    pub(crate) fn clear(&self) {
         run!("dmsetup", "clear", &self.name);
     }
 
     /// A probing udevd may have it open for a moment.
-    fn remove(&self) {
+    pub(crate) fn remove(&self) {
         run!("dmsetup", "remove", "--retry", &self.name);
     }
 
@@ -75,22 +75,22 @@ impl Device {
     }
 
     /// What the status line says behind the target's name.
-    fn status(&self) -> String {
+    pub(crate) fn status(&self) -> String {
         let line = run!("dmsetup", "status", "--noflush", &self.name);
         let mut words = line.splitn(4, ' ').skip(3);
         words.next().unwrap_or_default().to_owned()
     }
 
     /// Live table, inactive table, suspended, read-only or writable, as in `LIsw`; a dash where it is not so.
-    fn attributes(&self) -> String {
+    pub(crate) fn attributes(&self) -> String {
         dm_info(&self.name, "attr")
     }
 
-    fn open(&self) -> Direct {
+    pub(crate) fn open(&self) -> Direct {
         Direct::open(&self.node())
     }
 
-    fn content(&self) -> Content {
+    pub(crate) fn content(&self) -> Content {
         content(&self.node())
     }
 
@@ -121,17 +121,17 @@ fn errno_text(done: &Output) -> String {
 }
 
 /// Devices over one image, all of losetup and dmsetup, gone with this value whatever state they are in.
-struct Stack<'a> {
+pub(crate) struct Stack<'a> {
     scene: &'a Scene,
     mounts: Vec<Mounted>,
     devices: Vec<Device>,
-    loops: Vec<Losetup>,
-    image: String,
+    pub(crate) loops: Vec<Losetup>,
+    pub(crate) image: String,
     sectors: u64,
 }
 
 impl<'a> Stack<'a> {
-    fn over(scene: &'a Scene) -> Self {
+    pub(crate) fn over(scene: &'a Scene) -> Self {
         let image = Losetup::attach_read_only(scene.image());
         let bytes = fs::metadata(scene.image()).expect("it is there").len();
         Self {
@@ -145,7 +145,7 @@ impl<'a> Stack<'a> {
     }
 
     /// A fresh COW file and the number of its loop device.
-    fn cow(&mut self) -> (PathBuf, String) {
+    pub(crate) fn cow(&mut self) -> (PathBuf, String) {
         let name = format!("{}.cow", self.scene.name());
         let file = self.scene.sparse(name, COW_BYTES);
         let attached = Losetup::attach(&file);
@@ -163,11 +163,29 @@ impl<'a> Stack<'a> {
         device
     }
 
-    fn table(&self, origin: &str, cow: &str) -> String {
+    /// A device with that uuid, and no node while it has no live table: as ours are between their steps.
+    pub(crate) fn device_of(&mut self, uuid: &str) -> Device {
+        let name = self.scene.name();
+        run!(
+            "dmsetup",
+            "create",
+            &name,
+            "--notable",
+            "--uuid",
+            uuid,
+            "--addnodeonresume"
+        );
+        let number = dm_info(&name, "major,minor").replace(' ', "");
+        let device = Device { name, number };
+        self.devices.push(device.clone());
+        device
+    }
+
+    pub(crate) fn table(&self, origin: &str, cow: &str) -> String {
         format!("0 {} snapshot {origin} {cow} P 8", self.sectors)
     }
 
-    fn snapshot(&mut self, origin: &str, cow: &str) -> Device {
+    pub(crate) fn snapshot(&mut self, origin: &str, cow: &str) -> Device {
         let device = self.device();
         device.load(&self.table(origin, cow));
         device.resume();
@@ -175,7 +193,7 @@ impl<'a> Stack<'a> {
     }
 
     /// A snapshot over a fresh COW file.
-    fn fork(&mut self, origin: &Device) -> Device {
+    pub(crate) fn fork(&mut self, origin: &Device) -> Device {
         let (_, cow) = self.cow();
         self.snapshot(&origin.number, &cow)
     }
@@ -190,12 +208,12 @@ impl<'a> Stack<'a> {
     }
 
     /// The file of the last [`Self::cow`].
-    fn last_cow(&self) -> &Path {
+    pub(crate) fn last_cow(&self) -> &Path {
         &self.loops.last().expect("there is one").backing
     }
 
     /// Loads a table of the device's length that fails all I/O, and holds what the device is made of.
-    fn park(&self, device: &Device, origin: &str, cow: &str) {
+    pub(crate) fn park(&self, device: &Device, origin: &str, cow: &str) {
         let (end, held) = (self.sectors, 8);
         let lines = [
             format!("0 {end} error"),
@@ -205,7 +223,7 @@ impl<'a> Stack<'a> {
         device.load_lines(self.scene, &lines);
     }
 
-    fn mount(&mut self, device: &Device) -> PathBuf {
+    pub(crate) fn mount(&mut self, device: &Device) -> PathBuf {
         let at = self.scene.path(format!("{}.mnt", device.name));
         let node = device.node();
         let node = node.to_str().expect("ASCII");
@@ -213,7 +231,7 @@ impl<'a> Stack<'a> {
         at
     }
 
-    fn unmount(&mut self, at: &Path) {
+    pub(crate) fn unmount(&mut self, at: &Path) {
         self.mounts.retain(|mounted| mounted.at() != at);
     }
 }

@@ -1,4 +1,5 @@
-//! SIGKILL at every system call of create, cleanup and reap: one sweep afterwards leaves nothing.
+//! SIGKILL at every system call of create, cleanup and reap: one sweep afterwards leaves nothing. At every ioctl of a live
+//! export and a repair: one repair afterwards has the disk go on.
 //!
 //! strace delivers the signal on entering the call, and the kernel does not begin a call with a fatal signal pending
 //! (`syscall_trace_enter`, `ptrace_report_syscall`): a process killed at call n has done all up to n - 1 and no more.
@@ -12,6 +13,8 @@ use std::path::Path;
 use super::trace::{self, Call, Injected};
 use super::world::World;
 use super::{has_its_turn, long};
+use crate::common::reading::dm_info;
+use crate::common::run;
 
 /// The calls to die at. In the short form not at one that changes nothing, as death at the next leaves the same, and at
 /// a fifth of the others.
@@ -149,4 +152,57 @@ fn sigkill_at_every_call_of_reap() {
         symlink("/dev/mapper/../dm-987654", &stale).expect("a stale alias");
         words(&["reap", "--keep", &world.live_name()], &[])
     });
+}
+
+/// For every ioctl of `dmsnap ARGUMENTS`: `prepare`, die there, `repair` once: the live snapshot goes on. Returns how
+/// many deaths left it suspended.
+fn kill_and_repair(world: &World, arguments: &[&str], prepare: impl Fn()) -> usize {
+    let (log, name) = (world.scene.path("strace.log"), world.live_name());
+    prepare();
+    let calls = trace::calls(&log, arguments);
+    let mut suspended = 0;
+    let ioctls = calls.iter().filter(|call| call.name == "ioctl").enumerate();
+    let fatal = ioctls.filter(|(place, call)| !call.only_looks() || has_its_turn(*place));
+    for (_, call) in fatal {
+        prepare();
+        let injected = trace::with(&log, call, "signal=KILL", "", arguments);
+        assert!(injected.hit, "not reached: {call:?}");
+        let left = dm_info(&name, "attr");
+        let repaired = world.dmsnap(&["repair", &name]);
+        assert!(repaired.status.success(), "{call:?}: {repaired:?}");
+        let said = String::from_utf8_lossy(&repaired.stdout);
+        println!("      {:40}  {left}  {}", call.brief(), said.trim_end());
+        suspended += usize::from(left == "L-sw");
+        assert_eq!(dm_info(&name, "attr"), "L--w", "{call:?}");
+        let again = world.dmsnap(&["repair", &name]);
+        assert!(
+            again.status.success() && again.stdout.is_empty(),
+            "{call:?}"
+        );
+        world.assert_as_before(&format!("killed at {call:?}, and repaired"));
+    }
+    suspended
+}
+
+#[test]
+fn sigkill_at_every_ioctl_of_a_live_export_and_a_repair() {
+    let world = World::new();
+    let output = world.scene.path("exported.img");
+    let path = output.to_str().expect("ASCII");
+    let remove = || drop(fs::remove_file(&output));
+    let suspended = kill_and_repair(&world, &["export", &world.live_name(), path], remove);
+    assert!(
+        suspended > 0,
+        "it dies between the suspension and the resume too"
+    );
+    remove();
+}
+
+#[test]
+fn sigkill_at_every_ioctl_of_a_repair_and_another_one() {
+    let world = World::new();
+    let name = world.live_name();
+    let suspend = || drop(run!("dmsetup", "suspend", &name));
+    let suspended = kill_and_repair(&world, &["repair", &name], suspend);
+    assert!(suspended > 0);
 }

@@ -1,0 +1,520 @@
+//! What a killed process left half-way, finished or undone.
+//!
+//! Everything is read from the kernel: which tables a device has, whether it is suspended, and whether somebody holds
+//! the lock of an operation. V is a snapshot, B the layer that a checkpoint of it was making (kernel order: load B, load
+//! V, suspend V, resume B, resume V).
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::backing::{Backing, probe_store};
+use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
+use crate::call::{absent, ask, ask_unobserved, patiently};
+use crate::dm::{Address, SnapshotParams, SnapshotStatus};
+use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
+use crate::find::{self, at_work};
+use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
+use crate::store::{self, CHAIN_AT, Chain};
+
+/// One device that a repair found half-way.
+#[derive(Clone, Debug)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize))]
+pub struct Repaired {
+    /// The dm device's name.
+    pub name: String,
+    /// What was done for it, or why that failed. A failure does not stop the repair of others.
+    #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
+    pub outcome: Result<Repair>,
+}
+
+/// An outcome, or `failed` with its error.
+#[cfg(feature = "serde")]
+fn flat<S: serde::Serializer>(outcome: &Result<Repair>, serializer: S) -> Result<S::Ok, S::Error> {
+    #[derive(serde::Serialize)]
+    #[serde(tag = "outcome", rename_all = "kebab-case")]
+    enum Other<'a> {
+        Failed { error: &'a Error },
+    }
+    match outcome {
+        Ok(outcome) => serde::Serialize::serialize(outcome, serializer),
+        Err(error) => serde::Serialize::serialize(&Other::Failed { error }, serializer),
+    }
+}
+
+/// What a repair did for a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize),
+    serde(tag = "outcome", rename_all = "kebab-case")
+)]
+#[non_exhaustive]
+pub enum Repair {
+    /// A living process is at work on it; nothing was touched.
+    InProgress,
+    /// It was suspended, and goes on.
+    Resumed,
+    /// What had been begun with it was undone; it goes on as it was before.
+    Undone,
+    /// What had been begun with it was finished.
+    Finished,
+}
+
+/// A snapshot is resumed for as long as memory is short: its guest waits.
+const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
+
+/// A probe may have a half-made layer open for a moment.
+const LAYER_RETRY: Retry = Retry::until(Duration::from_secs(2));
+
+/// Finishes or undoes what a killed process left half-way with a snapshot of ours, so that its guest's I/O goes on.
+///
+/// `None` when there was nothing to do. It removes a half-made layer and nothing else, and touches nothing while a
+/// living process is at work on the device. A suspension by hand (`dmsetup suspend`) cannot be told from a killed
+/// process's: it is ended, which costs no data.
+///
+/// # Errors
+///
+/// As [`status`](crate::status). [`Refusal::Irreparable`] says why it cannot be mended. [`Error::Failed`] names the call
+/// that failed: the next repair goes on from there.
+pub fn repair(device: impl Into<DeviceId>) -> Result<Option<Repair>> {
+    repair_one(&MACHINE, &device.into())
+}
+
+/// [`repair`]s all snapshots of ours that need it, and says which did.
+///
+/// # Errors
+///
+/// [`Error::Failed`] when device-mapper cannot be asked for its devices at all. What fails for one of them is in its
+/// [`Repaired::outcome`].
+pub fn repair_all() -> Result<Vec<Repaired>> {
+    repair_every(&MACHINE)
+}
+
+pub(crate) fn repair_one<H: Host>(host: &H, device: &DeviceId) -> Result<Option<Repair>> {
+    let uuid = find::status_of(host, device)?.uuid;
+    let all = ours(host)?;
+    let of = |(_, seen): &(String, Result<Seen>)| seen.as_ref().ok().map(|seen| seen.uuid.clone());
+    if uuid.kind() != Kind::Layer {
+        return mend(host, &uuid);
+    }
+    // A layer's state is mended with the snapshot that it was made from.
+    let layer = all.iter().find(|found| of(found).as_ref() == Some(&uuid));
+    let Some(layer) = layer.and_then(|(_, seen)| seen.as_ref().ok()) else {
+        return Ok(None);
+    };
+    let snapshots = all.iter().filter_map(|(_, seen)| seen.as_ref().ok());
+    let mut made_from = snapshots.filter(|seen| seen.is_made_into(layer));
+    match made_from.next() {
+        Some(snapshot) => mend(host, &snapshot.uuid),
+        None => mend_layer(host, &uuid),
+    }
+}
+
+pub(crate) fn repair_every<H: Host>(host: &H) -> Result<Vec<Repaired>> {
+    let found = ours(host)?;
+    // The layers last: what a snapshot needs of them is done with it.
+    let snapshots = found
+        .iter()
+        .filter(|(_, seen)| !seen.as_ref().is_ok_and(is_layer));
+    let layers = found
+        .iter()
+        .filter(|(_, seen)| seen.as_ref().is_ok_and(is_layer));
+    let mut repaired = Vec::new();
+    for (name, seen) in snapshots.chain(layers) {
+        let outcome = match seen {
+            Err(error) => Err(error.clone()),
+            Ok(seen) if is_layer(seen) => mend_layer(host, &seen.uuid),
+            Ok(seen) => mend(host, &seen.uuid),
+        };
+        if let Some(outcome) = outcome.transpose() {
+            let name = name.clone();
+            repaired.push(Repaired { name, outcome });
+        }
+    }
+    Ok(repaired)
+}
+
+/// What a snapshot's table stands on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Table {
+    origin: DeviceNumber,
+    cow: DeviceNumber,
+}
+
+/// What a device has in its two slots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Seen {
+    device: Device,
+    uuid: DeviceUuid,
+    live: Option<Table>,
+    inactive: Option<Table>,
+    /// Of a layer: whether its live table has lost its exceptions.
+    invalid: bool,
+}
+
+impl Seen {
+    /// Whether a slot has a table that is no snapshot's: then it is no business of ours.
+    fn is_strange(&self) -> bool {
+        self.device.live_table != self.live.is_some()
+            || self.device.inactive_table != self.inactive.is_some()
+    }
+
+    /// Of a layer: whether it has its exceptions. One that a resume was refused to has a live table too, and is
+    /// suspended.
+    fn has_taken_over(&self) -> bool {
+        self.live.is_some() && !self.device.suspended
+    }
+
+    /// Of a layer: whether it never had its exceptions, or has lost them.
+    fn is_dead(&self) -> bool {
+        !self.is_strange() && (self.live.is_none() || self.invalid)
+    }
+
+    /// Whether the layer was being made from this snapshot: it has the same origin and COW device, and no two other
+    /// devices ever do.
+    fn is_made_into(&self, layer: &Self) -> bool {
+        let of_layer = layer.live.or(layer.inactive);
+        !is_layer(self) && of_layer.is_some() && self.live == of_layer
+    }
+
+    /// The node of the loop device that the lock of an operation is taken on.
+    fn lock_node(&self) -> Option<PathBuf> {
+        let cow = self.live?.cow;
+        (cow.major == 7).then(|| loop_node(cow.minor))
+    }
+}
+
+/// Reads all of ours; one that goes away meanwhile is left out.
+fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<Seen>)>> {
+    let control = Path::new(MAPPER_CONTROL);
+    ask(Step::OpenMapper, control, || host.open_mapper())?;
+    let mut devices = ask(Step::List, control, || host.list())?;
+    devices.sort_by(|one, other| one.name.cmp(&other.name));
+    let mut all = Vec::new();
+    for device in devices {
+        // Linux 5.10's list has no uuids.
+        let uuid = match &device.uuid {
+            Some(uuid) => uuid.clone(),
+            None => {
+                let path = Path::new(MAPPER_DIR).join(&device.name);
+                let query = || host.query(Address::Name(&device.name));
+                match absent(ask(Step::Query, &path, query))? {
+                    Some(found) => found.uuid,
+                    None => continue,
+                }
+            }
+        };
+        let Ok(uuid) = DeviceUuid::new(uuid) else {
+            continue;
+        };
+        if let Some(seen) = absent(see(host, &uuid, &device.name)).transpose() {
+            all.push((device.name, seen));
+        }
+    }
+    Ok(all)
+}
+
+fn see<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<Seen> {
+    let path = Path::new(MAPPER_DIR).join(name);
+    let query = || host.query(Address::Uuid(uuid.as_str()));
+    let device = ask(Step::Query, &path, query)?;
+    let slot = |inactive| {
+        let table = || host.table(DevId::Uuid(uuid), inactive);
+        let line = ask(Step::Status, &path, table)?;
+        Ok::<_, Error>(line.and_then(|(kind, params)| {
+            let [origin, cow] = SnapshotParams::devices(&kind, &params)?;
+            Some(Table { origin, cow })
+        }))
+    };
+    let invalid = match device.live_table && uuid.kind() == Kind::Layer {
+        true => ask(Step::Status, &path, || host.status(uuid))?
+            .is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)),
+        false => false,
+    };
+    Ok(Seen {
+        invalid,
+        live: match device.live_table {
+            true => slot(false)?,
+            false => None,
+        },
+        inactive: match device.inactive_table {
+            true => slot(true)?,
+            false => None,
+        },
+        uuid: uuid.clone(),
+        device,
+    })
+}
+
+/// What is to be done for a snapshot.
+#[derive(Debug, PartialEq, Eq)]
+enum Plan<'a> {
+    /// Drop its inactive table, remove the half-made layer, resume it, in this order: the layer is busy while the table
+    /// holds it, and a snapshot is not resumed while a layer waits for its exceptions.
+    Back {
+        clear: bool,
+        layer: Option<&'a Seen>,
+        resume: bool,
+    },
+    /// The layer has the exceptions: resume the snapshot over it.
+    Forward(&'a Seen),
+    Irreparable(&'static str),
+}
+
+fn is_layer(seen: &Seen) -> bool {
+    seen.uuid.kind() == Kind::Layer
+}
+
+fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> {
+    let live = snapshot.live.filter(|_| !snapshot.is_strange())?;
+    let suspended = snapshot.device.suspended;
+    let next = snapshot.inactive.map(|table| table.origin);
+    let below = layers.iter().find(|seen| seen.device.number == live.origin);
+    if below.is_some_and(Seen::is_dead) {
+        return Some(Plan::Irreparable(
+            "it was resumed before the layer that it stands on had the data",
+        ));
+    }
+    let layer = layers.iter().find(|layer| snapshot.is_made_into(layer));
+    match layer {
+        Some(layer) if layer.has_taken_over() => Some(match next {
+            Some(origin) if origin == layer.device.number => Plan::Forward(layer),
+            _ => Plan::Irreparable("the table that it was to go on with is gone"),
+        }),
+        Some(layer) => Some(Plan::Back {
+            clear: next.is_some(),
+            layer: Some(layer),
+            resume: suspended,
+        }),
+        // A rollback, or another table of its own.
+        None => match next {
+            Some(origin) if origin != live.origin => None,
+            _ if next.is_none() && !suspended => None,
+            _ => Some(Plan::Back {
+                clear: next.is_some(),
+                layer: None,
+                resume: suspended,
+            }),
+        },
+    }
+}
+
+/// Repairs a snapshot, under the lock of an operation on it.
+fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
+    let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
+        return Ok(None);
+    };
+    if plan(&snapshot, &layers).is_none() {
+        return Ok(None);
+    }
+    let Some(node) = snapshot.lock_node() else {
+        return Ok(None);
+    };
+    let Some(_lock) = at_work::lock(host, &node)? else {
+        return Ok(Some(Repair::InProgress));
+    };
+    // Whoever was at work may be done by now, and have left the snapshot with another COW file.
+    let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
+        return Ok(None);
+    };
+    let Some(plan) = plan(&snapshot, &layers) else {
+        return Ok(None);
+    };
+    if snapshot.lock_node().as_ref() != Some(&node) {
+        return Ok(Some(Repair::InProgress));
+    }
+    let path = Path::new(MAPPER_DIR).join(&snapshot.device.name);
+    match plan {
+        Plan::Irreparable(why) => Err(Refusal::Irreparable {
+            name: snapshot.device.name,
+            why,
+        }
+        .into()),
+        Plan::Forward(layer) => {
+            resume(host, uuid, &path)?;
+            finish(host, layer)?;
+            Ok(Some(Repair::Finished))
+        }
+        Plan::Back {
+            clear,
+            layer,
+            resume: suspended,
+        } => {
+            if let Some(layer) = layer {
+                if made_by_the_living(host, layer, &node)? {
+                    return Ok(Some(Repair::InProgress));
+                }
+            }
+            // First, or a repair that is killed behind the rest would leave nothing that says so.
+            let thawed = thaw(host, &snapshot);
+            if clear {
+                ask_unobserved(Step::Clear, &path, || host.clear(uuid))?;
+            }
+            if let Some(layer) = layer {
+                remove_layer(host, layer)?;
+            }
+            if suspended {
+                resume(host, uuid, &path)?;
+            }
+            thawed?;
+            Ok(Some(match (clear, layer) {
+                (false, None) => Repair::Resumed,
+                _ => Repair::Undone,
+            }))
+        }
+    }
+}
+
+/// Takes back that the snapshot's COW file is a layer's: as one it would be refused to everybody.
+fn thaw<H: Host>(host: &H, snapshot: &Seen) -> Result<()> {
+    let Some(table) = snapshot.live.filter(|table| table.cow.major == 7) else {
+        return Ok(());
+    };
+    let cow = find::bound(host, table.cow)?;
+    let (file, facts) = find::reach(host, &cow, &snapshot.device.name, true)?;
+    let store = Backing {
+        path: &cow.path,
+        file,
+        facts,
+        layer: None,
+    };
+    let chain = probe_store(host, &store)?.and_then(|header| header.chain);
+    let Some(frozen) = chain.filter(|chain| chain.frozen) else {
+        return Ok(());
+    };
+    let thawed = store::chain(Chain {
+        frozen: false,
+        ..frozen
+    });
+    let write = || host.write_at(&store.file, &thawed, CHAIN_AT);
+    ask(Step::MarkFile, store.path, write)?;
+    ask(Step::SyncFile, store.path, || host.sync_file(&store.file))
+}
+
+/// The device as it is now, and the others that `which` wants; `None` when it is gone.
+fn surroundings<H: Host>(
+    host: &H,
+    uuid: &DeviceUuid,
+    which: impl Fn(&Seen) -> bool,
+) -> Result<Option<(Seen, Vec<Seen>)>> {
+    let mut wanted = None;
+    let mut others = Vec::new();
+    for (_, seen) in ours(host)? {
+        // Without one of them nothing can be judged.
+        let seen = seen?;
+        match seen.uuid == *uuid {
+            true => wanted = Some(seen),
+            false if which(&seen) => others.push(seen),
+            false => (),
+        }
+    }
+    Ok(wanted.map(|wanted| (wanted, others)))
+}
+
+/// Whether the layer's maker is alive: it holds the loop device of the next COW file too, which the layer's uuid names.
+fn made_by_the_living<H: Host>(host: &H, layer: &Seen, held: &Path) -> Result<bool> {
+    let node = layer.uuid.cow_loop().map(loop_node);
+    match node.filter(|node| node != held) {
+        Some(node) => at_work::is_locked(host, &node, &at_work::MAKER_RETRY),
+        None => Ok(false),
+    }
+}
+
+fn resume<H: Host>(host: &H, uuid: &DeviceUuid, path: &Path) -> Result<()> {
+    let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
+        ask_unobserved(Step::Resume, path, || host.resume(uuid))
+    });
+    resumed.map(drop)
+}
+
+fn remove_layer<H: Host>(host: &H, layer: &Seen) -> Result<()> {
+    let path = Path::new(MAPPER_DIR).join(&layer.device.name);
+    if host.is_our_alias(&path) {
+        let unlink = || host.remove_alias(&path, layer.device.number);
+        ask_unobserved(Step::Unlink, &path, unlink)?;
+    }
+    let address = Address::Uuid(layer.uuid.as_str());
+    let removed = patiently(host, &LAYER_RETRY, Verdict::Busy, || {
+        ask_unobserved(Step::Remove, &path, || host.remove(address, false))
+    });
+    absent(removed).map(drop)
+}
+
+/// Repairs a layer whose snapshot needs nothing.
+fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
+    let Some((layer, step)) = layer_step(host, uuid)? else {
+        return Ok(None);
+    };
+    let table = layer.live.or(layer.inactive);
+    let cow = table.filter(|table| table.cow.major == 7);
+    let nodes = [cow.map(|table| table.cow.minor), uuid.cow_loop()];
+    for number in nodes.into_iter().flatten() {
+        if at_work::is_locked(host, &loop_node(number), &at_work::MAKER_RETRY)? {
+            return Ok(Some(Repair::InProgress));
+        }
+    }
+    // Its maker may have been done before its locks were looked at.
+    match layer_step(host, uuid)? {
+        Some((layer, now)) if now == step => {
+            match step {
+                LayerStep::Remove => remove_layer(host, &layer)?,
+                LayerStep::Resume => {
+                    let path = Path::new(MAPPER_DIR).join(&layer.device.name);
+                    resume(host, uuid, &path)?;
+                }
+                LayerStep::Finish => finish(host, &layer)?,
+            }
+            Ok(Some(match step {
+                LayerStep::Remove => Repair::Undone,
+                LayerStep::Resume => Repair::Resumed,
+                LayerStep::Finish => Repair::Finished,
+            }))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// What is to be done for a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum LayerStep {
+    /// It was never finished, and nobody stands on it.
+    Remove,
+    /// It is whole, and suspended.
+    Resume,
+    /// Somebody stands on it, and its maker did not come to the end.
+    Finish,
+}
+
+fn layer_step<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<(Seen, LayerStep)>> {
+    let Some((layer, others)) = surroundings(host, uuid, |seen| seen.uuid.kind() != Kind::Layer)?
+    else {
+        return Ok(None);
+    };
+    let is_used = layer.device.open_count > 0;
+    let half_made = others.iter().any(|snapshot| snapshot.is_made_into(&layer));
+    let step = match () {
+        () if layer.is_strange() || half_made => None,
+        () if layer.is_dead() => (!is_used).then_some(LayerStep::Remove),
+        () if layer.device.suspended => Some(LayerStep::Resume),
+        () => (is_used && !is_finished(host, &layer)).then_some(LayerStep::Finish),
+    };
+    Ok(step.map(|step| (layer, step)))
+}
+
+/// Whether it goes with its last user, or has an alias, as one that is kept has.
+fn is_finished<H: Host>(host: &H, layer: &Seen) -> bool {
+    let alias = Path::new(MAPPER_DIR).join(&layer.device.name);
+    layer.device.deferred_remove || host.is_our_alias(&alias)
+}
+
+/// What a checkpoint does after its pause: the layer goes with its last user. It gets no alias, of which the kernel,
+/// that takes it away, knows nothing.
+fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
+    if is_finished(host, layer) {
+        return Ok(());
+    }
+    let path = Path::new(MAPPER_DIR).join(&layer.device.name);
+    let address = Address::Uuid(layer.uuid.as_str());
+    let flag = || host.remove(address, true);
+    absent(ask(Step::Remove, &path, flag)).map(drop)
+}
