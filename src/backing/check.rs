@@ -9,7 +9,7 @@ use crate::base::OriginIdentity;
 use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
-use crate::store::{self, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault};
+use crate::store::{self, Chain, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault};
 
 /// Holds the image against what a store's exceptions were made over.
 pub(crate) fn check_identity(
@@ -56,6 +56,7 @@ pub(crate) fn check_store<H: Host, O>(
         return Ok(Some(Mark {
             sample: sample.for_a_new_store()?,
             fresh: true,
+            chain: None,
         }));
     };
     let header = valid(cow, header)?;
@@ -68,12 +69,22 @@ pub(crate) fn check_store<H: Host, O>(
         .into());
     }
     check_header(origin, cow, &header, sample, options.any_origin)?;
-    if header.origin == Some(origin.identity()) && header.merging_into.is_none() {
+    // Named for a checkpoint that was cut off. Whatever was to stand on it must not find it again once it has changed.
+    let named = header.chain.filter(|chain| chain.id != 0);
+    let chain = named.map(|chain| Chain { id: 0, ..chain });
+    let same = header.origin == Some(origin.identity()) && header.merging_into.is_none();
+    if same && chain.is_none() {
         return Ok(None);
     }
+    let sample = if same {
+        header.sample
+    } else {
+        Some((sample.take)()?)
+    };
     Ok(Some(Mark {
-        sample: Some((sample.take)()?),
+        sample,
         fresh: false,
+        chain,
     }))
 }
 

@@ -11,7 +11,7 @@ use crate::base::Store;
 use crate::call::ask;
 use crate::error::{Refusal, Result, Step};
 use crate::kernel::{FileKind, Host};
-use crate::store::{self, Header};
+use crate::store::{self, Chain, Header};
 
 /// A COW file that a snapshot can be made over.
 pub(crate) struct Cow<'a, F> {
@@ -29,6 +29,8 @@ pub(crate) struct Mark {
     pub(crate) sample: Option<u128>,
     /// Whether the store is a new one, with nothing behind its header.
     pub(crate) fresh: bool,
+    /// Its place in a stack, where that is to be another one.
+    pub(crate) chain: Option<Chain>,
 }
 
 /// Opens the COW file, or makes it, and locks it against a second snapshot.

@@ -11,7 +11,7 @@ use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host, MAPPER_CONTROL, TargetVersion};
 use crate::kernel::{LO_AUTOCLEAR, LO_DIRECT_IO};
-use crate::store::{self, CONTENT_AT, Chain, MARK_AT};
+use crate::store::{self, CHAIN_AT, CONTENT_AT, Chain, MARK_AT};
 use crate::teardown;
 
 /// The origin as a device: the image, and the loop device that serves it.
@@ -141,6 +141,9 @@ fn write_mark<H: Host>(
     if mark.fresh {
         let (whole, length) = store::marks(first, above.map(store::chain), second);
         return write(&whole[..length], MARK_AT);
+    }
+    if let Some(chain) = mark.chain {
+        write(&store::chain(chain), CHAIN_AT)?;
     }
     let Some(second) = second else {
         return write(&first, MARK_AT);

@@ -94,15 +94,15 @@ impl CheckpointOptions {
     /// snapshot that is mounted on this host is frozen for the pause. The snapshot's handles stay good; `list` and
     /// [`adopt`](crate::adopt()) have it with its new COW file.
     ///
-    /// A process that is killed in the pause leaves the snapshot with its I/O held back, until somebody resumes it.
+    /// A process that is killed in the pause leaves the snapshot with its I/O held back, until a
+    /// [`repair`](crate::repair()).
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
     /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
     /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was.
-    /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back (`dmsetup resume`
-    /// completes the checkpoint), or the layer, if the snapshot goes on over it and it could not be made known.
+    /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the snapshot goes on over it and it could not be made known. A [`repair`](crate::repair()) finishes either.
     pub fn checkpoint(
         &self,
         snapshot: impl Into<DeviceId>,
@@ -217,11 +217,7 @@ pub(crate) fn checkpoint<H: Host>(
         header: &header,
         held: (&node, &held),
         c1: (&c1.backing, &c1_loop),
-        frozen: Chain {
-            id,
-            frozen: true,
-            ..below
-        },
+        named: Chain { id, ..below },
     };
     let mut done = Done::default();
     match parts.freeze(name, &mut done) {
@@ -269,7 +265,8 @@ struct Parts<'a, H: Host> {
     header: &'a Header,
     held: (&'a Path, &'a H::File),
     c1: (&'a Backing<'a, H::File>, &'a Attached<H::Loop>),
-    frozen: Chain,
+    /// C0's place under the layer's id. It is frozen only when the layer has it.
+    named: Chain,
 }
 
 /// How far it got, and what there is to undo.
@@ -288,7 +285,7 @@ impl<H: Host> Parts<'_, H> {
         let Self { host, v, .. } = self;
         let (cow, cow_loop) = self.c1;
         let mapper = name.mapper_path();
-        let uuid = DeviceUuid::fresh(self.frozen.id, self.identity, cow_loop.number, Kind::Layer);
+        let uuid = DeviceUuid::fresh(self.named.id, self.identity, cow_loop.number, Kind::Layer);
         let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
         let b = MappedDevice {
             name: name.clone(),
@@ -313,10 +310,10 @@ impl<H: Host> Parts<'_, H> {
         done.loaded = true;
         // A power cut must not leave a layer whose upper store is not known to be over it.
         done.marked = true;
-        self.write(self.c0, &store::chain(self.frozen), CHAIN_AT)?;
+        self.write(self.c0, &store::chain(self.named), CHAIN_AT)?;
         let above = Chain {
-            parent: self.frozen.id,
-            depth: self.frozen.depth + 1,
+            parent: self.named.id,
+            depth: self.named.depth + 1,
             ..Chain::default()
         };
         let content = self
@@ -397,6 +394,11 @@ impl<H: Host> Parts<'_, H> {
     fn finish(&self, b: &MappedDevice, keep: bool) -> Result<(Base<H::Loop>, Handles)> {
         let Self { host, .. } = self;
         let node = host.find_node(b.dev);
+        let mark = store::chain(Chain {
+            frozen: true,
+            ..self.named
+        });
+        self.write(self.c0, &mark, CHAIN_AT)?;
         let device = match node {
             Some(node) if !keep => node,
             _ => link(*host, b)?,
@@ -414,7 +416,7 @@ impl<H: Host> Parts<'_, H> {
             device.clone(),
             &b.uuid,
             b.dev,
-            self.frozen.depth,
+            self.named.depth,
             open,
         )?;
         handles.device = Some(device);

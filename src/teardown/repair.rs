@@ -513,8 +513,43 @@ fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
     if is_finished(host, layer) {
         return Ok(());
     }
+    mark_frozen(host, layer)?;
     let path = Path::new(MAPPER_DIR).join(&layer.device.name);
     let address = Address::Uuid(layer.uuid.as_str());
     let flag = || host.remove(address, true);
     absent(ask(Step::Remove, &path, flag)).map(drop)
+}
+
+/// Has the layer's COW file say that it is one, if it can be reached and has a place in a stack.
+fn mark_frozen<H: Host>(host: &H, layer: &Seen) -> Result<()> {
+    let Some(table) = &layer.live else {
+        return Ok(());
+    };
+    let Some(bound) = absent(find::bound(host, table.cow))? else {
+        return Ok(());
+    };
+    let (file, facts) = match find::reach(host, &bound, &layer.device.name, true) {
+        Err(Error::Refused(_)) => return Ok(()),
+        reached => reached?,
+    };
+    let cow = Backing {
+        path: &bound.path,
+        file,
+        facts,
+        layer: None,
+    };
+    let header = match probe_store(host, &cow) {
+        Err(Error::Refused(_)) => return Ok(()),
+        probed => probed?,
+    };
+    match header.and_then(|header| header.chain) {
+        Some(chain) if !chain.frozen => ask(Step::MarkFile, cow.path, || {
+            let frozen = store::chain(Chain {
+                frozen: true,
+                ..chain
+            });
+            host.write_at(&cow.file, &frozen, CHAIN_AT)
+        }),
+        _ => Ok(()),
+    }
 }
