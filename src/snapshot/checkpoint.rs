@@ -102,7 +102,8 @@ impl CheckpointOptions {
     /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
     /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
     /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was.
-    /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the snapshot goes on over it and it could not be made known. A [`repair`](crate::repair()) finishes either.
+    /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the
+    /// snapshot goes on over it and it could not be made known. A [`repair`](crate::repair()) finishes either.
     pub fn checkpoint(
         &self,
         snapshot: impl Into<DeviceId>,
@@ -183,6 +184,12 @@ pub(crate) fn checkpoint<H: Host>(
         Some(_) => unmake(host, error, cow, c1.backing.facts.id),
         None => error,
     };
+    // Each would wait for the other.
+    if c1.backing.facts.id.dev == v.dev {
+        return Err(unmade(
+            refused("the new COW file is on its own file system").into(),
+        ));
+    }
     let attached = || {
         let sectors = || host.loop_sector_bytes(&live.cow.device);
         let sectors = ask(Step::InspectLoop, &live.cow.node, sectors)?;
@@ -242,6 +249,8 @@ fn admit<L>(live: &Live<L>) -> Result<()> {
         _ if live.device.inactive_table => "it is about to get another table",
         _ if live.device.suspended => "it is suspended",
         _ if live.uuid.kind() == Kind::Layer => "it is a layer",
+        // What the pool would take back is not what it gave.
+        _ if live.uuid.kind() == Kind::Pooled => "its device is a pool's",
         _ => return Ok(()),
     };
     Err(Refusal::NotFreezable { name: name(), why }.into())

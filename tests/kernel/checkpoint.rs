@@ -270,6 +270,27 @@ fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
     scene.assert_clean();
 }
 
+/// A write to the snapshot would need one to its COW file, which would need one to the snapshot.
+#[test]
+fn a_cow_file_on_the_snapshots_own_file_system_is_refused() {
+    let scene = Scene::ext4();
+    let v = snapshot(&scene);
+    let at = mounted(v.device(), &scene.path("v"), "rw");
+    let within = at.at().join("next.cow");
+    let refused = CheckpointOptions::new()
+        .make_cow(CowSize::Bytes(1 << 20))
+        .checkpoint(&v, &scene.name(), &within);
+    assert!(
+        matches!(refused, Err(Error::Refused(Refusal::NotFreezable { .. }))),
+        "{refused:?}"
+    );
+    assert!(!within.exists());
+    fs::write(at.at().join("file"), "it goes on").expect("a write");
+    drop(at);
+    v.cleanup().expect("idle");
+    scene.assert_clean();
+}
+
 fn dmsnap_path() -> PathBuf {
     dmsnap().get_program().into()
 }
