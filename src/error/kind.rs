@@ -64,6 +64,7 @@ impl From<&Refusal> for ErrorKind {
             Refusal::OriginInUse { .. }
             | Refusal::OriginChanged { .. }
             | Refusal::OriginDiffers { .. }
+            | Refusal::OriginUnknown { .. }
             | Refusal::CowInUse { .. }
             | Refusal::CowOfSnapshot { .. }
             | Refusal::CowForeign { .. }

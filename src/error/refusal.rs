@@ -113,6 +113,22 @@ pub enum Refusal {
         /// The image.
         path: PathBuf,
     },
+    /// The store does not say which image it was made over, as dmsnap's do: another program made it, perhaps over a
+    /// partition of this image, or a loop device with an offset. Merged into the whole, its changes would be written over
+    /// what is at the image's beginning.
+    #[error(
+        "COW file {cow:?} does not say what it was made over: its changes end at byte {end_bytes} of that, and {origin:?} has {bytes} bytes; merge into the very device that it was made over, with any origin allowed"
+    )]
+    OriginUnknown {
+        /// The image.
+        origin: PathBuf,
+        /// Its size.
+        bytes: u64,
+        /// The COW file.
+        cow: PathBuf,
+        /// Where the last changed chunk ends, which is the least size of what the store was made over.
+        end_bytes: u64,
+    },
     /// The COW file is the origin image, by whatever path (hard link, symlink, bind mount).
     #[error("COW file {cow:?} and origin image {origin:?} are the same file")]
     SameFile {

@@ -113,7 +113,8 @@ impl MergeOptions {
     /// # Errors
     ///
     /// [`Error::Refused`], before anything is touched: [`Refusal::OriginInUse`] for an image with live snapshots,
-    /// [`Refusal::CowInUse`], [`Refusal::OriginChanged`], [`Refusal::OriginReadOnly`], and for
+    /// [`Refusal::CowInUse`], [`Refusal::OriginChanged`], [`Refusal::OriginReadOnly`], [`Refusal::OriginUnknown`] for a
+    /// store that dmsnap has not marked (it may have been made over a part of the image), and for
     /// a COW file that has no valid store [`Refusal::CowBlank`], [`Refusal::CowForeign`], [`Refusal::CowInvalid`],
     /// [`Refusal::CowDamaged`] or [`Refusal::CowUnsound`].
     /// [`Error::Failed`] names the first step that failed; no device is left, and what was merged stays merged.
@@ -159,7 +160,16 @@ pub(crate) fn merge<H: Host>(
         cow,
         chunk: header.chunk,
     };
-    let total = pair.left()?;
+    let (total, end) = pair.left()?;
+    if header.origin.is_none() && !options.any_origin {
+        return Err(Refusal::OriginUnknown {
+            origin: pair.origin.path.to_owned(),
+            bytes: pair.origin.facts.size_bytes,
+            cow: pair.cow.path.to_owned(),
+            end_bytes: end,
+        }
+        .into());
+    }
 
     let mut handles = Handles::default();
     let mut stage = Stage::Untouched;
@@ -217,17 +227,18 @@ struct Pair<'a, H: Host> {
 }
 
 impl<H: Host> Pair<'_, H> {
-    /// What the store holds. In a store that is not sound, or reaches behind the image, the kernel would fail half-way,
+    /// What the store holds, and the byte of the image where the last of it ends. In a store that is not sound, or reaches behind the image, the kernel would fail half-way,
     /// or write behind the image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
-    fn left(&self) -> Result<Sectors> {
+    fn left(&self) -> Result<(Sectors, u64)> {
         let unsound = |error| unsound(self.cow.path, error);
         let origin = Sectors::from_bytes_floor(self.origin.facts.size_bytes);
         let store = ExceptionStore::open(Reader::of(self.host, &self.cow));
         let mut store = store.map_err(unsound)?.over(origin);
-        store.changed_extents().map_err(unsound)?;
+        let extents = store.changed_extents().map_err(unsound)?;
+        let end = extents.last().map_or(0, |last| last.origin_end());
         let exceptions = store.summary().map_err(unsound)?.exceptions;
         let chunk = self.chunk.sectors().count();
-        Ok(Sectors::new(exceptions.saturating_mul(chunk)))
+        Ok((Sectors::new(exceptions.saturating_mul(chunk)), end))
     }
 
     /// From inspected files to the end of the merge. The loop devices are open until this returns: until then `reap`
@@ -306,7 +317,7 @@ impl<H: Host> Pair<'_, H> {
     /// With the devices gone, ties the store to the image as it is now. Returns what the store still holds.
     fn settle(&self) -> Result<Sectors> {
         self.sync(&self.origin)?;
-        let left = self.left()?;
+        let (left, _) = self.left()?;
         self.mark(self.identity_now()?, None)?;
         Ok(left)
     }

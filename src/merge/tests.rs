@@ -221,3 +221,30 @@ fn a_merge_takes_no_name_of_a_pools_device() {
     assert!(matches!(error, Error::Refused(Refusal::Name(_))), "{error}");
     assert!(!script.calls.borrow().contains(&Step::Create));
 }
+
+/// Another program's store may have been made over a partition of the image: the merge wrote over the image's beginning.
+#[test]
+fn a_store_that_does_not_name_its_image_is_merged_into_none() {
+    let script = machine();
+    script.world.borrow_mut().store[MARK_AT..MARK_AT + 64].fill(0);
+    let before = script.world.borrow().store.clone();
+    let refused = merge_on(&script).expect_err("it may be another image");
+    let refusal = Refusal::OriginUnknown {
+        origin: ORIGIN.into(),
+        bytes: 1 << 20,
+        cow: COW.into(),
+        end_bytes: 15 * 4096,
+    };
+    assert_eq!(refused, Error::from(refusal));
+    assert_eq!((mtime(&script), &script.world.borrow().store), (1, &before));
+    assert!(!script.calls.borrow().contains(&Step::FindLoop));
+    let (origin, cow) = (Path::new(ORIGIN), Path::new(COW));
+    let mut options = MergeOptions::new();
+    options.any_origin(true);
+    let go_on = &mut |_| ControlFlow::Continue(());
+    let merged = merge(&script, &options, origin, cow, go_on);
+    assert!(
+        matches!(merged, Ok(MergeOutcome::Complete { .. })),
+        "{merged:?}"
+    );
+}

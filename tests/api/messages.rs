@@ -337,6 +337,15 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"output "/images/base.ext4" is a block device, not a regular file"#,
         ),
         (
+            Refusal::OriginUnknown {
+                origin: image(),
+                bytes: 4 << 20,
+                cow: "/run/vm 42.cow".into(),
+                end_bytes: 8192,
+            },
+            r#"COW file "/run/vm 42.cow" does not say what it was made over: its changes end at byte 8192 of that, and "/images/base.ext4" has 4194304 bytes; merge into the very device that it was made over, with any origin allowed"#,
+        ),
+        (
             Refusal::PartOfFile {
                 device: "/dev/loop7".into(),
                 path: "/images/disk".into(),

@@ -1,10 +1,13 @@
 //! What an export, a grow or a merge is pointed at: a loop device over a part of its file, a file system without links,
 //! a COW file in use.
 
+use std::ffi::OsString;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use dmsnap::export::ExportOptions;
+use dmsnap::merge::{MergeOptions, MergeOutcome};
 use dmsnap::{DeviceId, SnapshotOptions};
 
 use crate::common::fixtures::{Losetup, Mounted};
@@ -79,6 +82,90 @@ fn a_loop_device_over_a_part_of_its_file_is_not_taken_for_the_file() {
     );
     assert_eq!(fs::metadata(&cow).expect("it is there").len(), 4 << 20);
     drop(device);
+}
+
+// A store that was made over a partition was merged into the whole disk, from its first byte on: the boot sector and the
+// partition before it were overwritten, and exit 0 said that all was well.
+#[test]
+fn a_store_that_was_made_over_a_part_of_a_disk_is_not_merged_into_the_disk() {
+    let scene = Scene::new();
+    let (disk, cow, copy) = (scene.path("disk"), scene.path("cow"), scene.path("copy"));
+    let mut content = vec![0; 4 << 20];
+    content[..5].copy_from_slice(b"FIRST");
+    content[1 << 20..(1 << 20) + 6].copy_from_slice(b"SECOND");
+    fs::write(&disk, content).expect("room");
+    fs::copy(&disk, &copy).expect("room");
+    let changed = scene.file("changed", b"THIRD.".repeat(1024));
+    run!("truncate", "-s", "4M", &cow);
+    let part = |mode: &str| {
+        run!(
+            "losetup",
+            mode,
+            "--show",
+            "-o",
+            "1048576",
+            "--sizelimit",
+            "1048576",
+            &disk
+        )
+    };
+    let write = |device: &Path| {
+        let (from, to) = (arg("if=", &changed), arg("of=", device));
+        run!("dd", from, to, "bs=4096", "conv=fsync");
+    };
+    let refused = |origin: &Path, cow: &Path| {
+        let dated = run!("stat", "-c", "%y %z", origin);
+        let merged = MergeOptions::new().merge(origin, cow, |_| ControlFlow::Continue(()));
+        let text = merged.expect_err("not the image").to_string();
+        println!("merge: {text}");
+        run!("cmp", origin, &copy);
+        assert_eq!(run!("stat", "-c", "%y %z", origin), dated);
+        text
+    };
+
+    let (origin, store) = (part("-rf"), run!("losetup", "-f", "--show", &cow));
+    let device = foreign(&scene, &origin, &store);
+    write(&Path::new("/dev/mapper").join(&device.name));
+    drop(device);
+    let text = refused(&disk, &cow);
+    assert!(
+        text.contains("8192") && text.contains("4194304 bytes"),
+        "{text}"
+    );
+
+    // Ours says what it was made over.
+    let origin = part("-rf");
+    let ours = scene.cow("ours");
+    let snapshot = SnapshotOptions::new()
+        .create(&origin, &ours, &scene.name())
+        .expect("over a block device");
+    write(snapshot.device());
+    snapshot.cleanup().expect("idle");
+    run!("losetup", "-d", &origin);
+    let text = refused(&disk, &ours);
+    assert!(
+        text.contains("1048576") && text.contains("4194304"),
+        "{text}"
+    );
+
+    // Into the very device, it is the merge that was meant.
+    let origin = part("-f");
+    let merged = MergeOptions::new()
+        .any_origin(true)
+        .merge(&origin, &cow, |_| ControlFlow::Continue(()));
+    println!("merge into {origin}: {merged:?}");
+    assert!(matches!(merged, Ok(MergeOutcome::Complete { .. })));
+    run!("blockdev", "--flushbufs", &origin);
+    run!("losetup", "-d", &origin);
+    let (from, to) = (arg("if=", &changed), arg("of=", &copy));
+    run!("dd", from, to, "bs=4096", "seek=256", "conv=notrunc");
+    run!("cmp", &disk, &copy);
+}
+
+fn arg(key: &str, path: &Path) -> OsString {
+    let mut arg = OsString::from(key);
+    arg.push(path);
+    arg
 }
 
 /// A FAT16 file system of 64 MiB, of clusters of 4 KiB, as the boot sector and the heads of two tables make it.
