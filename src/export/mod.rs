@@ -114,10 +114,10 @@ impl ExportOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`](crate::Error::Refused) for a COW file that a snapshot has, a store that is damaged or
+    /// [`Error::Refused`] for a COW file that a snapshot has, a store that is damaged or
     /// invalid, an origin that has changed since the store was made, or an output that exists.
-    /// [`Error::Failed`](crate::Error::Failed) names the step that failed; the output is then as it was before, unless
-    /// it was the last step of all, the sync of the output's directory. [`Error::Debris`](crate::Error::Debris) when a
+    /// [`Error::Failed`] names the step that failed; the output is then as it was before, unless
+    /// it was the last step of all, the sync of the output's directory. [`Error::Debris`] when a
     /// temporary file could not be removed.
     pub fn export(
         &self,
@@ -173,7 +173,7 @@ impl ExportOptions {
     /// # Errors
     ///
     /// As [`export`](Self::export). [`Refusal::NotExportable`] for a snapshot that is not working, as when somebody
-    /// else has suspended it, or has a transient store. [`Error::Debris`](crate::Error::Debris) names a snapshot that
+    /// else has suspended it, or has a transient store. [`Error::Debris`] names a snapshot that
     /// could not be resumed.
     pub fn export_live(
         &self,
