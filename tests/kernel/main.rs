@@ -23,6 +23,7 @@ mod cases_down;
 mod cli;
 mod concurrency;
 mod discard;
+mod durability;
 mod export;
 mod facts;
 mod fleet;
