@@ -45,7 +45,7 @@ pub mod teardown;
 pub mod watch;
 
 pub use backing::{CowSize, Warning};
-pub use base::{ChunkSize, DeviceId, Handles, SectorSize, Store};
+pub use base::{ChunkSize, DeviceId, Durability, Handles, SectorSize, Store};
 pub use call::timings;
 pub use error::{Error, ErrorKind, Result};
 pub use find::{adopt, list, status};

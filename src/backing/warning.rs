@@ -51,6 +51,12 @@ pub enum Warning {
         /// The errno.
         errno: i32,
     },
+    /// The guest's flushes were to end at the dm device, and its `queue/write_cache` in sysfs could not be set: they
+    /// reach the COW file. The disk is slower than asked for, and no less safe.
+    FlushesKept {
+        /// The errno.
+        errno: i32,
+    },
 }
 
 impl std::fmt::Display for Warning {
@@ -88,6 +94,10 @@ impl std::fmt::Display for Warning {
             Self::NoAlias { alias, errno } => {
                 let why = std::io::Error::from_raw_os_error(*errno);
                 write!(f, "cannot make {}: {why}", alias.display())
+            }
+            Self::FlushesKept { errno } => {
+                let why = std::io::Error::from_raw_os_error(*errno);
+                write!(f, "cannot end the guest's flushes at the dm device: {why}")
             }
         }
     }

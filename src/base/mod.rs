@@ -1,6 +1,7 @@
 //! The nouns: units, names, numbers, uuids, identities, handles. They ask nothing of the kernel.
 
 mod device_id;
+mod durability;
 mod handles;
 mod identity;
 #[cfg(feature = "serde")]
@@ -13,6 +14,7 @@ mod units;
 mod uuid;
 
 pub use device_id::DeviceId;
+pub use durability::Durability;
 pub use handles::{FileId, Handles, LoopHandle};
 pub use identity::OriginIdentity;
 pub use name::{DeviceName, InvalidName, NameFault};

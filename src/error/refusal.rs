@@ -3,7 +3,8 @@
 use std::path::PathBuf;
 
 use crate::base::{
-    ChunkSize, InvalidChunkSize, InvalidName, InvalidNumber, InvalidUuid, OriginIdentity,
+    ChunkSize, Durability, InvalidChunkSize, InvalidName, InvalidNumber, InvalidUuid,
+    OriginIdentity, Store,
 };
 use crate::store::StoreFault;
 
@@ -171,6 +172,14 @@ pub enum Refusal {
         chunk: ChunkSize,
         /// The sector size asked for.
         sector_bytes: u32,
+    },
+    /// The store that was named does not have the durability that was asked for.
+    #[error("a disk of durability {durability} cannot have a store {:?}", .store.letters())]
+    StoreOfDurability {
+        /// What the disk is to outlive.
+        durability: Durability,
+        /// The store that was named.
+        store: Store,
     },
     /// The image is no whole number of the disk's sectors.
     #[error(

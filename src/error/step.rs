@@ -90,6 +90,8 @@ steps! {
     Suspend = "suspend",
     /// `DM_DEV_SUSPEND` without its flag.
     Resume = "resume",
+    /// `write` to a dm device's `queue/write_cache` in sysfs.
+    EndFlushes = "end the flushes of",
     /// What the kernel's snapshot-merge target does by itself once it is resumed.
     Merge = "merge by",
     /// `DM_DEV_RENAME`.

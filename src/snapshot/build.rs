@@ -5,7 +5,9 @@ use std::time::Duration;
 
 use super::SnapshotOptions;
 use crate::backing::{Attached, Backing, Cow, Mark, Warning, attach, note_sizes};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind, OriginIdentity, Sectors};
+use crate::base::{
+    DeviceName, DeviceNumber, DeviceUuid, Durability, Handles, Kind, OriginIdentity, Sectors,
+};
 use crate::call::{ask, patiently};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
@@ -115,11 +117,24 @@ pub(crate) fn build<H: Host>(
         write_mark(host, cow, identity, origin.above, mark)?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+    warnings.extend(end_flushes(host, options.durability, &made));
     Ok(LiveDevice {
         made,
         warnings,
         _lock: cow_loop,
     })
+}
+
+/// Has the guest's flushes end at the device, unless they are wanted. A table that is swapped in resets the device's
+/// write cache, so it is set after each; a hypervisor reads it when it opens the device, which nobody knows of yet.
+fn end_flushes<H: Host>(host: &H, durability: Durability, made: &MappedDevice) -> Option<Warning> {
+    if durability == Durability::PowerCuts {
+        return None;
+    }
+    let end = || host.end_flushes(made.dev);
+    let error = ask(Step::EndFlushes, &made.mapper, end).err()?;
+    let errno = error.errno().unwrap_or_default();
+    Some(Warning::FlushesKept { errno })
 }
 
 /// Ties the store to its origin. The kernel has written the header by now, and does not write it again while the store
@@ -264,8 +279,17 @@ const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 /// one load creates the slab of its buffers while another one destroys it. Real shortage of memory lasts longer.
 const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
-/// Refuses options that this kernel's snapshot target does not have.
+/// Refuses options that contradict each other, or that this kernel's snapshot target does not have.
 pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
+    let (durability, store) = (options.durability, options.cow.store);
+    let contradicts = match durability {
+        Durability::ThrowAway => store.is_persistent(),
+        Durability::Processes => !store.is_persistent(),
+        Durability::PowerCuts => false,
+    };
+    if contradicts {
+        return Err(Refusal::StoreOfDurability { durability, store }.into());
+    }
     if !options.discard {
         return Ok(());
     }

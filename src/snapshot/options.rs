@@ -1,7 +1,7 @@
 //! How a snapshot is to be made.
 
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{ChunkSize, OriginIdentity, SectorSize, Store};
+use crate::base::{ChunkSize, Durability, OriginIdentity, SectorSize, Store};
 
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
@@ -23,6 +23,9 @@ pub struct SnapshotOptions {
     pub(crate) discard: bool,
     pub(crate) trust_discards: bool,
     pub(crate) sector_size: SectorSize,
+    pub(crate) durability: Durability,
+    /// The caller named a store.
+    store_given: bool,
 }
 
 impl SnapshotOptions {
@@ -32,9 +35,30 @@ impl SnapshotOptions {
         Self::default()
     }
 
-    /// Sets the kind of exception store.
+    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does.
     pub fn store(&mut self, store: Store) -> &mut Self {
         self.cow.store = store;
+        self.store_given = true;
+        self
+    }
+
+    /// Sets what the disk's writes are to outlive: nothing, processes, or power cuts (the default).
+    ///
+    /// [`ThrowAway`](Durability::ThrowAway) takes a transient store and [`Processes`](Durability::Processes) a persistent
+    /// one, unless [`store`](Self::store) names one; one that contradicts, in whichever order they are set, is
+    /// refused. With [`PowerCuts`](Durability::PowerCuts) any store is taken, and the guest's flushes reach it.
+    ///
+    /// The setting is of the live table: [`recover`](crate::snapshot::recover()), a merge and tables that others load
+    /// bring the guest's flushes back. Where sysfs cannot be written,
+    /// [`Warning::FlushesKept`](crate::Warning::FlushesKept) says that they were not ended.
+    pub fn durability(&mut self, durability: Durability) -> &mut Self {
+        self.durability = durability;
+        if !self.store_given {
+            self.cow.store = match durability {
+                Durability::ThrowAway => Store::Transient,
+                Durability::Processes | Durability::PowerCuts => Store::Persistent,
+            };
+        }
         self
     }
 

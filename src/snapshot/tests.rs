@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::create::create;
 use super::{Snapshot, SnapshotOptions};
 use crate::backing::{CowSize, Warning, unmake};
-use crate::base::{DeviceName, DeviceUuid, Handles, LoopHandle};
+use crate::base::{DeviceName, DeviceUuid, Durability, Handles, LoopHandle, Store};
 use crate::error::policy::AT_ONCE;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::Clock;
@@ -88,6 +88,38 @@ fn an_alias_that_cannot_be_made_is_a_warning() {
     let warning = Warning::NoAlias { alias, errno };
     assert!(snapshot.warnings().contains(&warning));
     assert_eq!(snapshot.device(), Path::new("/dev/dm-0"));
+}
+
+#[test]
+fn flushes_that_cannot_be_ended_are_a_warning_and_a_contradicting_store_is_refused() {
+    let script = Script::new(|step, _| (step == Step::EndFlushes).then_some(Errno::EROFS));
+    let make = |options: &SnapshotOptions| {
+        let name = DeviceName::new("vm").expect("a name");
+        create(
+            &script,
+            options,
+            Path::new("/image"),
+            Path::new("/cow"),
+            &name,
+        )
+    };
+    let mut options = SnapshotOptions::new();
+    options.durability(Durability::Processes);
+    let errno = Errno::EROFS as i32;
+    let warning = Warning::FlushesKept { errno };
+    let snapshot = make(&options).expect("it works all the same");
+    assert!(snapshot.warnings().contains(&warning));
+
+    for (durability, store) in [
+        (Durability::ThrowAway, Store::PersistentOverflow),
+        (Durability::Processes, Store::Transient),
+    ] {
+        let refused = Err(Refusal::StoreOfDurability { durability, store }.into());
+        let mut options = SnapshotOptions::new();
+        assert_eq!(make(options.durability(durability).store(store)), refused);
+        let mut options = SnapshotOptions::new();
+        assert_eq!(make(options.store(store).durability(durability)), refused);
+    }
 }
 
 #[test]

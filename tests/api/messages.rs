@@ -1,8 +1,8 @@
 //! What a user reads: every message, word for word.
 
-use dmsnap::Warning;
 use dmsnap::base::{InvalidName, NameFault};
 use dmsnap::watch::Change;
+use dmsnap::{Durability, Store, Warning};
 
 use super::*;
 
@@ -108,6 +108,13 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
                 sector_bytes: 4096,
             },
             "chunks of 4 sectors (2048 bytes) are smaller than the disk's sectors of 4096 bytes",
+        ),
+        (
+            Refusal::StoreOfDurability {
+                durability: Durability::ThrowAway,
+                store: Store::Persistent,
+            },
+            r#"a disk of durability throw-away cannot have a store "P""#,
         ),
         (
             Refusal::OriginPartSector {
@@ -526,6 +533,10 @@ fn every_warning_reads_as_it_should() {
                 errno: 30,
             },
             "cannot make /dev/mapper/vm: Read-only file system (os error 30)",
+        ),
+        (
+            Warning::FlushesKept { errno: 30 },
+            "cannot end the guest's flushes at the dm device: Read-only file system (os error 30)",
         ),
     ];
     for (warning, text) in &warnings {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
-use dmsnap::{ChunkSize, CowSize, SectorSize, SnapshotOptions, Store};
+use dmsnap::{ChunkSize, CowSize, Durability, SectorSize, SnapshotOptions, Store};
 
 use crate::amounts::{bytes, cow_size, duration, percent};
 use crate::cow::Cow;
@@ -203,9 +203,12 @@ pub(crate) struct Reap {
 
 #[derive(Debug, Arguments)]
 pub(crate) struct Create {
-    /// What keeps the writes, and what happens when the COW file is full
-    #[arg(long, value_enum, default_value = "persistent")]
-    store: StoreArg,
+    /// What keeps the writes, and what happens when the COW file is full; persistent, unless the durability says otherwise
+    #[arg(long, value_enum)]
+    store: Option<StoreArg>,
+    /// What the disk's writes are to outlive
+    #[arg(long, value_enum, default_value = "power-cuts")]
+    durability: DurabilityArg,
     /// The unit of copying, in 512-byte sectors: a power of two
     #[arg(long, value_name = "N", default_value = "8", value_parser = chunk_size)]
     chunk_sectors: ChunkSize,
@@ -264,11 +267,31 @@ impl From<StoreArg> for Store {
     }
 }
 
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum DurabilityArg {
+    /// Nothing: a transient store, and no flush reaches the COW file
+    ThrowAway,
+    /// The death of processes, not a power cut: the guest's flushes end at the dm device
+    Processes,
+    /// A power cut: what the guest has flushed is on the disk
+    PowerCuts,
+}
+
+impl From<DurabilityArg> for Durability {
+    fn from(durability: DurabilityArg) -> Self {
+        match durability {
+            DurabilityArg::ThrowAway => Self::ThrowAway,
+            DurabilityArg::Processes => Self::Processes,
+            DurabilityArg::PowerCuts => Self::PowerCuts,
+        }
+    }
+}
+
 impl Create {
     pub(crate) fn options(&self) -> SnapshotOptions {
         let mut options = SnapshotOptions::new();
         options
-            .store(self.store.into())
+            .durability(self.durability.into())
             .chunk_size(self.chunk_sectors)
             .direct_io(self.direct_io)
             .sector_size(self.sector_size)
@@ -277,6 +300,9 @@ impl Create {
             .any_origin(self.any_origin)
             .replace_cow(self.replace_cow)
             .reserve(self.reserve);
+        if let Some(store) = self.store {
+            options.store(store.into());
+        }
         if let Some(size) = self.make_cow {
             options.make_cow(size);
         }

@@ -122,6 +122,10 @@ impl DeviceMapper for Script {
         Ok(Some(("snapshot".to_owned(), text)))
     }
 
+    fn end_flushes(&self, _number: DeviceNumber) -> Result<(), Errno> {
+        self.call(Step::EndFlushes)
+    }
+
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {
         Some(number.dm_node())
     }

@@ -1,5 +1,7 @@
 //! dm devices of the machine, their nodes and their aliases.
 
+use std::fs::OpenOptions;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -10,6 +12,7 @@ use super::mapper::EventFd;
 use super::{Machine, alias, holders};
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
+use crate::error::errno_of;
 use crate::kernel::seam::{DevId, Device, DeviceMapper, FileKind, TargetVersion};
 
 impl DeviceMapper for Machine {
@@ -85,6 +88,15 @@ impl DeviceMapper for Machine {
 
     fn poll(&self, events: &EventFd, at_most: Duration) -> Result<bool, Errno> {
         events.poll(at_most)
+    }
+
+    fn end_flushes(&self, number: DeviceNumber) -> Result<(), Errno> {
+        let path = format!("/sys/block/dm-{}/queue/write_cache", number.minor);
+        let end = || {
+            let mut file = OpenOptions::new().write(true).open(path)?;
+            file.write_all(b"write through")
+        };
+        end().map_err(|error: io::Error| errno_of(&error))
     }
 
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {

@@ -79,6 +79,8 @@ pub(crate) trait DeviceMapper {
     /// Waits for an event; says whether there was one.
     fn poll(&self, events: &Self::Events, at_most: Duration) -> Result<bool, Errno>;
 
+    /// Has flushes that are sent to the dm device end there, until its next table.
+    fn end_flushes(&self, number: DeviceNumber) -> Result<(), Errno>;
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf>;
     fn make_alias(
         &self,
