@@ -6,6 +6,11 @@
 /// `queue/write_cache`, which goes with the device. A loop device's setting would stay for the next file on it, and is
 /// never touched.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(rename_all = "kebab-case")
+)]
 #[non_exhaustive]
 pub enum Durability {
     /// Nothing: the disk is gone with its dm device, at the latest when the host stops. The store is

@@ -48,8 +48,8 @@ impl SnapshotOptions {
     /// one, unless [`store`](Self::store) names one; one that contradicts, in whichever order they are set, is
     /// refused. With [`PowerCuts`](Durability::PowerCuts) any store is taken, and the guest's flushes reach it.
     ///
-    /// The setting is of the live table: [`recover`](crate::snapshot::recover()), a merge and tables that others load
-    /// bring the guest's flushes back. Where sysfs cannot be written,
+    /// The setting is of the live table: [`recover`](crate::snapshot::recover()), a checkpoint, a merge and tables that
+    /// others load bring the guest's flushes back, which costs time and no data. Where sysfs cannot be written,
     /// [`Warning::FlushesKept`](crate::Warning::FlushesKept) says that they were not ended.
     pub fn durability(&mut self, durability: Durability) -> &mut Self {
         self.durability = durability;

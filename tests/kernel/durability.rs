@@ -1,6 +1,7 @@
 //! What a disk outlives, and how many flushes its COW file gets for that.
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
@@ -9,10 +10,10 @@ use dmsnap::pool::CowFate;
 use dmsnap::{Durability, Origin, PoolOptions, Snapshot, SnapshotOptions};
 
 use crate::common::scene::COW_BYTES;
-use crate::common::tools::{start, success};
+use crate::common::tools::start;
 use crate::common::{Scene, run};
 
-/// How many chunks are written, each with O_DSYNC.
+/// How many chunks are written, each with a flush behind it.
 const WRITES: u64 = 32;
 
 fn setting(node: &Path) -> String {
@@ -43,14 +44,14 @@ fn flushes(node: &Path) -> u64 {
     field.parse().expect("a number")
 }
 
+/// Writes to chunks that are new to the store, and flushes after each.
 fn write(device: &Path) {
-    let to = format!("of={}", device.display());
-    let count = format!("count={WRITES}");
-    success(
-        Command::new("dd")
-            .args(["if=/dev/urandom", &to, "bs=4096", &count])
-            .args(["oflag=direct,dsync", "iflag=fullblock"]),
-    );
+    let device = File::options().write(true).open(device).expect("a device");
+    for nth in 0..WRITES {
+        let block = [u8::try_from(nth + 1).expect("few"); 4096];
+        device.write_all_at(&block, nth * 4096).expect("room");
+        device.sync_data().expect("it takes a flush");
+    }
 }
 
 fn first_bytes(device: &Path) -> Vec<u8> {

@@ -57,6 +57,10 @@ const ALONE: &[(&str, &str)] = &[
         "takes and gives back every free loop device",
     ),
     (
+        "durability::a_recycled_device",
+        "a pool sweeps the host; counts flushes",
+    ),
+    (
         "fleet::",
         "sweeps the host; makes as many loop devices as it has snapshots",
     ),
