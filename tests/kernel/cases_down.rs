@@ -127,7 +127,7 @@ fn a_deferred_cleanup_takes_loops_without_autoclear_along() {
         "the device still has them"
     );
     drop(holder);
-    let soon = std::time::Duration::from_secs(10);
+    let soon = std::time::Duration::from_secs(60);
     assert!(eventually(soon, || !dm_exists(&name)), "removed at last");
     // The kernel removes the device; the node that dmsetup made is dmsetup's to remove.
     output!("dmsetup", "mknodes", &name);

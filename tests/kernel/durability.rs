@@ -137,7 +137,7 @@ fn a_recycled_device_ends_flushes_too() {
         assert_eq!(setting(device), "write through", "recycled: {claimed:?}");
         let released = pool.release(claimed.snapshot.handles(), CowFate::Delete);
         released.expect("nobody has it open");
-        assert!(pool.wait_recycled(Duration::from_secs(20)));
+        assert!(pool.wait_recycled(Duration::from_secs(60)));
     }
     pool.drain().expect("all released");
 }

@@ -149,7 +149,7 @@ fn a_deferred_removal_comes_with_the_last_close() {
     drop(first);
     assert!(dm_exists(&name), "one has it open yet");
     drop(last);
-    let soon = Duration::from_secs(10);
+    let soon = Duration::from_secs(60);
     assert!(eventually(soon, || !dm_exists(&name)), "removed at last");
     assert!(
         eventually(soon, || loops_below(scene.dir()).is_empty()),

@@ -25,7 +25,7 @@ fn a_free_loop_device_that_somebody_has_locked_is_passed_over() {
     let mut holder = std::process::Command::new("flock");
     holder.args(["-x", &next, "sh", "-c", "touch \"$0\"; exec sleep 20"]);
     let holder = start(holder.arg(&mark));
-    assert!(eventually(std::time::Duration::from_secs(10), || mark.exists()));
+    assert!(eventually(std::time::Duration::from_secs(60), || mark.exists()));
     let snapshot = SnapshotOptions::new().create(scene.image(), scene.cow("cow"), &scene.name());
     let ended = run!("kill", holder.id().to_string());
     drop((ended, holder.join()));

@@ -583,7 +583,7 @@ fn a_layer_that_is_flagged_for_removal_goes_with_its_last_user() {
     }
     fork.remove();
     let gone = || layers.iter().all(|b| !dm_exists(&b.name));
-    assert!(eventually(Duration::from_secs(20), gone), "the whole stack");
+    assert!(eventually(Duration::from_secs(60), gone), "the whole stack");
 }
 
 // Nobody has V open when it is suspended: who opens it later reads nothing before it is resumed, and nothing of before.

@@ -256,7 +256,7 @@ impl Drop for Stack<'_> {
         }
         self.mounts.clear();
         // The upper ones go first, and a probing udevd lets go of the rest.
-        eventually(Duration::from_secs(20), || {
+        eventually(Duration::from_secs(60), || {
             self.devices
                 .retain(|device| !verb("remove", device) && dm_exists(&device.name));
             self.devices.is_empty()

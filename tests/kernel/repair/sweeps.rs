@@ -27,7 +27,7 @@ fn a_sweep_repairs_what_it_keeps_and_a_layer_without_a_table_goes() {
     assert_eq!(text, format!("{}: kept\n", v.name));
     assert_eq!(v.attributes(), "L--w");
     writer.go_on();
-    assert!(eventually(Duration::from_secs(10), || is_gone(&b)));
+    assert!(eventually(Duration::from_secs(60), || is_gone(&b)));
 
     let b = stage
         .stack
