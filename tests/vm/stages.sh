@@ -252,9 +252,9 @@ command_demo() {
     ((${#guest_command[@]} == 0)) || usage_error "demo takes no COMMAND"
     host_guest
     host_build
-    (cd "$root" && build_cli)
-    guest_files+=("$here/demo")
-    guest_exec bash ./demo
+    (cd "$root" && cargo build --release --locked --example demo)
+    guest_files+=("$target_dir/release/examples/demo")
+    guest_exec ./demo
 }
 
 command_bench() {
