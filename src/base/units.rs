@@ -146,6 +146,15 @@ pub enum SectorSize {
 }
 
 impl SectorSize {
+    /// That of a device whose sectors have so many bytes.
+    pub(crate) const fn of(bytes: u32) -> Self {
+        if bytes == 4096 {
+            Self::Bytes4096
+        } else {
+            Self::Bytes512
+        }
+    }
+
     /// The size in bytes.
     #[must_use]
     pub const fn bytes(self) -> u32 {

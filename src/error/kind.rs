@@ -76,8 +76,9 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::OutputExists { .. }
             | Refusal::CowFrozen { .. }
             | Refusal::LayerForeign { .. }
-            | Refusal::NotFreezable { .. } => Self::Conflict,
-            Refusal::AtWork { .. } => Self::Busy,
+            | Refusal::NotFreezable { .. }
+            | Refusal::NotOnLayer { .. } => Self::Conflict,
+            Refusal::AtWork { .. } | Refusal::InUse { .. } => Self::Busy,
             Refusal::CowUnlinked { .. } | Refusal::FileElsewhere { .. } => Self::Gone,
             Refusal::PoolEmpty | Refusal::Overflowed { .. } => Self::Exhausted,
             Refusal::CowInvalid { .. }

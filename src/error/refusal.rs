@@ -412,6 +412,20 @@ pub enum Refusal {
         /// What is in the way.
         why: &'static str,
     },
+    /// Somebody has the device open.
+    #[error("{name:?} is in use: {open_count} have it open")]
+    InUse {
+        /// The dm device's name.
+        name: String,
+        /// How many.
+        open_count: u32,
+    },
+    /// The snapshot has no checkpoint to go back to, or is not in working order.
+    #[error("{name:?} stands on no layer")]
+    NotOnLayer {
+        /// The dm device's name.
+        name: String,
+    },
     /// Another process is at work on the device.
     #[error("another process is at work on {name:?}")]
     AtWork {

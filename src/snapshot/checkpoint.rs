@@ -40,9 +40,9 @@ use crate::store::{self, CHAIN_AT, Chain, Header, MARK_AT};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct CheckpointOptions {
-    cow: CowOptions,
+    pub(super) cow: CowOptions,
     keep: bool,
-    retry: Retry,
+    pub(super) retry: Retry,
 }
 
 /// How many layers a stack may have.
@@ -170,7 +170,9 @@ pub(crate) fn checkpoint<H: Host>(
     let origin = Backing {
         path: &v.mapper,
         file: (),
-        facts: facts(&v.uuid, v.dev).ok_or_else(|| refused("its image is not known"))?,
+        facts: facts(&v.uuid, v.dev)
+            .filter(|facts| facts.size_bytes > 0)
+            .ok_or_else(|| refused("its image is not known"))?,
         layer: Some(id),
     };
     let mut cow_options = options.cow.clone();
@@ -192,12 +194,7 @@ pub(crate) fn checkpoint<H: Host>(
     }
     let attached = || {
         let sectors = || host.loop_sector_bytes(&live.cow.device);
-        let sectors = ask(Step::InspectLoop, &live.cow.node, sectors)?;
-        let sectors = if sectors == SectorSize::Bytes4096.bytes() {
-            SectorSize::Bytes4096
-        } else {
-            SectorSize::Bytes512
-        };
+        let sectors = SectorSize::of(ask(Step::InspectLoop, &live.cow.node, sectors)?);
         let direct_io = if live.cow.status.direct_io {
             LO_DIRECT_IO
         } else {

@@ -7,6 +7,7 @@ use nix::errno::Errno;
 
 use super::checkpoint::{CheckpointOptions, checkpoint};
 use super::create::{create, create_on};
+use super::rollback::rollback;
 use super::{Base, SnapshotOptions};
 use crate::backing::CowSize;
 use crate::base::{DeviceName, Handles};
@@ -192,4 +193,52 @@ fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
         finished += usize::from(layer.is_ok_and(|layer| layer.deferred_remove));
     }
     assert!(finished > 0, "it dies behind the handover too");
+}
+
+const BACK: &str = "/the/back";
+
+/// A machine whose snapshot stands on a layer, which it keeps.
+fn frozen_machine() -> (Script, Handles) {
+    let (script, handles) = machine();
+    drop(freeze(&script).expect("nothing fails"));
+    script.world.borrow_mut().missing.insert(BACK.into());
+    script.restart(never);
+    (script, handles)
+}
+
+fn go_back(script: &Script) -> Result<Handles> {
+    let mut options = CheckpointOptions::new();
+    options.make_cow(CowSize::Bytes(1 << 20)).retry(Retry::ONCE);
+    rollback(script, &options, &"vm".into(), Path::new(BACK))
+}
+
+#[test]
+fn whichever_call_of_a_rollback_fails_the_snapshot_is_as_it_was_or_back_at_its_checkpoint() {
+    let (script, handles) = frozen_machine();
+    let (before, _) = writes_to(&script);
+    script.restart(never);
+    go_back(&script).expect("nothing fails");
+    let calls = script.calls.take();
+    let (after, waits) = writes_to(&script);
+    assert!(before != after && !waits);
+    clean(&script, &handles, &Retry::ONCE).expect("nobody has it open");
+    let files = BTreeSet::from([BACK.into(), NEXT.into()]);
+    assert_eq!(script.world.borrow().residue(), files);
+    for (index, step) in calls.iter().enumerate() {
+        let (script, handles) = frozen_machine();
+        let before = script.world.borrow().residue();
+        script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
+        let result = go_back(&script).map(drop);
+        let (cow, waits) = writes_to(&script);
+        assert!(!waits, "it waits after call {index}, {step:?}: {result:?}");
+        if cow != after {
+            assert!(result.is_err(), "call {index}, {step:?}");
+            assert_eq!(
+                script.world.borrow().residue(),
+                before,
+                "call {index}, {step:?}"
+            );
+        }
+        clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+    }
 }

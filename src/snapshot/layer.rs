@@ -64,7 +64,7 @@ impl From<(Base<LoopDevice>, Handles)> for Layer {
 }
 
 /// Opens the layer that `id` means, which keeps it there.
-fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, Handles)> {
+pub(super) fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, Handles)> {
     let (device, uuid) = find(host, id)?;
     let name = device.name.clone();
     let path = Path::new(MAPPER_DIR).join(&name);

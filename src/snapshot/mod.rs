@@ -13,6 +13,7 @@ mod layer;
 mod options;
 mod origin;
 mod recover;
+mod rollback;
 #[cfg(test)]
 mod tests;
 

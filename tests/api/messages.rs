@@ -239,6 +239,19 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"cannot freeze "vm-42": its store is transient"#,
         ),
         (
+            Refusal::InUse {
+                name: "vm-42".to_owned(),
+                open_count: 2,
+            },
+            r#""vm-42" is in use: 2 have it open"#,
+        ),
+        (
+            Refusal::NotOnLayer {
+                name: "vm-42".to_owned(),
+            },
+            r#""vm-42" stands on no layer"#,
+        ),
+        (
             Refusal::AtWork {
                 name: "vm-42".to_owned(),
             },

@@ -270,6 +270,65 @@ fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
     scene.assert_clean();
 }
 
+/// What was written since the checkpoint is gone from the disk, and in the old COW file; nothing changes under a user.
+#[test]
+fn a_snapshot_goes_back_to_its_last_checkpoint_while_nobody_has_it_open() {
+    let scene = Scene::new();
+    let v = snapshot(&scene);
+    let (name, device) = (name_of(&v), v.device().to_owned());
+    let rollback = |cow: &Path| {
+        let mut command = dmsnap();
+        command.args(["rollback", "--make-cow", "worst-case", &name]);
+        finish(command.arg(cow))
+    };
+    let no_layer = rollback(&scene.path("early"));
+    let line = String::from_utf8_lossy(&no_layer.stderr).into_owned();
+    assert!(line.contains("stands on no layer"), "{line}");
+
+    let write = |with: &str| {
+        run!(
+            "sh",
+            "-c",
+            format!(
+                "head -c 65536 /dev/zero | tr '\\0' {with} | dd of={} conv=fsync 2>/dev/null",
+                device.display()
+            )
+        )
+    };
+    write("a");
+    let (layer_name, layer) = freeze(&scene, &v);
+    let frozen = sum(&device);
+    write("b");
+    assert_ne!(sum(&device), frozen);
+    let holder = fs::File::open(&device).expect("the device opens");
+    let refused = rollback(&scene.path("back"));
+    let line = String::from_utf8_lossy(&refused.stderr).into_owned();
+    println!("message: a rollback of an open disk: {line}");
+    assert!(line.contains("is in use: 1 have it open"), "{line}");
+    assert!(!scene.path("back").exists() && attributes(&name) == "L--w");
+    drop(holder);
+    // A probing udevd may have it open for a moment.
+    let back = scene.path("back");
+    assert!(eventually(SOON, || rollback(&back).status.success()));
+    assert_eq!(sum(&device), frozen);
+    assert_eq!(attributes(&name), "L--w");
+    assert_eq!(loops_over(&back), 1);
+    let old = scene.path(format!("{layer_name}.cow"));
+    assert!(
+        eventually(SOON, || loops_over(&old) == 0),
+        "its old COW file"
+    );
+    write("c");
+    assert_ne!(sum(&device), frozen);
+    assert_eq!(sum(&node(&layer_name)), frozen);
+    // The handles of before are good for it.
+    v.cleanup()
+        .unwrap_or_else(|error| panic!("{}", chain(&error)));
+    drop(layer);
+    assert!(eventually(SOON, || !dm_exists(&layer_name)));
+    scene.assert_clean();
+}
+
 /// A write to the snapshot would need one to its COW file, which would need one to the snapshot.
 #[test]
 fn a_cow_file_on_the_snapshots_own_file_system_is_refused() {

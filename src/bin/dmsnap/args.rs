@@ -24,6 +24,8 @@ pub(crate) enum Command {
     Create(Create),
     /// Freeze what a live snapshot has as a layer, and have it go on over that; prints the layer's handles as JSON
     Checkpoint(Checkpoint),
+    /// Take a snapshot that nobody has open back to its last checkpoint, over another COW file; prints its handles as JSON
+    Rollback(Rollback),
     /// Take down what handles name: dm device, COW loop, origin loop; many snapshots side by side
     Cleanup {
         /// How long to wait in all while devices are busy, such as 15s or 200ms
@@ -135,6 +137,23 @@ pub(crate) struct Checkpoint {
     /// The layer's name: `create /dev/mapper/LAYER ...` makes forks of it
     pub(crate) layer: String,
     /// The COW file that the snapshot goes on with
+    pub(crate) cow: PathBuf,
+}
+
+#[derive(Debug, Arguments)]
+pub(crate) struct Rollback {
+    /// Make the COW file: bytes, or 512K, 64MiB, 2G; N% of the image; or worst-case
+    #[arg(long, value_name = "SIZE|N%|worst-case", value_parser = cow_size)]
+    pub(crate) make_cow: Option<CowSize>,
+    /// Set its space aside
+    #[arg(long, requires = "make_cow")]
+    pub(crate) reserve: bool,
+    /// How long to wait for whoever else is at work on the snapshot, such as 15s or 200ms
+    #[arg(long, default_value = "15s", value_parser = duration)]
+    pub(crate) deadline: Duration,
+    /// The snapshot's name, or its uuid
+    pub(crate) name: String,
+    /// The COW file that it goes on with
     pub(crate) cow: PathBuf,
 }
 

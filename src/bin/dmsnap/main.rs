@@ -111,6 +111,15 @@ fn run(command: Command) -> Result<(), Failure> {
             let layer = options.checkpoint(name, layer, &checkpoint.cow)?;
             print_json(layer.handles())
         }
+        Command::Rollback(rollback) => {
+            let mut options = CheckpointOptions::new();
+            options.reserve(rollback.reserve);
+            options.retry(Retry::until(rollback.deadline));
+            if let Some(size) = rollback.make_cow {
+                options.make_cow(size);
+            }
+            print_json(&options.rollback(&rollback.name, &rollback.cow)?)
+        }
         Command::Cleanup {
             files,
             deadline,

@@ -1,0 +1,171 @@
+//! The story of a rollback: a snapshot over a layer begins anew with what the layer has, over another COW file.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::build::{MappedDevice, load};
+use super::create::open_controls;
+use super::layer;
+use super::{Base, CheckpointOptions};
+use crate::backing::{Sample, attach, open_cow, unmake};
+use crate::base::{DeviceId, DeviceName, Handles, Kind, SectorSize, Sectors};
+use crate::call::{absent, ask, ask_unobserved, patiently};
+use crate::dm::{SnapshotParams, Target, TargetLine};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
+use crate::find::{Live, locked, status_of};
+use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
+use crate::store::{self, MARK_AT};
+
+/// Whoever opens the device meanwhile waits, for ever if this gives up.
+const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
+
+impl CheckpointOptions {
+    /// Takes the snapshot back to its last checkpoint: what was written to it since is in its old COW file, which it has
+    /// no more, and its writes go to `cow`. A full or invalid store is no hindrance. Its new handles are returned; those of
+    /// before stay good.
+    ///
+    /// Nobody may have it open: what a VMM or a mounted file system has in memory would be of another time.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Refused`] with nothing done: [`Refusal::InUse`] when somebody has it open, [`Refusal::NotOnLayer`],
+    /// [`Refusal::AtWork`], and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
+    /// [`Error::Failed`] names the first step that failed; the snapshot is as it was.
+    /// [`Error::Debris`] names the snapshot if it could not be resumed: a [`repair`](crate::repair()) does.
+    pub fn rollback(
+        &self,
+        snapshot: impl Into<DeviceId>,
+        cow: impl AsRef<Path>,
+    ) -> Result<Handles> {
+        rollback(&MACHINE, self, &snapshot.into(), cow.as_ref())
+    }
+}
+
+pub(crate) fn rollback<H: Host>(
+    host: &H,
+    options: &CheckpointOptions,
+    id: &DeviceId,
+    cow: &Path,
+) -> Result<Handles> {
+    open_controls(host)?;
+    let live = locked(host, id, &options.retry)?;
+    let name = DeviceName::new(live.device.name.as_str())?;
+    let in_use = |open_count| Refusal::InUse {
+        name: live.device.name.clone(),
+        open_count,
+    };
+    if live.device.open_count > 0 {
+        return Err(in_use(live.device.open_count).into());
+    }
+    let base = below(host, &live)?;
+    let v = MappedDevice {
+        mapper: name.mapper_path(),
+        name,
+        uuid: live.uuid.clone(),
+        dev: live.device.number,
+    };
+    let mut cow_options = options.cow.clone();
+    (cow_options.store, cow_options.chunk) = (live.params.store, live.params.chunk);
+    let no_sample = Sample {
+        take: &|| Ok(0),
+        marks: false,
+    };
+    let image = base.image();
+    let next = open_cow(host, cow, &image, no_sample, &cow_options)?;
+    let unmade = |error| match cow_options.make {
+        Some(_) => unmake(host, error, cow, next.backing.facts.id),
+        None => error,
+    };
+    let mut done = Done::default();
+    let mut swap = || -> Result<()> {
+        let sectors = || host.loop_sector_bytes(&live.cow.device);
+        let sectors = SectorSize::of(ask(Step::InspectLoop, &live.cow.node, sectors)?);
+        let direct_io = if live.cow.status.direct_io {
+            LO_DIRECT_IO
+        } else {
+            0
+        };
+        let flags = LO_AUTOCLEAR | direct_io;
+        // Open, and with it locked, to the end.
+        let next_loop = attach(host, &next.backing, flags, sectors, cow, &mut None)?;
+        let origin = base.over();
+        let params = SnapshotParams {
+            cow: next_loop.dev,
+            ..live.params.clone()
+        };
+        let line = TargetLine {
+            start: Sectors::default(),
+            length: origin.length,
+            target: Target::Snapshot(params),
+        };
+        load(host, &v, &line)?;
+        done.loaded = true;
+        let first = store::mark(image.identity(), None);
+        let (marks, length) = store::marks(first, origin.above.map(store::chain), None);
+        ask(Step::MarkFile, cow, || {
+            host.write_at(&next.backing.file, &marks[..length], MARK_AT)
+        })?;
+        ask(Step::SyncFile, cow, || host.sync_file(&next.backing.file))?;
+        // Whoever opens it from here on reads nothing before the resume, and then what the layer has.
+        let paused = ask_unobserved(Step::Suspend, &v.mapper, || host.suspend(&v.uuid))?;
+        done.suspended = true;
+        if paused.open_count > 0 {
+            return Err(in_use(paused.open_count).into());
+        }
+        patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
+            ask_unobserved(Step::Resume, &v.mapper, || host.resume(&v.uuid))
+        })
+        .map(drop)
+    };
+    if let Err(error) = swap() {
+        return Err(unmade(undo(host, &v, error, &done)));
+    }
+    Ok(status_of(host, &DeviceId::from(&v.uuid))?.handles())
+}
+
+/// The layer that the snapshot stands on, open.
+fn below<H: Host>(host: &H, live: &Live<H::Loop>) -> Result<Base<H::Loop>> {
+    let not_on_layer = || Refusal::NotOnLayer {
+        name: live.device.name.clone(),
+    };
+    let whole = !live.device.suspended && !live.device.inactive_table;
+    if !whole || !matches!(live.uuid.kind(), Kind::Own | Kind::Shared) {
+        return Err(not_on_layer().into());
+    }
+    match layer::open(host, &DeviceId::Number(live.params.origin)) {
+        Ok((base, _)) => Ok(base),
+        Err(Error::Refused(
+            Refusal::NotALayer { .. } | Refusal::NotOurs { .. } | Refusal::NotADmDevice { .. },
+        )) => Err(not_on_layer().into()),
+        // The image's loop device.
+        Err(error) if error.verdict() == Some(Verdict::Gone) => Err(not_on_layer().into()),
+        Err(error) => Err(error),
+    }
+}
+
+/// How far it got.
+#[derive(Default)]
+struct Done {
+    loaded: bool,
+    suspended: bool,
+}
+
+fn undo<H: Host>(host: &H, v: &MappedDevice, error: Error, done: &Done) -> Error {
+    let mut left = Vec::new();
+    let mut undone = |result: Result<()>| {
+        if let Err(error) = result {
+            left.push(Leftover::new(&v.mapper, error));
+        }
+    };
+    if done.loaded {
+        let cleared = ask(Step::Clear, &v.mapper, || host.clear(&v.uuid));
+        undone(absent(cleared).map(drop));
+    }
+    if done.suspended {
+        let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
+            ask(Step::Resume, &v.mapper, || host.resume(&v.uuid))
+        });
+        undone(resumed.map(drop));
+    }
+    error.leaving(left)
+}
