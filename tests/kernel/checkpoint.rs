@@ -162,7 +162,11 @@ fn the_command_freezes_in_a_pause_of_three_calls_and_forks() {
     );
     let log = fs::read_to_string(&log).expect("strace wrote it");
     let pauses = |line: &&&str| line.contains("DM_DEV_SUSPEND");
-    let calls: Vec<_> = log.lines().collect();
+    // Reading the clock enters the kernel only where the clock is a slow one, as under emulation on 5.10.
+    let calls: Vec<_> = log
+        .lines()
+        .filter(|line| !line.contains("clock_gettime("))
+        .collect();
     let first = calls
         .iter()
         .position(|line| pauses(&line))
