@@ -45,7 +45,7 @@ pub struct SnapshotInfo {
     pub origin: Option<LoopFacts>,
     /// What the loop device of the COW file is bound to.
     pub cow: Option<LoopFacts>,
-    /// What the kernel says of it; `None` without a live table.
+    /// What the kernel says of it; `None` without a live table, and in the moment in which a checkpoint swaps the table.
     pub status: Option<SnapshotStatus>,
 }
 
@@ -214,9 +214,11 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
         origin: devices.and_then(|[origin, _]| loop_facts(host, origin)),
         cow: devices.and_then(|[_, cow]| loop_facts(host, cow)),
         params,
-        status: status.map(|(_, text)| {
+        status: status.and_then(|(_, text)| {
             let Ok(status) = text.parse();
-            status
+            // A checkpoint takes the old table's exceptions away before the new one is swapped in.
+            let swapping = device.inactive_table && status == SnapshotStatus::Invalid;
+            (!swapping).then_some(status)
         }),
     };
     if half_way && !at_work::in_progress(host, &info, &Retry::ONCE)? {

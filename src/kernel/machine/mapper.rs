@@ -187,7 +187,8 @@ impl Mapper {
         self.first_line(DevId::Uuid(uuid), message::NOFLUSH)
     }
 
-    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target.
+    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target, or
+    /// is suspended for a table that waits: in a checkpoint the old one then says `Invalid`, and nothing is lost.
     /// A pool's device by another name is another snapshot, and this one is gone.
     pub(crate) fn glance(
         &self,
@@ -202,7 +203,9 @@ impl Mapper {
         if uuid.kind() == Kind::Pooled && !message.is_named(name) {
             return Err(policy::GONE);
         }
-        if message.flags() & message::ACTIVE_PRESENT == 0 {
+        let swapping = message::SUSPEND | message::INACTIVE_PRESENT;
+        let flags = message.flags();
+        if flags & message::ACTIVE_PRESENT == 0 || flags & swapping == swapping {
             return Ok(None);
         }
         let line = if message.flags() & message::BUFFER_FULL != 0 {

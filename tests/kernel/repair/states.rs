@@ -3,6 +3,9 @@
 use std::process::Command;
 use std::time::Duration;
 
+use dmsnap::dm::SnapshotStatus;
+use dmsnap::watch::Change;
+
 use super::{Stage, is_bound, is_gone, last_loop, let_go, repair, try_verb, uuid};
 use crate::common::tools::start;
 use crate::common::{Scene, eventually, run};
@@ -58,6 +61,8 @@ fn cut_off_in(states: States) {
     let scene = Scene::ext4();
     let mut stage = Stage::over(&scene);
     let writer = Writer::start(stage.at.clone());
+    let mut watch = dmsnap::watch::Watch::new().expect("device-mapper");
+    watch.add(&stage.v.name).expect("a live snapshot");
     let mut origin = stage.stack.image.clone();
     let mut cow = stage.c0.clone();
     let v = stage.v.clone();
@@ -72,6 +77,17 @@ fn cut_off_in(states: States) {
         let_go(&c1);
         let synced = writer.synced();
         steps.iter().for_each(|verb| step(verb, &v, &b));
+        // Whoever watches, or asks, is not told that V is lost.
+        if steps.ends_with(&["suspend v", "resume b"]) {
+            assert_eq!(v.status(), "Invalid");
+        }
+        let info = dmsnap::status(&v.name).expect("it is there");
+        assert_ne!(info.status, Some(SnapshotStatus::Invalid), "{steps:?}");
+        let events = watch.check().expect("it can be asked");
+        assert!(
+            events.iter().all(|event| event.change != Change::Invalid),
+            "{events:?}"
+        );
         // The last state is V's, whole, and B's alone.
         let swapped = steps.ends_with(&["resume b", "resume v"]);
         let half_way = v.attributes() != "L--w";
