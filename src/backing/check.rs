@@ -68,6 +68,7 @@ pub(crate) fn check_store<H: Host, O>(
         }
         .into());
     }
+    thawed(cow, &header)?;
     check_header(origin, cow, &header, sample, options.any_origin)?;
     // Named for a checkpoint that was cut off. Whatever was to stand on it must not find it again once it has changed.
     let named = header.chain.filter(|chain| chain.id != 0);
@@ -115,6 +116,15 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
     }
 }
 
+/// Refuses a layer's COW file: what was made over it would be garbage after one more write.
+pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
+    if header.chain.is_some_and(|chain| chain.frozen) {
+        let path = cow.path.to_owned();
+        return Err(Refusal::CowFrozen { path }.into());
+    }
+    Ok(())
+}
+
 /// How to come by an image's fingerprint.
 #[derive(Clone, Copy)]
 pub(crate) struct Sample<'a> {
@@ -144,9 +154,9 @@ pub(crate) fn check_header<O, F>(
         let (cow, origin) = (cow.path.to_owned(), origin.path.to_owned());
         return Err(Refusal::LayerForeign { cow, origin }.into());
     }
-    if header.chain.is_some_and(|chain| chain.frozen) {
-        let path = cow.path.to_owned();
-        return Err(Refusal::CowFrozen { path }.into());
+    if origin.layer.is_some() {
+        // By its id, which says more than an image's size and time.
+        return Ok(());
     }
     if any_origin || is_half_merged(&origin.facts, &cow.facts, header) {
         return Ok(());

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use super::check::{Sample, check_header, check_store, probe_store, valid};
+use super::check::{Sample, check_header, check_store, probe_store, thawed, valid};
 use super::file::{in_use, inspect, lock, open, open_replaced};
 use super::make::{self, unmake};
 use super::sample::sample;
@@ -118,8 +118,32 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
         take: &|| sample(host, origin),
         marks: true,
     };
+    thawed(&cow, &header)?;
     check_header(origin, &cow, &header, fingerprint, any_origin)?;
     Ok((cow, header))
+}
+
+/// Opens a layer's COW file, locked as every other, with its place in the stack: what was made over this origin.
+pub(crate) fn open_layer_cow<'a, H: Host, O>(
+    host: &H,
+    path: &'a Path,
+    origin: &Backing<'_, O>,
+    sample: Sample<'_>,
+) -> Result<(Backing<'a, H::File>, Header, Chain)> {
+    let (cow, locked) = open_made_cow(host, path)?;
+    admit_file(&cow, origin)?;
+    in_use(locked, || Refusal::CowInUse {
+        path: path.to_owned(),
+    })?;
+    let not_frozen = || Refusal::CowNotFrozen {
+        path: path.to_owned(),
+    };
+    let header = probe_store(host, &cow)?.ok_or_else(not_frozen)?;
+    let header = valid(&cow, header)?;
+    let chain = header.chain.filter(|chain| chain.id != 0);
+    let chain = chain.ok_or_else(not_frozen)?;
+    check_header(origin, &cow, &header, sample, false)?;
+    Ok((cow, header, chain))
 }
 
 /// Makes a `PO` store's file a chunk longer where its size is a trap ([`store::sound`]). Longer, not shorter:

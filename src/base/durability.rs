@@ -13,7 +13,7 @@
 )]
 #[non_exhaustive]
 pub enum Durability {
-    /// Nothing: the disk is gone with its dm device, at the latest when the host stops. The store is
+    /// The death of any process, as long as the dm device stays; with that the disk ends, at the latest when the host stops. The store is
     /// [`Transient`](crate::Store::Transient), and no flush reaches the COW file. The fastest for first writes.
     ThrowAway,
     /// The death of any process, also by SIGKILL, and the removal of the dm device; **not a power cut or a crash of the

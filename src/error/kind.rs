@@ -75,6 +75,7 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::NotExportable { .. }
             | Refusal::OutputExists { .. }
             | Refusal::CowFrozen { .. }
+            | Refusal::CowNotFrozen { .. }
             | Refusal::LayerForeign { .. }
             | Refusal::NotFreezable { .. }
             | Refusal::NotOnLayer { .. } => Self::Conflict,

@@ -329,10 +329,8 @@ pub enum Refusal {
         /// Its permission bits.
         mode: u32,
     },
-    /// A transient store would overwrite what the COW file holds.
-    #[error(
-        "COW file {path:?} is not blank, and a transient store would overwrite it (truncate it to reuse it)"
-    )]
+    /// A transient store would overwrite what the COW file holds; a rollback would bring it along.
+    #[error("COW file {path:?} is not blank (truncate it to reuse it)")]
     CowNotBlank {
         /// The COW file.
         path: PathBuf,
@@ -386,6 +384,12 @@ pub enum Refusal {
     /// The COW file is a layer's: other COW files were made over what it holds.
     #[error("COW file {path:?} is a layer's, and never to be written again")]
     CowFrozen {
+        /// The COW file.
+        path: PathBuf,
+    },
+    /// No checkpoint made a layer of the COW file.
+    #[error("COW file {path:?} is no layer's")]
+    CowNotFrozen {
         /// The COW file.
         path: PathBuf,
     },

@@ -168,7 +168,7 @@ impl ExportOptions {
     /// down and export the COW file.
     ///
     /// A process that is killed within the flush leaves the snapshot suspended, and its guest waiting:
-    /// [`State::Suspended`](crate::find::State::Suspended) in [`list`](crate::list). `dmsetup resume NAME` lets it go on.
+    /// [`State::Suspended`](crate::find::State::Suspended) in [`list`](crate::list). [`repair`](crate::repair()) lets it go on.
     ///
     /// # Errors
     ///

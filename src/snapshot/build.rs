@@ -206,7 +206,7 @@ impl MappedDevice {
         handles
     }
 
-    fn note(&self, handles: &mut Handles) {
+    pub(super) fn note(&self, handles: &mut Handles) {
         handles.name = Some(self.name.clone());
         handles.dev = Some(self.dev);
         handles.mapper = Some(self.mapper.clone());

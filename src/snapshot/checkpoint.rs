@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use super::build::{MappedDevice, load};
 use super::create::{link, open_controls};
-use super::layer::{Layer, base, facts, hold};
-use super::{Base, Snapshot};
+use super::layer::{Layer, attach_layer, base, facts, hold};
+use super::{Base, Origin, Snapshot};
 use crate::backing::{
     Attached, Backing, CowOptions, CowSize, Sample, attach, open_cow, probe_store, unmake, valid,
 };
@@ -115,6 +115,27 @@ impl CheckpointOptions {
     }
 }
 
+impl CheckpointOptions {
+    /// Puts a layer that is gone together again, from what it stood on and its COW file: after a reboot, or when its last
+    /// user was taken down. `origin` is the image, or the layer below ([`Layer::origin`]). Snapshots over it are then made
+    /// over [`Layer::origin`] with the COW files that they had.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::CowNotFrozen`] for a file that no checkpoint made a layer of, [`Refusal::LayerForeign`] and
+    /// [`Refusal::OriginChanged`] over anything but what it stood on, [`Refusal::CowInUse`] where the layer is there.
+    /// [`Error::Failed`] names the first step that failed; nothing is left behind.
+    pub fn attach_layer(
+        &self,
+        origin: &Origin,
+        cow: impl AsRef<Path>,
+        layer: &str,
+    ) -> Result<Layer> {
+        let name = DeviceName::given(layer)?;
+        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self.keep).map(Layer::from)
+    }
+}
+
 impl Snapshot {
     /// Freezes what it has, over a blank COW file, as [`CheckpointOptions::checkpoint`] does.
     ///
@@ -162,7 +183,7 @@ pub(crate) fn checkpoint<H: Host>(
     let header = probe_store(host, &c0)?.ok_or_else(|| refused("its store has no header"))?;
     let header = valid(&c0, header)?;
     let below = header.chain.unwrap_or_default();
-    if below.depth + 1 >= DEEPEST {
+    if below.depth + 1 > DEEPEST {
         return Err(refused("it stands on as many layers as a stack may have").into());
     }
 

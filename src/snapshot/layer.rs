@@ -3,15 +3,20 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::build::{MappedDevice, load, undone};
+use super::create::{link, open_controls};
 use super::{Base, Origin};
-use crate::backing::{Attached, Backing, loop_length, probe_store};
-use crate::base::{DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, MAPPER_DIR};
+use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
+use crate::base::{
+    DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR, SectorSize,
+    Sectors, Store,
+};
 use crate::call::ask;
-use crate::dm::Target;
+use crate::dm::{Address, Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Refusal, Result, Step};
 use crate::find::{bound, find, reach};
-use crate::kernel::{DevId, FileFacts, FileKind, Host, LoopDevice, MACHINE};
-use crate::store::Chain;
+use crate::kernel::{DevId, FileFacts, FileKind, Host, LO_AUTOCLEAR, LoopDevice, MACHINE};
+use crate::store::{self, CHAIN_AT, Chain};
 
 /// What a snapshot had when it was frozen: a dm device that never changes again.
 ///
@@ -20,7 +25,8 @@ use crate::store::Chain;
 /// does. A pool over it hands out forks.
 ///
 /// It belongs to the kernel, and goes with its last user, a snapshot over it or a value of this type, unless it is to be
-/// kept. It has a link below /dev/mapper if it is kept. Its COW file has to
+/// kept. It has a link below /dev/mapper if it is kept.
+/// [`attach_layer`](super::CheckpointOptions::attach_layer) makes it once more from its COW file, which has to
 /// stay, and to stay as it is, for as long as there is a snapshot over it.
 #[derive(Clone, Debug)]
 pub struct Layer {
@@ -104,6 +110,85 @@ pub(super) fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, H
         base(host, node, &uuid, device.number, depth, open)?,
         handles,
     ))
+}
+
+/// Makes the layer of that COW file once more.
+pub(super) fn attach_layer<H: Host>(
+    host: &H,
+    below: &Base<H::Loop>,
+    cow: &Path,
+    name: &DeviceName,
+    keep: bool,
+) -> Result<(Base<H::Loop>, Handles)> {
+    open_controls(host)?;
+    let image = below.image();
+    let sample = Sample {
+        take: &|| Ok(below.sample().unwrap_or_default()),
+        marks: false,
+    };
+    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample)?;
+    let mut handles = Handles {
+        origin: Some(image.identity()),
+        ..Handles::default()
+    };
+    let mut attached = || {
+        let flags = LO_AUTOCLEAR;
+        let sectors = SectorSize::default();
+        // Open, and with it locked, to the end.
+        let cow_loop = attach(host, &cow, flags, sectors, cow.path, &mut handles.cow_loop)?;
+        let origin = below.over();
+        let line = TargetLine {
+            start: Sectors::default(),
+            length: origin.length,
+            target: Target::Snapshot(SnapshotParams {
+                origin: origin.device,
+                cow: cow_loop.dev,
+                store: Store::Persistent,
+                chunk: header.chunk,
+                discard: Discard::Unsupported,
+            }),
+        };
+        let identity = image.identity();
+        let uuid = DeviceUuid::fresh(chain.id, identity, cow_loop.number, Kind::Layer);
+        let mapper = name.mapper_path();
+        let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
+        let made = MappedDevice {
+            name: name.clone(),
+            uuid,
+            mapper,
+            dev,
+        };
+        made.note(&mut handles);
+        load(host, &made, &line)?;
+        if !chain.frozen {
+            // Its checkpoint was cut off behind the pause.
+            let mark = store::chain(Chain {
+                frozen: true,
+                ..chain
+            });
+            ask(Step::MarkFile, cow.path, || {
+                host.write_at(&cow.file, &mark, CHAIN_AT)
+            })?;
+        }
+        ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
+        let device = match host.find_node(made.dev) {
+            Some(node) if !keep => node,
+            _ => link(host, &made)?,
+        };
+        let open = hold(host, &device)?;
+        let made_base = base(host, device.clone(), &made.uuid, dev, chain.depth, open)?;
+        if !keep {
+            // It is open here, so this is for later.
+            let address = Address::Uuid(made.uuid.as_str());
+            ask(Step::Remove, &made.mapper, || host.remove(address, true))?;
+        }
+        handles.device = Some(device);
+        Ok(made_base)
+    };
+    match attached() {
+        Ok(base) => Ok((base, handles)),
+        Err(error) => Err(undone(host, error, &handles)),
+    }
 }
 
 /// Opens the dm device, which keeps it from being removed.

@@ -21,7 +21,7 @@ const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
 
 impl CheckpointOptions {
     /// Takes the snapshot back to its last checkpoint: what was written to it since is in its old COW file, which it has
-    /// no more, and its writes go to `cow`. A full or invalid store is no hindrance. Its new handles are returned; those of
+    /// no more, and its writes go to `cow`, which has to be blank. A full or invalid store is no hindrance. Its new handles are returned; those of
     /// before stay good.
     ///
     /// Nobody may have it open: what a VMM or a mounted file system has in memory would be of another time.
@@ -76,6 +76,10 @@ pub(crate) fn rollback<H: Host>(
         Some(_) => unmake(host, error, cow, next.backing.facts.id),
         None => error,
     };
+    if next.mark.is_none_or(|mark| !mark.fresh) {
+        let path = cow.to_owned();
+        return Err(unmade(Refusal::CowNotBlank { path }.into()));
+    }
     let mut done = Done::default();
     let mut swap = || -> Result<()> {
         let sectors = || host.loop_sector_bytes(&live.cow.device);

@@ -119,7 +119,7 @@ impl ReapOptions {
         self
     }
 
-    /// Says what would be removed, and removes nothing.
+    /// Says what would be removed; removes and repairs nothing.
     pub fn dry_run(&mut self, dry_run: bool) -> &mut Self {
         self.dry_run = dry_run;
         self

@@ -219,6 +219,12 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" is a layer's, and never to be written again"#,
         ),
         (
+            Refusal::CowNotFrozen {
+                path: "/run/vm 42.cow".into(),
+            },
+            r#"COW file "/run/vm 42.cow" is no layer's"#,
+        ),
+        (
             Refusal::LayerForeign {
                 cow: "/run/vm 42.cow".into(),
                 origin: "/dev/mapper/noon".into(),
@@ -329,7 +335,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
         ),
         (
             Refusal::CowNotBlank { path: cow() },
-            r#"COW file "/run/vm 42.cow" is not blank, and a transient store would overwrite it (truncate it to reuse it)"#,
+            r#"COW file "/run/vm 42.cow" is not blank (truncate it to reuse it)"#,
         ),
         (
             Refusal::CowUnsound {

@@ -3,11 +3,12 @@
 //! What a layer and a fork hold is said by md5sum, e2fsck and a mount, what the kernel has by dmsetup.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use dmsnap::error::Refusal;
 use dmsnap::snapshot::{CheckpointOptions, Layer};
-use dmsnap::{CowSize, Error, ErrorKind, Snapshot, SnapshotOptions};
+use dmsnap::{CowSize, Error, ErrorKind, Origin, Snapshot, SnapshotOptions};
 
 use crate::common::reading::{dm_exists, dm_info, loops_over};
 use crate::common::tools::{finish, success};
@@ -274,6 +275,84 @@ fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
     scene.assert_clean();
 }
 
+/// After a reboot, or a cleanup of all: a disk that was frozen twice is put together from its image and three files.
+#[test]
+fn a_stack_is_put_together_again_from_its_files() {
+    let scene = Scene::new();
+    let v = snapshot(&scene);
+    let (name, device) = (name_of(&v), v.device().to_owned());
+    let write = |with: u8, at: u64| {
+        let disk = fs::File::options()
+            .write(true)
+            .open(&device)
+            .expect("a device");
+        disk.write_all_at(&[with; 8192], at).expect("room");
+        disk.sync_all().expect("it takes a flush");
+    };
+    write(b'a', 0);
+    let (first, one) = freeze(&scene, &v);
+    write(b'b', 4096);
+    let (second, two) = freeze(&scene, &v);
+    write(b'c', 1 << 20);
+    let (disk, below) = (sum(&device), sum(&node(&second)));
+    v.cleanup().expect("nobody has it open");
+    drop((one, two));
+    assert!(eventually(SOON, || !dm_exists(&first) && !dm_exists(&second)));
+    let file = |of: &str| scene.path(format!("{of}.cow"));
+    // Whose writes each file has: the image's snapshot, the first layer's, the second one's.
+    let (c0, c1, c2) = (file(&name), file(&first), file(&second));
+    assert!(eventually(SOON, || [&c0, &c1, &c2]
+        .iter()
+        .all(|cow| loops_over(cow) == 0)));
+
+    let image = Origin::open(scene.image()).expect("an image");
+    let options = CheckpointOptions::new();
+    let attach = |origin: &Origin, cow: &Path, name: &str| options.attach_layer(origin, cow, name);
+    let refused = |made: dmsnap::Result<Layer>| match made {
+        Err(Error::Refused(refusal)) => refusal,
+        other => panic!("{other:?}"),
+    };
+    for (cow, frozen) in [(&c2, false), (&c1, true)] {
+        let refusal = refused(attach(&image, cow, &first));
+        match frozen {
+            true => assert!(matches!(refusal, Refusal::LayerForeign { .. }), "{refusal}"),
+            false => assert!(matches!(refusal, Refusal::CowNotFrozen { .. }), "{refusal}"),
+        }
+    }
+    let one = attach(&image, &c0, &first).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let refusal = refused(attach(&image, &c0, &second));
+    assert!(matches!(refusal, Refusal::CowInUse { .. }), "{refusal}");
+    let two =
+        attach(one.origin(), &c1, &second).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(sum(&node(&second)), below);
+    let v = SnapshotOptions::new().create_on(two.origin(), &c2, &name);
+    let v = v.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(sum(v.device()), disk);
+    drop((one, two));
+    v.cleanup().expect("nobody has it open");
+    assert!(eventually(SOON, || !dm_exists(&first) && !dm_exists(&second)));
+
+    // The same by the command, which keeps layers as it ends.
+    success(
+        dmsnap()
+            .arg("layer")
+            .arg(scene.image())
+            .arg(&c0)
+            .arg(&first),
+    );
+    let on = Path::new("/dev/mapper").join(&first);
+    success(dmsnap().arg("layer").arg(on).arg(&c1).arg(&second));
+    let on = Path::new("/dev/mapper").join(&second);
+    success(dmsnap().arg("create").arg(on).arg(&c2).arg(&name));
+    assert_eq!(sum(&node(&name)), disk);
+    for each in [&name, &second, &first] {
+        success(dmsnap().args(["remove", each]));
+    }
+    drop(image);
+    assert!(eventually(SOON, || loops_over(&c0) == 0));
+    scene.assert_clean();
+}
+
 /// What was written since the checkpoint is gone from the disk, and in the old COW file; nothing changes under a user.
 #[test]
 fn a_snapshot_goes_back_to_its_last_checkpoint_while_nobody_has_it_open() {
@@ -314,6 +393,10 @@ fn a_snapshot_goes_back_to_its_last_checkpoint_while_nobody_has_it_open() {
     // A probing udevd may have it open for a moment.
     let back = scene.path("back");
     assert!(eventually(SOON, || rollback(&back).status.success()));
+    // One that has writes already would bring them along.
+    let used = rollback_over(&name, &scene.path(format!("{layer_name}.cow")));
+    println!("message: a rollback over a used COW file: {used}");
+    assert!(used.contains("blank"), "{used}");
     assert_eq!(sum(&device), frozen);
     assert_eq!(attributes(&name), "L--w");
     assert_eq!(loops_over(&back), 1);
@@ -331,6 +414,13 @@ fn a_snapshot_goes_back_to_its_last_checkpoint_while_nobody_has_it_open() {
     drop(layer);
     assert!(eventually(SOON, || !dm_exists(&layer_name)));
     scene.assert_clean();
+}
+
+/// What a rollback over a COW file that is there complains of.
+fn rollback_over(name: &str, cow: &Path) -> String {
+    let done = finish(dmsnap().args(["rollback", name]).arg(cow));
+    assert!(!done.status.success());
+    String::from_utf8_lossy(&done.stderr).into_owned()
 }
 
 /// A write to the snapshot would need one to its COW file, which would need one to the snapshot.

@@ -24,6 +24,15 @@ pub(crate) enum Command {
     Create(Create),
     /// Freeze what a live snapshot has as a layer, and have it go on over that; prints the layer's handles as JSON
     Checkpoint(Checkpoint),
+    /// Put a layer that is gone together again from its COW file, and keep it; prints its handles as JSON
+    Layer {
+        /// What it stood on: the image, or the layer below as /dev/mapper/LAYER
+        origin: PathBuf,
+        /// Its COW file
+        cow: PathBuf,
+        /// The layer's name
+        name: String,
+    },
     /// Take a snapshot that nobody has open back to its last checkpoint, over another COW file; prints its handles as JSON
     Rollback(Rollback),
     /// Take down what handles name: dm device, COW loop, origin loop; many snapshots side by side

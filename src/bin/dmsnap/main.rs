@@ -25,7 +25,7 @@ use dmsnap::find::SnapshotInfo;
 use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer};
 use dmsnap::teardown::{Outcome, Repaired};
 use dmsnap::timings::Timings;
-use dmsnap::{DeviceId, Error, Handles, ReapOptions, Teardown, WhenBusy};
+use dmsnap::{DeviceId, Error, Handles, Origin, ReapOptions, Teardown, WhenBusy};
 
 fn main() -> ExitCode {
     match run(Args::parse().command) {
@@ -109,6 +109,15 @@ fn run(command: Command) -> Result<(), Failure> {
             }
             let (name, layer) = (&checkpoint.name, &checkpoint.layer);
             let layer = options.checkpoint(name, layer, &checkpoint.cow)?;
+            print_json(layer.handles())
+        }
+        Command::Layer { origin, cow, name } => {
+            let below = match layer(&origin)? {
+                Some(layer) => layer.origin().clone(),
+                None => Origin::open(&origin)?,
+            };
+            let mut options = CheckpointOptions::new();
+            let layer = options.keep(true).attach_layer(&below, &cow, &name)?;
             print_json(layer.handles())
         }
         Command::Rollback(rollback) => {
