@@ -7,6 +7,8 @@ use nix::errno::Errno;
 
 use super::checkpoint::{CheckpointOptions, checkpoint};
 use super::create::{create, create_on};
+use super::layer::attach_layer;
+use super::origin::open as open_origin;
 use super::rollback::rollback;
 use super::{Base, SnapshotOptions};
 use crate::backing::CowSize;
@@ -240,5 +242,51 @@ fn whichever_call_of_a_rollback_fails_the_snapshot_is_as_it_was_or_back_at_its_c
             );
         }
         clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+    }
+}
+
+#[test]
+fn whichever_call_of_attaching_a_layer_fails_nothing_is_left_and_asking_again_does_it() {
+    let stage = || {
+        let (script, handles) = machine();
+        drop(freeze(&script).expect("nothing fails"));
+        clean(&script, &handles, &Retry::ONCE).expect("nobody has it open");
+        let image = open_origin(&script, Path::new("/image")).expect("nothing fails");
+        script.restart(never);
+        (script, image)
+    };
+    let attach = |script: &Script, image: &Base<ScriptLoop>| {
+        attach_layer(script, image, Path::new(COW), &name("noon"), true).map(|(base, _)| base)
+    };
+    let (script, image) = stage();
+    let before = script.world.borrow().residue();
+    let layer = attach(&script, &image).expect("nothing fails");
+    let calls = script.calls.take();
+    script.restart(never);
+    let next = create_on(
+        &script,
+        &SnapshotOptions::new(),
+        &layer,
+        Path::new(NEXT),
+        &name("vm"),
+    );
+    let _ = next
+        .expect("its COW file was made over that layer")
+        .into_handles();
+    for (index, step) in calls.iter().enumerate() {
+        let (script, image) = stage();
+        script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
+        let attached = attach(&script, &image);
+        if attached.is_ok() {
+            // The number of a binding that cannot be read.
+            assert_eq!(*step, Step::ReadDiskseq, "call {index}");
+            continue;
+        }
+        drop(attached);
+        script.restart(never);
+        let after = script.world.borrow().residue();
+        assert_eq!(after, before, "call {index}, {step:?}");
+        let again = attach(&script, &image);
+        assert!(again.is_ok(), "after call {index}, {step:?}");
     }
 }
