@@ -18,6 +18,9 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
     for info in snapshots {
         let used = match &info.status {
             Some(SnapshotStatus::Usage(usage)) => format!("{}/{}", usage.allocated, usage.total),
+            Some(SnapshotStatus::Invalid) => "invalid".to_owned(),
+            Some(SnapshotStatus::Overflow) => "overflow".to_owned(),
+            Some(SnapshotStatus::MergeFailed) => "merge-failed".to_owned(),
             Some(other) => other.to_string(),
             None => "-".to_owned(),
         };
