@@ -30,7 +30,8 @@ pub struct Handles {
     /// The dm device's number.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "lenient::text"))]
     pub dev: Option<DeviceNumber>,
-    /// The path to give to the hypervisor: `/dev/dm-N`, which the kernel itself makes.
+    /// The path to give to the hypervisor: `/dev/dm-N`, which the kernel itself makes. The number is another device's once
+    /// this one is gone: after a removal or a reboot it means nothing.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "lenient::path"))]
     pub device: Option<PathBuf>,
     /// `/dev/mapper/<name>`, an alias.

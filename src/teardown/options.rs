@@ -38,8 +38,9 @@ pub enum WhenBusy {
     /// [`ErrorKind::Busy`](crate::ErrorKind::Busy).
     #[default]
     Fail,
-    /// The kernel removes it at its last close (`DM_DEFERRED_REMOVE`), and its loop devices then; nothing is waited
-    /// for. Until then it works on, and its name stays taken.
+    /// The kernel removes it at its last close (`DM_DEFERRED_REMOVE`), and its loop devices then; its users are not waited
+    /// for. Until then it works on, and its name stays taken. `cleanup` of one that nobody has open still waits, to its
+    /// deadline, for a probe that has a loop device open.
     Defer,
 }
 
