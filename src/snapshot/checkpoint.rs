@@ -49,7 +49,7 @@ pub struct CheckpointOptions {
 const DEEPEST: u32 = 32;
 
 /// A guest waits meanwhile, for ever if this gives up.
-const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
+pub(super) const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
 
 /// Nobody knows the layer yet, so only a probe can hold it, and not for long.
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
@@ -213,18 +213,7 @@ pub(crate) fn checkpoint<H: Host>(
             refused("the new COW file is on its own file system").into(),
         ));
     }
-    let attached = || {
-        let sectors = || host.loop_sector_bytes(&live.cow.device);
-        let sectors = SectorSize::of(ask(Step::InspectLoop, &live.cow.node, sectors)?);
-        let direct_io = if live.cow.status.direct_io {
-            LO_DIRECT_IO
-        } else {
-            0
-        };
-        let flags = LO_AUTOCLEAR | direct_io;
-        attach(host, &c1.backing, flags, sectors, cow, &mut None)
-    };
-    let c1_loop = attached().map_err(unmade)?;
+    let c1_loop = attach_next(host, &live, &c1.backing).map_err(unmade)?;
 
     let parts = Parts {
         host,
@@ -255,6 +244,23 @@ pub(crate) fn checkpoint<H: Host>(
             Err(unmade(error))
         }
     }
+}
+
+/// Attaches the COW file that a snapshot is to go on with, in the manner of the one that it has.
+pub(super) fn attach_next<H: Host>(
+    host: &H,
+    live: &Live<H::Loop>,
+    next: &Backing<'_, H::File>,
+) -> Result<Attached<H::Loop>> {
+    let sectors = || host.loop_sector_bytes(&live.cow.device);
+    let sectors = SectorSize::of(ask(Step::InspectLoop, &live.cow.node, sectors)?);
+    let direct_io = if live.cow.status.direct_io {
+        LO_DIRECT_IO
+    } else {
+        0
+    };
+    let flags = LO_AUTOCLEAR | direct_io;
+    attach(host, next, flags, sectors, next.path, &mut None)
 }
 
 /// What no checkpoint is made of.

@@ -1,28 +1,24 @@
 //! The story of a rollback: a snapshot over a layer begins anew with what the layer has, over another COW file.
 
 use std::path::Path;
-use std::time::Duration;
 
 use super::build::{MappedDevice, load};
+use super::checkpoint::{RESUME_RETRY, attach_next};
 use super::create::open_controls;
 use super::layer;
 use super::{Base, CheckpointOptions};
-use crate::backing::{Sample, attach, open_cow, unmake};
-use crate::base::{DeviceId, DeviceName, Handles, Kind, SectorSize, Sectors};
+use crate::backing::{Sample, open_cow, unmake};
+use crate::base::{DeviceId, DeviceName, Handles, Kind, Sectors};
 use crate::call::{absent, ask, ask_unobserved, patiently};
 use crate::dm::{SnapshotParams, Target, TargetLine};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
 use crate::find::{Live, locked, status_of};
-use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
+use crate::kernel::{Host, MACHINE};
 use crate::store::{self, MARK_AT};
-
-/// Whoever opens the device meanwhile waits, for ever if this gives up.
-const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
 
 impl CheckpointOptions {
     /// Takes the snapshot back to its last checkpoint: what was written to it since is in its old COW file, which it has
-    /// no more, and its writes go to `cow`, which has to be blank. A full or invalid store is no hindrance. Its new handles are returned; those of
-    /// before stay good.
+    /// no more, and its writes go to `cow`, which has to be blank. Its new handles are returned; those of before stay good.
     ///
     /// Nobody may have it open: what a VMM or a mounted file system has in memory would be of another time.
     ///
@@ -82,16 +78,8 @@ pub(crate) fn rollback<H: Host>(
     }
     let mut done = Done::default();
     let mut swap = || -> Result<()> {
-        let sectors = || host.loop_sector_bytes(&live.cow.device);
-        let sectors = SectorSize::of(ask(Step::InspectLoop, &live.cow.node, sectors)?);
-        let direct_io = if live.cow.status.direct_io {
-            LO_DIRECT_IO
-        } else {
-            0
-        };
-        let flags = LO_AUTOCLEAR | direct_io;
         // Open, and with it locked, to the end.
-        let next_loop = attach(host, &next.backing, flags, sectors, cow, &mut None)?;
+        let next_loop = attach_next(host, &live, &next.backing)?;
         let origin = base.over();
         let params = SnapshotParams {
             cow: next_loop.dev,
