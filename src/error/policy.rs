@@ -130,7 +130,8 @@ pub(crate) const CUT_SHORT: Errno = Errno::EIO;
 
 /// How often a call is repeated at once on [`Verdict::Again`] before it counts as failed.
 ///
-/// None of our ioctls sleeps interruptibly, so one repetition is already rare; the bound keeps a kernel or a
+/// Of our ioctls a suspension alone sleeps interruptibly, and an interrupted one has suspended nothing; so one repetition is
+/// already rare. The bound keeps a kernel or a
 /// sandbox that answers EINTR for ever from hanging the caller.
 pub(crate) const AT_ONCE: u32 = 16;
 
