@@ -108,6 +108,10 @@ const ALONE: &[(&str, &str)] = &[
 
 /// Those that take longest begin first, so that nothing ends long after the rest.
 const LONGEST: &[&str] = &[
+    "vmm::",
+    "repair::states::",
+    "facts::handover::",
+    "checkpoint::",
     "export::",
     "growth::",
     "merge::",

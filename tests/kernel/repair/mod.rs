@@ -9,7 +9,8 @@ mod sweeps;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use crate::common::reading::{dm_exists, loop_at};
+use crate::common::fixtures::Losetup;
+use crate::common::reading::dm_exists;
 use crate::common::tools::finish;
 use crate::common::{Scene, dmsnap, output, run};
 use crate::facts::{Device, Stack};
@@ -68,6 +69,11 @@ fn last_loop<'a>(stack: &'a Stack<'_>) -> &'a Path {
     &stack.loops.last().expect("there is one").device
 }
 
+/// By its file too: another test may have the number next.
+fn last_is_bound(stack: &Stack<'_>) -> bool {
+    stack.loops.last().is_some_and(Losetup::is_bound)
+}
+
 fn repair(name: &str) -> String {
     let done = finish(dmsnap().args(["repair", name]));
     let text = String::from_utf8_lossy(&done.stdout).into_owned();
@@ -82,10 +88,6 @@ fn repair(name: &str) -> String {
 /// The loop device is to go with its last user, as ours do.
 fn let_go(device: &Path) {
     run!("losetup", "-d", device);
-}
-
-fn is_bound(device: &Path) -> bool {
-    loop_at(device).is_some()
 }
 
 /// What a refused verb of dmsetup is asked for all the same.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use dmsnap::dm::SnapshotStatus;
 use dmsnap::watch::Change;
 
-use super::{Stage, is_bound, is_gone, last_loop, let_go, repair, try_verb, uuid};
+use super::{Stage, is_gone, last_is_bound, last_loop, let_go, repair, try_verb, uuid};
 use crate::common::tools::start;
 use crate::common::{Scene, eventually, run};
 use crate::facts::Device;
@@ -109,7 +109,7 @@ fn cut_off_in(states: States) {
             layers.push((b, synced));
         } else {
             assert!(is_gone(&b), "{steps:?}");
-            let gone = || !is_bound(&c1);
+            let gone = || !last_is_bound(&stage.stack);
             assert!(eventually(Duration::from_secs(60), gone), "{steps:?}");
         }
     }
@@ -182,7 +182,8 @@ fn a_rollback_that_was_cut_off_is_undone() {
         assert!(stage.is_interrupted());
         assert_eq!(stage.repair(), format!("{}: undone\n", stage.v.name));
         assert_eq!(stage.v.attributes(), "L--w");
-        assert!(eventually(Duration::from_secs(60), || !is_bound(&c1)));
+        let gone = || !last_is_bound(&stage.stack);
+        assert!(eventually(Duration::from_secs(60), gone));
         writer.go_on();
     }
     let written = writer.stop();
