@@ -121,7 +121,7 @@ fn below<H: Host>(host: &H, live: &Live<H::Loop>) -> Result<Base<H::Loop>> {
         name: live.device.name.clone(),
     };
     let whole = !live.device.suspended && !live.device.inactive_table;
-    if !whole || !matches!(live.uuid.kind(), Kind::Own | Kind::Shared) {
+    if !whole || matches!(live.uuid.kind(), Kind::Pooled | Kind::Layer) {
         return Err(not_on_layer().into());
     }
     match layer::open(host, &DeviceId::Number(live.params.origin)) {
