@@ -15,7 +15,7 @@ const UUID_MAX: usize = 128;
 ///
 /// The uuid also keeps, in the kernel, what later processes need to know of a snapshot. Behind 128 random bits follow
 /// the origin's size and modification time, and the number of the COW file's loop device, which the process that makes
-/// the snapshot holds a lock on; all are hexadecimal. A letter for the kind of device may follow.
+/// the snapshot holds a lock on; all are hexadecimal. A word for the kind of device, such as `-pool`, may follow.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(
     feature = "serde",

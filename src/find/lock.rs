@@ -1,10 +1,10 @@
 //! Locks a live snapshot for an operation: a `flock` on the node of its COW file's loop device, like the lock of a
 //! `create`. The kernel frees it when the process ends.
 
+use super::at_work;
 use super::lookup::{Live, live};
 use crate::base::DeviceId;
-use crate::call::{ask, patiently};
-use crate::error::{Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Refusal, Result, Retry};
 use crate::kernel::Host;
 
 /// Finds and locks the live snapshot that `id` means, until the loop device in the result is closed. If another process
@@ -17,17 +17,9 @@ pub(crate) fn locked<H: Host>(host: &H, id: &DeviceId, retry: &Retry) -> Result<
     loop {
         let found = live(host, id)?;
         let node = &found.cow.node;
-        let lock = patiently(host, retry, Verdict::InUse, || {
-            ask(Step::TestLock, node, || {
-                host.lock_loop(&found.cow.device, true)
-            })
-        });
-        match lock {
-            Err(error) if error.verdict() == Some(Verdict::InUse) => {
-                let name = found.device.name;
-                return Err(Refusal::AtWork { name }.into());
-            }
-            other => other?,
+        if !at_work::take(host, &found.cow.device, node, retry)? {
+            let name = found.device.name;
+            return Err(Refusal::AtWork { name }.into());
         }
         // The process that had the lock may have given the snapshot another COW file.
         let mut now = live(host, id)?;

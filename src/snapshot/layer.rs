@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::build::{MappedDevice, load, undone};
 use super::create::{link, open_controls};
-use super::{Base, Origin};
+use super::{Base, CheckpointOptions, Origin};
 use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
     DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR, SectorSize,
@@ -118,7 +118,7 @@ pub(super) fn attach_layer<H: Host>(
     below: &Base<H::Loop>,
     cow: &Path,
     name: &DeviceName,
-    keep: bool,
+    options: &CheckpointOptions,
 ) -> Result<(Base<H::Loop>, Handles)> {
     open_controls(host)?;
     let image = below.image();
@@ -126,7 +126,7 @@ pub(super) fn attach_layer<H: Host>(
         take: &|| Ok(below.sample().unwrap_or_default()),
         marks: false,
     };
-    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample)?;
+    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample, &options.cow)?;
     let mut handles = Handles {
         origin: Some(image.identity()),
         ..Handles::default()
@@ -172,12 +172,12 @@ pub(super) fn attach_layer<H: Host>(
         }
         ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
         let device = match host.find_node(made.dev) {
-            Some(node) if !keep => node,
+            Some(node) if !options.keep => node,
             _ => link(host, &made)?,
         };
         let open = hold(host, &device)?;
         let made_base = base(host, device.clone(), &made.uuid, dev, chain.depth, open)?;
-        if !keep {
+        if !options.keep {
             // It is open here, so this is for later.
             let address = Address::Uuid(made.uuid.as_str());
             ask(Step::Remove, &made.mapper, || host.remove(address, true))?;

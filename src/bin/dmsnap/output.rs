@@ -1,11 +1,11 @@
 //! What the command prints for people: tables, and failures on one line. JSON is the library's types as they are.
 
-use std::error::Error;
 use std::fmt::Display;
 use std::io::Write;
 use std::process::ExitCode;
 
 use dmsnap::dm::SnapshotStatus;
+use dmsnap::error::chain;
 use dmsnap::find::{LoopFacts, SnapshotInfo, State};
 use dmsnap::teardown::{Fate, Reaped, Repair, Repaired};
 
@@ -80,17 +80,6 @@ fn aligned<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
         text.push('\n');
     }
     text
-}
-
-/// An error and its sources on one line, each printed once.
-pub(crate) fn chain(error: &dyn Error) -> String {
-    let mut line = error.to_string();
-    let mut next = error.source();
-    while let Some(source) = next {
-        line = format!("{line}: {source}");
-        next = source.source();
-    }
-    line
 }
 
 /// A line on stderr that is no failure.
