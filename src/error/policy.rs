@@ -193,4 +193,19 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn the_guide_says_what_kind_each_verdict_becomes() {
+        let guide = include_str!("../guide/errors.md");
+        for step in Step::ALL {
+            for errno in (1..=133).map(Errno::from_raw) {
+                let verdict = verdict(*step, errno);
+                let (begin, kind) = (format!("| {verdict:?} |"), crate::ErrorKind::from(verdict));
+                let row = guide.lines().find(|line| line.starts_with(&begin));
+                let last = row.and_then(|row| row.trim_end_matches(" |").rsplit("| ").next());
+                let last = last.and_then(|cell| cell.split(',').next());
+                assert_eq!(last, Some(format!("{kind:?}").as_str()), "{begin}");
+            }
+        }
+    }
 }

@@ -12,7 +12,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use dmsnap::{CowSize, SnapshotOptions, Store};
+use dmsnap::{CowSize, Origin, PoolOptions, SnapshotOptions, Store};
 
 use crate::common::filling::Direct;
 use crate::common::reading::{dm_exists, dm_info, dm_names, loops_below};
@@ -52,10 +52,25 @@ fn play(name: &str) -> Result<(), Box<dyn Error>> {
         "merging_and_export_1" => include!("merging_and_export_1.rs")?,
         "operating_1" => include!("operating_1.rs")?,
         "operating_2" => include!("operating_2.rs")?,
+        "operating_3" => include!("operating_3.rs")?,
+        "operating_4" => include!("operating_4.rs")?,
+        "a pool's process" => pools_process()?,
         "demo" => demo::main()?,
         _ => return Err(format!("no such example: {name}").into()),
     }
     Ok(())
+}
+
+/// A control plane that gives two disks out of its pool, and dies.
+fn pools_process() -> dmsnap::Result<()> {
+    let origin = Origin::open(IMAGE)?;
+    let pool = PoolOptions::new().size(2).open(&origin, VMS)?;
+    assert!(pool.wait_ready(2, PATIENCE), "{:?}", pool.status());
+    for name in ["acme-vm-1", "acme-vm-2"] {
+        pool.claim(name)?;
+    }
+    println!("claimed");
+    std::process::abort()
 }
 
 /// The directories that the examples name, which lead into a scene.
@@ -281,7 +296,7 @@ fn a_watch_grows_what_fills_up() {
     for name in ["vm-41", "vm-42"] {
         host.disk(name, &small);
     }
-    let mut watch = Host::start("operating_2");
+    let mut watch = Host::start("operating_4");
     Direct::open(Path::new("/dev/mapper/vm-42"))
         .write(0x42, 0, 900 << 10)
         .expect("room");
@@ -298,6 +313,53 @@ fn a_watch_grows_what_fills_up() {
     assert!(
         said.contains("vm-41: ") && said.contains("vm-42: "),
         "{said}"
+    );
+}
+
+/// What was claimed keeps its content, and what was ready is gone; the new pool takes the claimed ones back.
+#[test]
+fn a_new_pool_takes_back_what_a_dead_one_gave_out() {
+    let host = Host::new();
+    let (said, _) = host.play_clean("operating_2");
+    for name in ["vm-41", "vm-42"] {
+        let begin = format!("{name}: boot from /dev/dm-");
+        assert!(said.lines().any(|line| line.starts_with(&begin)), "{said}");
+        let begin = format!("{name}: its writes are in Some(");
+        assert!(said.lines().any(|line| line.starts_with(&begin)), "{said}");
+    }
+    let kept = fs::read_dir(VMS).expect("a directory").flatten();
+    let kept: Vec<_> = kept.map(|entry| entry.path()).collect();
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    for file in kept {
+        fs::remove_file(file).expect("it is the caller's");
+    }
+
+    let done = Host::start("a pool's process").join(PATIENCE);
+    assert!(!done.status.success() && String::from_utf8_lossy(&done.stdout).contains("claimed"));
+    let (ready, claimed): (Vec<_>, Vec<_>) = dm_names()
+        .into_iter()
+        .partition(|name| name.starts_with("dmsnap-pool-"));
+    assert!(
+        !ready.is_empty(),
+        "the dead pool's keeper is there at least"
+    );
+    assert_eq!(claimed.len(), 2, "{claimed:?}");
+    let (said, _) = host.play_clean("operating_3");
+    let expected = [
+        "acme-vm-1: recycled",
+        "acme-vm-2: recycled",
+        "acme-vm-3: gone already",
+    ];
+    assert_eq!(
+        said.lines()
+            .filter(|line| line.starts_with("acme-"))
+            .collect::<Vec<_>>(),
+        expected
+    );
+    assert_eq!(
+        fs::read_dir(VMS).expect("a directory").count(),
+        0,
+        "COW files"
     );
 }
 

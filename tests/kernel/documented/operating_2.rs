@@ -1,31 +1,21 @@
 {
-use dmsnap::snapshot::grow;
-use dmsnap::watch::{Change, Watch};
+use std::time::Duration;
 
-const MAX_BYTES: u64 = 8 << 30;
+use dmsnap::pool::{CowFate, WhenEmpty};
+use dmsnap::{Origin, PoolOptions};
 
-let mut watch = Watch::new()?;
-for name in ["vm-41", "vm-42"] { // from the database: all that run
-    watch.add(name)?;
+let origin = Origin::open("/images/base.ext4")?;
+let mut options = PoolOptions::new();
+options.size(4).when_empty(WhenEmpty::Wait(Duration::from_secs(5)));
+let pool = options.open(&origin, "/var/lib/vms")?;
+drop(origin); // the pool has its own
+
+for name in ["vm-41", "vm-42"] {
+    let claimed = pool.claim(name)?;
+    println!("{name}: boot from {}, writes go to {}", claimed.snapshot.device().display(), claimed.cow.display());
+    let released = pool.release(claimed.snapshot.handles(), CowFate::Keep)?; // when the VM has exited
+    println!("{name}: its writes are in {:?}", released.cow);
 }
-while !watch.is_empty() {
-    for event in watch.check()? {
-        let name = event.name.as_str();
-        match event.change {
-            Change::Above(usage) => {
-                let bytes = usage.total.to_bytes().unwrap_or(MAX_BYTES);
-                if bytes >= MAX_BYTES {
-                    eprintln!("{name}: {}% full and at its maximum", usage.percent());
-                } else if let Err(error) = grow(name, bytes.saturating_mul(2).min(MAX_BYTES)) {
-                    eprintln!("{name}: {error}"); // told again when half of what is left is gone
-                }
-            }
-            // PO alone. The VM must have closed its disk; the snapshot made anew has a new uuid: add it again.
-            Change::Overflow => println!("{name}: stop the VM, then recover(name, bytes) and watch.add(name)"),
-            other => println!("{name}: {other}"),
-        }
-    }
-    watch.wait()?;
-}
+pool.drain()?; // or drop it, which hides errors
 Ok::<(), dmsnap::Error>(())
 }
