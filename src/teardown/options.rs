@@ -105,7 +105,7 @@ impl Teardown {
     /// # let fleet: Vec<dmsnap::Handles> = Vec::new();
     /// for (handles, result) in fleet.iter().zip(dmsnap::Teardown::new().cleanup_all(&fleet)) {
     ///     if let Err(error) = result {
-    ///         eprintln!("{:?}: {error}", handles.name);
+    ///         eprintln!("{:?}: {}", handles.name, error.one_line());
     ///     }
     /// }
     /// ```
@@ -122,8 +122,8 @@ impl Teardown {
         }
     }
 
-    /// Waits until nothing of what the handles name is left, and removes nothing. Use it after a deferred removal, in
-    /// which the dm device goes at its last close and its loop devices a little later.
+    /// Waits, at most to the deadline, until nothing of what the handles name is left, and removes nothing. Use it after a
+    /// deferred removal, in which the dm device goes at its last close and its loop devices a little later.
     ///
     /// It waits neither for an origin's loop device that other snapshots use too, nor for a loop device without
     /// identity.

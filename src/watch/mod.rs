@@ -43,7 +43,7 @@ use watcher::Watcher;
 ///                 // A failure to grow one does not end the watch of the others, and growth has a maximum.
 ///                 let bytes = usage.total.to_bytes().unwrap_or(MAX_BYTES).saturating_mul(2);
 ///                 if let Err(error) = dmsnap::snapshot::grow(event.name.as_str(), bytes.min(MAX_BYTES)) {
-///                     eprintln!("{}: {error}", event.name);
+///                     eprintln!("{}: {}", event.name, error.one_line());
 ///                 }
 ///             }
 ///             // After `recover` the uuid is a new one: `add` the name again.

@@ -10,7 +10,7 @@ for item in ReapOptions::new().reap(|found| is_stranger(&found.name) || living.c
         Ok(Fate::Busy { open_count }) => println!("{}: {open_count} have it open, stop that VMM first", item.name),
         Ok(fate) => println!("{}: {fate:?}", item.name),
         // An unreadable device does not stop the others, and must not stop you: it may be a stranger's.
-        Err(error) => eprintln!("{}: {error}", item.name),
+        Err(error) => eprintln!("{}: {}", item.name, error.one_line()),
     }
 }
 Ok::<(), dmsnap::Error>(())

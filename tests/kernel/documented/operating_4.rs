@@ -17,7 +17,7 @@ while !watch.is_empty() {
                 if bytes >= MAX_BYTES {
                     eprintln!("{name}: {}% full and at its maximum", usage.percent());
                 } else if let Err(error) = grow(name, bytes.saturating_mul(2).min(MAX_BYTES)) {
-                    eprintln!("{name}: {error}"); // told again when half of what is left is gone
+                    eprintln!("{name}: {}", error.one_line()); // told again when half of what is left is gone
                 }
             }
             // PO alone. The VM must have closed its disk; the snapshot made anew has a new uuid: add it again.

@@ -12,7 +12,7 @@ fn main() -> dmsnap::Result<()> {
             Ok(Fate::Busy { open_count }) => println!("{}: {open_count} have it open", item.name),
             Ok(Fate::InProgress) => println!("{}: a live process makes it: look again later", item.name),
             Ok(fate) => println!("{}: {fate:?}", item.name),
-            Err(error) => eprintln!("{}: {error}", item.name), // no reason to stop: it may be a stranger's
+            Err(error) => eprintln!("{}: {}", item.name, error.one_line()), // go on: it may be a stranger's
         }
     }
     match dmsnap::adopt("acme-vm-1") {
