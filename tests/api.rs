@@ -2,6 +2,8 @@
 
 #![allow(missing_docs, reason = "a test has no API")]
 
+#[path = "api/documented.rs"]
+mod documented;
 #[path = "api/export.rs"]
 mod export;
 #[path = "api/failures.rs"]

@@ -1,4 +1,4 @@
-//! What a COW file holds, and over which image that may be used.
+//! Checks what a COW file holds, and that it was made over the given image.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
 use crate::store::{self, Chain, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault};
 
-/// Holds the image against what a store's exceptions were made over.
+/// Refuses an image of another size or modification time than `expected`, unless `any_origin` takes it.
 pub(crate) fn check_identity(
     origin: &Path,
     found: OriginIdentity,
@@ -32,8 +32,8 @@ pub(crate) fn check_identity(
     }
 }
 
-/// Holds the COW file's first bytes against what is asked for, before the kernel looks at four of them. Says whether
-/// the store is to be marked.
+/// Checks the COW file's header against the options: the kernel itself looks at four bytes of it. Returns the mark to
+/// write into the store, if it needs one.
 pub(crate) fn check_store<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,
@@ -70,7 +70,7 @@ pub(crate) fn check_store<H: Host, O>(
     }
     thawed(cow, &header)?;
     check_header(origin, cow, &header, sample, options.any_origin)?;
-    // Named for a checkpoint that was cut off. Whatever was to stand on it must not find it again once it has changed.
+    // A checkpoint that was cut off had named this file as a layer's. It is written from now on, so that name goes.
     let named = header.chain.filter(|chain| chain.id != 0);
     let chain = named.map(|chain| Chain { id: 0, ..chain });
     let same = header.origin == Some(origin.identity()) && header.merging_into.is_none();
@@ -89,7 +89,7 @@ pub(crate) fn check_store<H: Host, O>(
     }))
 }
 
-/// The header of the store in the COW file; `None` in a blank one.
+/// Reads the header of the store in the COW file; `None` if the file is blank.
 pub(crate) fn probe_store<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<Header>> {
     let mut start = [0; PROBE_BYTES];
     let length = read(host, cow, &mut start, 0)?;
@@ -116,7 +116,7 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
     }
 }
 
-/// Refuses a layer's COW file: what was made over it would be garbage after one more write.
+/// Refuses a layer's COW file: one more write to it would destroy the disks that were made over the layer.
 pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
     if header.chain.is_some_and(|chain| chain.frozen) {
         let path = cow.path.to_owned();
@@ -125,12 +125,12 @@ pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// How to come by an image's fingerprint.
+/// Computes an image's fingerprint when it is needed, and says whether new stores get it.
 #[derive(Clone, Copy)]
 pub(crate) struct Sample<'a> {
     pub(crate) take: &'a dyn Fn() -> Result<u128>,
-    /// Whether a new store is marked with it: where it is had already, or where the image's modification time says
-    /// nothing. Elsewhere reading the image is not worth a create's time.
+    /// True if a new store is marked with the fingerprint: it is known already, or the image's modification time is a
+    /// whole second and thus no evidence. Otherwise a `create` saves the time of reading the image.
     pub(crate) marks: bool,
 }
 
@@ -140,8 +140,8 @@ impl Sample<'_> {
     }
 }
 
-/// Holds the image against what the store was made over, or is half merged into: by its size and modification time, and
-/// by its content where those say nothing.
+/// Refuses an image that the store was neither made over nor half merged into. It compares size and modification time,
+/// and the fingerprint if those differ or are no evidence.
 pub(crate) fn check_header<O, F>(
     origin: &Backing<'_, O>,
     cow: &Backing<'_, F>,
@@ -155,7 +155,7 @@ pub(crate) fn check_header<O, F>(
         return Err(Refusal::LayerForeign { cow, origin }.into());
     }
     if origin.layer.is_some() {
-        // By its id, which says more than an image's size and time.
+        // A layer is known by its id, which no other device has.
         return Ok(());
     }
     if any_origin || is_half_merged(&origin.facts, &cow.facts, header) {
@@ -174,7 +174,7 @@ pub(crate) fn check_header<O, F>(
             }
             Ok(())
         }
-        // A faithful copy.
+        // The image is a copy with the same content.
         Some(then) if then.size_bytes == found.size_bytes && same_content()? == Some(true) => {
             Ok(())
         }
@@ -182,9 +182,10 @@ pub(crate) fn check_header<O, F>(
     }
 }
 
-/// Where a file that begins with zeroes has something else, up to the signatures of file systems and RAIDs that leave
-/// their first sectors empty: md 1.2, bcache and bcachefs at 4 KiB, ZFS at 16 KiB, ISO 9660 at 32 KiB, swap up to 64 KiB,
-/// btrfs behind that. A file without any block, as a fresh COW file is, is not read.
+/// Returns the offset of the first byte that is not zero in a file that begins with zeroes, looking as far as the
+/// signatures of file systems and RAIDs that leave their first sectors empty: md 1.2, bcache and bcachefs at 4 KiB, ZFS
+/// at 16 KiB, ISO 9660 at 32 KiB, swap up to 64 KiB, btrfs behind that. A file without any allocated block, such as a
+/// new sparse one, is not read.
 fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<u64>> {
     if !cow.facts.has_blocks {
         return Ok(None);
@@ -200,7 +201,7 @@ fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Opti
         .map(|(_, at)| at))
 }
 
-/// How much of a COW file has to be zeroes for it to be blank.
+/// How many bytes at its beginning have to be zero for a COW file to count as blank.
 const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
 
 fn read<H: Host>(
@@ -214,7 +215,7 @@ fn read<H: Host>(
     })
 }
 
-/// Why a COW file's store is not taken.
+/// Turns a fault that was found in a COW file's store into the error for the caller.
 pub(crate) fn unsound(path: &Path, error: StoreError) -> Error {
     let path = path.to_owned();
     match error {

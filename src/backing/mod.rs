@@ -1,4 +1,4 @@
-//! The files behind a snapshot and the loop devices that carry them: opened, locked and judged, then attached.
+//! The files behind a snapshot: this module opens, locks and checks them, and attaches them to loop devices.
 
 mod attach;
 mod binding;

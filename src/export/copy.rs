@@ -1,4 +1,4 @@
-//! Copying: sparse in, sparse out.
+//! Copies the data of an export; holes and zeroes become holes.
 
 use std::ops::{ControlFlow, Range};
 use std::path::Path;
@@ -9,13 +9,13 @@ use crate::error::{Error, Result, Step, policy};
 use crate::kernel::Host;
 use crate::store::Extent;
 
-/// How much is read, looked at and written at a time.
+/// How many bytes are read, examined and written at a time.
 const WINDOW_BYTES: u64 = 1 << 20;
 
-/// How much of a copy may be dirty before its writing out is begun.
+/// How many bytes are written before the kernel is told to begin writing them to the disk.
 const WRITEBACK_BYTES: u64 = 16 << 20;
 
-/// What is a hole when it is all zeroes: a block of the usual file system.
+/// The unit in bytes in which zeroes become holes: the block of most file systems.
 const BLOCK: usize = 4096;
 
 const ZEROES: [u8; BLOCK] = [0; BLOCK];
@@ -23,7 +23,7 @@ const ZEROES: [u8; BLOCK] = [0; BLOCK];
 /// A file and the path by which errors name it.
 type Named<'a, F> = (&'a F, &'a Path);
 
-/// An export under way.
+/// The state of an export while it copies.
 pub(super) struct Copier<'a, H: Host> {
     pub(super) host: &'a H,
     pub(super) origin: Named<'a, H::File>,
@@ -37,7 +37,7 @@ pub(super) struct Copier<'a, H: Host> {
 }
 
 impl<H: Host> Copier<'_, H> {
-    /// Fills the output: with everything, or with the changes alone where it is the origin's clone.
+    /// Fills the output: with everything, or with the changes alone if it is a clone (reflink) of the origin.
     pub(super) fn copy(
         &mut self,
         extents: Vec<Extent>,
@@ -48,7 +48,7 @@ impl<H: Host> Copier<'_, H> {
         } else {
             self.assemble(&extents)?
         };
-        // A new file may end in a hole, a clone in the origin's last bytes.
+        // A new file may have to end in a hole, and a clone may be longer than whole sectors.
         let (file, path) = self.output;
         ask(Step::WriteFile, path, || {
             self.host.size_file(file, self.length, false)
@@ -56,8 +56,8 @@ impl<H: Host> Copier<'_, H> {
         Ok(flow)
     }
 
-    /// Writes the image from its beginning to its end: each window is read from the origin, the changes are read over
-    /// it, and what is not zero is written.
+    /// Writes the image from its beginning to its end: it reads a window of the origin, reads the changes over that,
+    /// and writes what is not zero.
     fn assemble(&mut self, extents: &[Extent]) -> Result<ControlFlow<()>> {
         let mut buffer = vec![0; as_length(WINDOW_BYTES.min(self.length))];
         let mut data = DataRanges::of(self.host, self.origin);
@@ -71,7 +71,7 @@ impl<H: Host> Copier<'_, H> {
             if next >= self.length {
                 return Ok(self.tell(self.length, self.length));
             }
-            // Blocks stay where the file system has them, so that a hole in a window is a hole in the file.
+            // Windows begin at a multiple of the block size, so that a block of zeroes is a block of the file system.
             let start = next - next % BLOCK as u64;
             let end = self.length.min(start + WINDOW_BYTES);
             let window = &mut buffer[..as_length(end - start)];
@@ -79,7 +79,7 @@ impl<H: Host> Copier<'_, H> {
             self.write_blocks(window, start, false)?;
             at = end;
             if at - flushed >= WRITEBACK_BYTES {
-                // The disk is at work from the beginning, and little is left for the sync at the end.
+                // The disk begins to write early, and little is left for the sync at the end.
                 let _ = self.host.start_writeback(self.output.0, flushed..at);
                 flushed = at;
             }
@@ -127,8 +127,8 @@ impl<H: Host> Copier<'_, H> {
         Ok(())
     }
 
-    /// Writes the changes over the origin's clone, in the order of the COW file, which is read in large pieces that
-    /// way.
+    /// Writes the changes over the origin's clone, in the order of the COW file, which can then be read in large
+    /// pieces.
     fn patch(&mut self, mut extents: Vec<Extent>) -> Result<ControlFlow<()>> {
         extents.sort_unstable_by_key(|extent| extent.cow_offset);
         let total = extents.iter().map(|extent| extent.length).sum();
@@ -140,7 +140,7 @@ impl<H: Host> Copier<'_, H> {
             let mut batch = vec![first];
             let mut end = first.cow_end();
             let fits = |piece: &Extent| piece.cow_end() <= start + WINDOW_BYTES;
-            // A metadata area in between is read with them; a longer gap is not.
+            // A short gap, such as a metadata area, is read with them; a longer one is skipped.
             while let Some(piece) =
                 pieces.next_if(|piece| fits(piece) && piece.cow_offset < end + GAP_BYTES)
             {
@@ -162,7 +162,7 @@ impl<H: Host> Copier<'_, H> {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Writes what is not zero. Where zeroes stand over something, a hole is made.
+    /// Writes the blocks that are not zero. With `over`, blocks of zeroes are punched into what the file has there.
     fn write_blocks(&mut self, content: &[u8], start: u64, over: bool) -> Result<()> {
         let mut at = 0;
         while at < content.len() {
@@ -193,7 +193,7 @@ impl<H: Host> Copier<'_, H> {
 
     fn punch(&mut self, zeroes: &[u8], offset: u64) -> Result<()> {
         let range = offset..offset + zeroes.len() as u64;
-        // Whatever the reason, written zeroes do as well.
+        // If no hole can be punched, for whatever reason, zeroes are written.
         if self.host.punch(self.output.0, range).is_ok() {
             Ok(())
         } else {
@@ -208,7 +208,7 @@ impl<H: Host> Copier<'_, H> {
         })
     }
 
-    /// Reads all of it: in one call, unless the file ends before.
+    /// Fills the buffer from the file, or fails if the file ends before.
     fn read(&self, (file, path): Named<'_, H::File>, into: &mut [u8], at: u64) -> Result<()> {
         let mut filled = 0;
         while filled < into.len() {
@@ -223,10 +223,10 @@ impl<H: Host> Copier<'_, H> {
     }
 }
 
-/// The longest gap between two pieces of the COW file that is read rather than skipped.
+/// The longest gap in bytes between two pieces of the COW file that is read instead of skipped.
 const GAP_BYTES: u64 = 64 << 10;
 
-/// Extents of at most a window each.
+/// Splits an extent into pieces of at most a window.
 fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
     let step = as_length(WINDOW_BYTES);
     (0..extent.length).step_by(step).map(move |at| Extent {
@@ -244,7 +244,8 @@ fn is_zero(block: &[u8]) -> bool {
     ZEROES.starts_with(block)
 }
 
-/// Where a file has data, forwards. A file system or a device that cannot say has it everywhere.
+/// Finds the ranges of a file that have data (`SEEK_DATA`), forwards. Where the file system or device cannot tell, the
+/// whole file counts as data.
 struct DataRanges<'a, H: Host> {
     host: &'a H,
     file: Named<'a, H::File>,
@@ -260,7 +261,7 @@ impl<'a, H: Host> DataRanges<'a, H> {
         }
     }
 
-    /// The first range that ends behind `at`; an empty one at the end of all offsets when there is none.
+    /// Returns the first range with data that ends behind `at`; an empty one at the largest offset if there is none.
     fn next_after(&mut self, at: u64) -> Result<Range<u64>> {
         if at >= self.known.end {
             self.known = match self.seek(at, false) {
@@ -280,7 +281,7 @@ impl<'a, H: Host> DataRanges<'a, H> {
     }
 }
 
-/// A length within a window.
+/// Converts a length within a window.
 fn as_length(bytes: u64) -> usize {
     usize::try_from(bytes).unwrap_or(usize::MAX)
 }

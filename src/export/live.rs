@@ -1,4 +1,4 @@
-//! A running snapshot: what is behind it, and the flush.
+//! Exports a running snapshot: finds its files and flushes it first.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -22,7 +22,7 @@ pub(super) fn export<H: Host>(
 ) -> Result<Option<Exported>> {
     let info = find::status_of(host, snapshot)?;
     let mut flushed = flushed(host, options, &info)?;
-    // It may have been grown while it was waited for.
+    // The COW file may have been grown while this waited.
     let inspect = || host.inspect_file(&flushed.cow.file);
     flushed.cow.facts = ask(Step::InspectFile, flushed.cow.path, inspect)?;
     let source = Source {
@@ -31,21 +31,21 @@ pub(super) fn export<H: Host>(
         cow: flushed.cow,
         end: flushed.end,
     };
-    // A COW file whose snapshot was taken down while it was read may have been anything.
+    // If the snapshot was taken down while its COW file was read, the file may hold anything by now.
     source.export(options, output, progress, || {
         find::still(host, &info.uuid, &info.name)
     })
 }
 
-/// What is behind a snapshot that was flushed.
+/// The files behind a snapshot that was flushed.
 struct Flushed<'a, F> {
     origin: Backing<'a, F>,
     cow: Backing<'a, F>,
-    /// The COW chunk from which on the store is not looked at.
+    /// The COW chunk from which on the store is not read.
     end: Option<u64>,
 }
 
-/// Opens what is behind the snapshot, and flushes it.
+/// Opens the files behind the snapshot, and flushes it.
 fn flushed<'a, H: Host>(
     host: &H,
     options: &ExportOptions,
@@ -99,7 +99,8 @@ fn path_of<'a>(info: &SnapshotInfo, facts: Option<&'a LoopFacts>) -> Result<&'a 
     path.ok_or_else(|| not_exportable(info, "its loop devices cannot be read"))
 }
 
-/// The kernel tells the path that the file was opened by; what is there now may be another one.
+/// Refuses a file that is not the one behind the loop device: the kernel tells the path by which that was opened, where
+/// another file may be by now.
 fn same_file<F>(
     found: &Backing<'_, F>,
     facts: Option<&LoopFacts>,
@@ -116,8 +117,8 @@ fn same_file<F>(
     .into())
 }
 
-/// Has the host write out what it has cached of the device, before anything is suspended for it: a VMM that opens the
-/// disk without O_DIRECT has its guest's flushed writes there.
+/// Syncs the host's page cache of the device before the device is suspended: a VMM that opens the disk without O_DIRECT
+/// has its guest's flushed writes there.
 fn write_back<H: Host>(host: &H, info: &SnapshotInfo, mapper: &Path) -> Result<()> {
     let node = host.find_node(info.dev);
     let node = node.as_deref().unwrap_or(mapper);
@@ -145,14 +146,14 @@ pub(crate) fn flush<H: Host>(
     }))
 }
 
-/// The COW chunk that the kernel would have given out next at the flush. Exceptions into chunks before it were complete
-/// then, and their entries do not change any more; one behind it may be half written when it is read.
+/// Returns the COW chunk that the kernel would have used next at the flush. Exceptions that point before it were
+/// complete then, and their entries do not change any more; later ones may be half written when they are read.
 fn free_chunk(status: Option<SnapshotStatus>, params: &SnapshotParams) -> Option<u64> {
     match status {
         Some(SnapshotStatus::Usage(usage)) => {
             Some(usage.allocated.count() / params.chunk.sectors().count())
         }
-        // Invalid or full: nothing is added to it.
+        // An invalid or full store gets no new exceptions.
         _ => None,
     }
 }

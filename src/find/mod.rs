@@ -1,4 +1,4 @@
-//! What is there: one device by what a caller calls it, all of ours, and taking over what another program made.
+//! Finds dmsnap's devices: one by name, uuid, number or path, or all of them; and takes over what other programs made.
 
 mod adopt;
 pub(crate) mod at_work;

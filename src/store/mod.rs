@@ -1,6 +1,8 @@
-//! The COW file: the exception store's on-disk format and its sizes.
+//! Reads the exception store in a COW file, and computes how long a COW file must be.
 //!
-//! Files only, no ioctl. A COW file may come from anywhere: nothing read from it is trusted.
+//! The exception store is the kernel's map from chunks of the origin to chunks of the COW file. This module works on
+//! files alone, without ioctls and without privilege. A COW file may come from anywhere: nothing that is read from it
+//! is trusted.
 
 mod extents;
 mod fault;

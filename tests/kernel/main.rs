@@ -24,6 +24,7 @@ mod checkpoint;
 mod cli;
 mod concurrency;
 mod discard;
+mod documented;
 mod durability;
 mod export;
 mod facts;

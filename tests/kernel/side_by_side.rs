@@ -57,6 +57,10 @@ const ALONE: &[(&str, &str)] = &[
         "takes and gives back every free loop device",
     ),
     (
+        "documented::",
+        "the examples' names and paths are nobody else's; they sweep the host",
+    ),
+    (
         "durability::a_recycled_device",
         "a pool sweeps the host; counts flushes",
     ),
