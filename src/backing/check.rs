@@ -4,12 +4,14 @@ use std::path::Path;
 
 use super::cow::Mark;
 use super::half_merged::is_half_merged;
-use super::{Backing, CowOptions};
+use super::{Backing, CowOptions, Reader};
 use crate::base::OriginIdentity;
 use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
-use crate::store::{self, Chain, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault};
+use crate::store::{
+    self, Chain, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault,
+};
 
 /// Holds the image against what a store's exceptions were made over.
 pub(crate) fn check_identity(
@@ -70,6 +72,9 @@ pub(crate) fn check_store<H: Host, O>(
     }
     thawed(cow, &header)?;
     check_header(origin, cow, &header, sample, options.any_origin)?;
+    if header.origin.is_none() && !options.any_origin && !options.known_origin {
+        check_unmarked(host, origin, cow)?;
+    }
     // Named for a checkpoint that was cut off. Whatever was to stand on it must not find it again once it has changed.
     let named = header.chain.filter(|chain| chain.id != 0);
     let chain = named.map(|chain| Chain { id: 0, ..chain });
@@ -180,6 +185,30 @@ pub(crate) fn check_header<O, F>(
         }
         expected => check_identity(origin.path, found, expected, false),
     }
+}
+
+/// Refuses a store that does not say what it was made over, unless nothing in it has changed: then it is as good over
+/// this image as over any other.
+pub(crate) fn check_unmarked<H: Host, O>(
+    host: &H,
+    origin: &Backing<'_, O>,
+    cow: &Backing<'_, H::File>,
+) -> Result<()> {
+    if origin.layer.is_some() {
+        return Ok(());
+    }
+    let unsound = |error| unsound(cow.path, error);
+    let mut store = ExceptionStore::open(Reader::of(host, cow)).map_err(unsound)?;
+    let extents = store.changed_extents().map_err(unsound)?;
+    extents.last().map_or(Ok(()), |last| {
+        Err(Refusal::OriginUnknown {
+            origin: origin.path.to_owned(),
+            bytes: origin.facts.size_bytes,
+            cow: cow.path.to_owned(),
+            end_bytes: last.origin_end(),
+        }
+        .into())
+    })
 }
 
 /// Where a file that begins with zeroes has something else, up to the signatures of file systems and RAIDs that leave

@@ -27,6 +27,8 @@ pub(crate) struct CowOptions {
     pub(crate) expected_origin: Option<OriginIdentity>,
     /// Takes any origin.
     pub(crate) any_origin: bool,
+    /// Takes a store that does not say what it was made over: the kernel has said that it is this one's.
+    pub(crate) known_origin: bool,
     /// Makes the COW file, of this size.
     pub(crate) make: Option<CowSize>,
     /// Makes it over a file that is there.

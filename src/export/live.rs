@@ -30,6 +30,7 @@ pub(super) fn export<H: Host>(
         origin: flushed.origin,
         cow: flushed.cow,
         end: flushed.end,
+        live: true,
     };
     // A COW file whose snapshot was taken down while it was read may have been anything.
     source.export(options, output, progress, || {

@@ -14,8 +14,8 @@ use copy::Copier;
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, Reader, Sample, check_header, check_identity, open_origin, open_store,
-    sample, unsound,
+    Backing, CowOptions, Reader, Sample, check_header, check_identity, check_unmarked, open_origin,
+    open_store, sample, unsound,
 };
 pub use crate::base::Progress;
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
@@ -125,7 +125,9 @@ impl ExportOptions {
     /// # Errors
     ///
     /// [`Error::Refused`] for a COW file that a snapshot has, a store that is damaged or
-    /// invalid, an origin that has changed since the store was made, or an output that exists.
+    /// invalid, an origin that has changed since the store was made, or an output that exists;
+    /// [`Refusal::OriginUnknown`] for a store that dmsnap has not marked, as it may have been made over a part of the
+    /// image ([`any_origin`](Self::any_origin) takes it).
     /// [`Error::Failed`] names the step that failed; the output is then as it was before, unless
     /// it was the last step of all, the sync of the output's directory. [`Error::Debris`] when a
     /// temporary file could not be removed.
@@ -161,6 +163,7 @@ impl ExportOptions {
             origin,
             cow,
             end: None,
+            live: false,
         };
         source.export(self, output, progress, || Ok(()))
     }
@@ -252,6 +255,8 @@ struct Source<'a, H: Host> {
     cow: Backing<'a, H::File>,
     /// The COW chunk from which on the store is not looked at.
     end: Option<u64>,
+    /// Whether the kernel has told which origin and COW file belong together.
+    live: bool,
 }
 
 impl<H: Host> Source<'_, H> {
@@ -323,6 +328,9 @@ impl<H: Host> Source<'_, H> {
             fingerprint,
             options.any_origin,
         )?;
+        if store.header().origin.is_none() && !options.any_origin && !self.live {
+            check_unmarked(self.host, &self.origin, &self.cow)?;
+        }
         store = store.over(Sectors::from_bytes_floor(length));
         if let Some(end) = self.end {
             store = store.ending_at(end);

@@ -1,6 +1,6 @@
 //! A dm device between two snapshots.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::CowFate;
 use super::ready::{self, Site};
@@ -69,9 +69,25 @@ pub(crate) fn release<H: Host>(
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
     let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
     let (Some(to), Some(made)) = (to, fitting) else {
-        // The file goes last: whoever has opened the device meanwhile still has its writes there.
-        teardown::clean(host, handles, retry)?;
-        delete(host, doomed)?;
+        // The file goes last: whoever has opened the device meanwhile still has its writes there. With the pool's mark in
+        // its name, the next pool deletes it if this process dies in between.
+        let marked = match doomed {
+            Some(cow) => mark(host, site, cow)?,
+            None => None,
+        };
+        let cleaned = teardown::clean(host, handles, retry);
+        if let (Err(error), Some(path), Some(cow)) = (&cleaned, &marked, doomed) {
+            let back = || host.move_file(path, &cow.path);
+            return Err(match ask(Step::MoveFile, &cow.path, back) {
+                Ok(()) => error.clone(),
+                Err(why) => error.clone().leaving(vec![Leftover::new(path, why)]),
+            });
+        }
+        cleaned?;
+        match &marked {
+            Some(path) => unlink(host, path)?,
+            None => delete(host, doomed)?,
+        }
         return Ok(Ending::Gone(cow));
     };
     // A leftover that has a COW file to be kept has a name that says so.
@@ -194,10 +210,27 @@ pub(crate) fn remove<H: Host>(host: &H, taken: &TakenBack, retry: &Retry) -> Res
 
 /// While the device is there: a sweep after a kill finds the file by the table alone.
 fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
-    let unlink = |cow: &CowFile<_>| {
-        absent(ask(Step::Unlink, &cow.path, || host.unlink(&cow.path))).map(drop)
+    cow.map_or(Ok(()), |cow| unlink(host, &cow.path))
+}
+
+fn unlink<H: Host>(host: &H, path: &Path) -> Result<()> {
+    absent(ask(Step::Unlink, path, || host.unlink(path))).map(drop)
+}
+
+/// Gives a COW file that is to be deleted the name of one that a dead pool was making, if it is in the pool's directory
+/// and has a name of the pool's. Its lock keeps it from being swept for as long as it is attached.
+fn mark<H: Host>(
+    host: &H,
+    site: &Site<'_, H::Loop>,
+    cow: &CowFile<H::File>,
+) -> Result<Option<PathBuf>> {
+    let Some(marked) = ready::made_at(site.dir, &cow.path) else {
+        return Ok(None);
     };
-    cow.map_or(Ok(()), unlink)
+    let moved = ask(Step::MoveFile, &marked, || {
+        host.move_file(&cow.path, &marked)
+    });
+    Ok(absent(moved)?.map(|()| marked))
 }
 
 /// Puts an `error` table in the snapshot's place. Says whether nobody had the device open; otherwise has it removed at

@@ -14,10 +14,10 @@ use crate::common::{Scene, chain, dmsnap, eventually, run, stated_kernel};
 const MIB: u64 = 1 << 20;
 
 /// One fio, which tests/vm/image.sh brings into the guest: its jobs run at once, as far as none waits for those before it.
-struct Fio(Command);
+pub(crate) struct Fio(pub(crate) Command);
 
 impl Fio {
-    fn new(scene: &Scene) -> Self {
+    pub(crate) fn new(scene: &Scene) -> Self {
         let here = std::env::current_dir().expect("there is one").join("fio");
         let there = fs::exists(&here).expect("it can be looked for");
         assert!(
@@ -30,7 +30,14 @@ impl Fio {
     }
 
     /// A job over `mib` MiB from `from` on, in blocks of a chunk; what it writes or reads has a CRC in each.
-    fn job(&mut self, rw: &str, on: &Path, from: u64, mib: u64, more: &[&str]) -> &mut Self {
+    pub(crate) fn job(
+        &mut self,
+        rw: &str,
+        on: &Path,
+        from: u64,
+        mib: u64,
+        more: &[&str],
+    ) -> &mut Self {
         let Self(fio) = self;
         fio.args(["--name", rw, "--rw", rw, "--bs=4k", "--thread"]);
         fio.arg(format!("--offset={from}m"))
@@ -43,13 +50,13 @@ impl Fio {
     }
 
     /// Whether each block of the range is one that fio wrote, whole and in its place.
-    fn reads(&mut self, on: &Path, from: u64, mib: u64) -> &mut Self {
+    pub(crate) fn reads(&mut self, on: &Path, from: u64, mib: u64) -> &mut Self {
         self.job("read", on, from, mib, &["--ioengine=psync", "--stonewall"])
     }
 }
 
 /// Ends fio in the middle of its work. What it has begun to write it finishes.
-fn interrupt(fio: Running) {
+pub(crate) fn interrupt(fio: Running) {
     run!("kill", "-INT", fio.id().to_string());
     let done = fio.join();
     let said = String::from_utf8_lossy(&done.stderr).into_owned();
@@ -88,14 +95,9 @@ fn what_fio_wrote_is_on_the_disk_and_in_its_exports() {
         fio.job("randtrim", disk, 1, 1, &endless);
     }
     let beside = start(&mut fio.0);
-    let goes_on = || {
-        let before = writes(disk);
-        let soon = Duration::from_secs(60);
-        assert!(eventually(soon, || writes(disk) > before), "fio writes on");
-    };
     let mut found = Fio::new(&scene);
     for round in 1..=2 {
-        goes_on();
+        goes_on(disk);
         let grown = dmsnap::snapshot::grow(name.as_str(), (3 + round) * MIB);
         let grown = grown.unwrap_or_else(|error| panic!("{}", chain(&error)));
         let out = scene.path(format!("out.{round}"));
@@ -108,7 +110,7 @@ fn what_fio_wrote_is_on_the_disk_and_in_its_exports() {
         );
         found.reads(&out, 0, 1);
     }
-    goes_on();
+    goes_on(disk);
     interrupt(beside);
 
     // In one run, fio also knows that what it finds is the last that it wrote. The third MiB had no room at first.
@@ -143,6 +145,16 @@ fn what_fio_wrote_is_on_the_disk_and_in_its_exports() {
         let bytes = MIB.to_string();
         run!("cmp", "-n", &bytes, &out, zeroes, &bytes, "0");
     }
+}
+
+/// Waits until the kernel has completed one more write on a device.
+pub(crate) fn goes_on(device: &Path) {
+    let before = writes(device);
+    let soon = Duration::from_secs(60);
+    assert!(
+        eventually(soon, || writes(device) > before),
+        "fio writes on"
+    );
 }
 
 /// How many writes the kernel has completed on a device.

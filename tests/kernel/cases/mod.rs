@@ -4,4 +4,6 @@ mod files;
 mod identity;
 mod loops;
 mod sectors;
+mod unmarked;
+mod watching;
 mod windows;
