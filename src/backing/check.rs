@@ -10,7 +10,8 @@ use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
 use crate::store::{
-    self, Chain, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault,
+    self, BLANK_BYTES, Chain, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe, StoreError,
+    StoreFault,
 };
 
 /// Holds the image against what a store's exceptions were made over.
@@ -229,9 +230,6 @@ fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Opti
         .map(|(_, at)| at))
 }
 
-/// How much of a COW file has to be zeroes for it to be blank.
-const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
-
 fn read<H: Host>(
     host: &H,
     cow: &Backing<'_, H::File>,
@@ -250,6 +248,9 @@ pub(crate) fn unsound(path: &Path, error: StoreError) -> Error {
         StoreError::Read { source, .. } => Error::failed(Step::ReadFile, path, errno_of(&source)),
         StoreError::Fault(StoreFault::Header { field, value, .. }) => {
             Refusal::CowDamaged { path, field, value }.into()
+        }
+        StoreError::Fault(StoreFault::Headless { offset: at }) => {
+            Refusal::CowHeadless { path, at }.into()
         }
         StoreError::Fault(StoreFault::Foreign) => Refusal::CowForeign { path }.into(),
         StoreError::Fault(fault) => Refusal::CowUnsound { path, fault }.into(),

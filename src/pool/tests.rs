@@ -398,8 +398,8 @@ fn a_kill_in_a_release_without_use_for_the_device_leaves_no_cow_file_for_good() 
         let uuid = handles.uuid.as_ref().expect("a uuid");
         let is_there = stage.script.query(Address::Uuid(uuid.as_str())).is_ok();
         let file = |stage: &Stage| {
-            let found = stage.residue().into_iter();
-            found.filter(|path| path.extension().is_some()).next()
+            let mut found = stage.residue().into_iter();
+            found.find(|path| path.extension().is_some())
         };
         let left = file(&stage);
         if is_there {

@@ -6,6 +6,9 @@ use crate::base::{ChunkSize, OriginIdentity};
 /// a disk image whose boot block happens to be zero.
 pub(crate) const PROBE_BYTES: usize = 4096;
 
+/// How much of a COW file has to be zeroes for it to be blank.
+pub(crate) const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
+
 /// `SnAp`, little-endian.
 const MAGIC: u32 = 0x7041_6e53;
 
