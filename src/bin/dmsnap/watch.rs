@@ -1,6 +1,6 @@
 //! `dmsnap watch`: grows COW files that fill up, and says what it sees.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::fmt::{self, Display};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
@@ -48,7 +48,7 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
             note(tell(options, event, seen(event)));
         }
         let is_last = watch.is_empty();
-        while let Some(grown) = growth.next(is_last) {
+        while let Some(grown) = growth.next(options, is_last) {
             note(tell(options, &grown, &grown));
         }
         if is_last || wait(&watch, &signals, &growth.ended)? {
@@ -59,8 +59,8 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
 
 /// The COW files that are being grown, by a thread each: one on a file system that hangs, or is frozen, holds up no other.
 struct Growth {
-    /// By their snapshots' uuids.
-    begun: HashSet<String>,
+    /// By their snapshots' uuids; with the last that was told of one meanwhile.
+    begun: HashMap<String, Option<(WatchEvent, Usage)>>,
     sender: Sender<Grown>,
     receiver: Receiver<Grown>,
     /// Readable when one has ended.
@@ -75,7 +75,7 @@ impl Growth {
         ended.set_nonblocking(true)?;
         end.set_nonblocking(true)?;
         Ok(Self {
-            begun: HashSet::new(),
+            begun: HashMap::new(),
             sender,
             receiver,
             ended,
@@ -83,14 +83,13 @@ impl Growth {
         })
     }
 
-    /// Has one grown that is above the threshold, unless it is at it already: it is told of again when it is longer and
-    /// still above.
+    /// Has one grown that is above the threshold; once more, if it is being grown and that is not enough.
     fn begin(&mut self, options: &Watch, event: &WatchEvent) {
         let (Change::Above(usage), Some(by)) = (&event.change, options.grow_by) else {
             return;
         };
-        let uuid = event.uuid.to_string();
-        if self.begun.contains(&uuid) {
+        if let Some(meanwhile) = self.begun.get_mut(event.uuid.as_str()) {
+            *meanwhile = Some((event.clone(), *usage));
             return;
         }
         let most = options.max.unwrap_or(u64::MAX);
@@ -101,7 +100,7 @@ impl Growth {
         }
         let wanted = wanted(*usage, options.at, by).min(most);
         let (reserve, end) = (options.reserve, self.end.try_clone());
-        self.begun.insert(uuid);
+        self.begun.insert(event.uuid.to_string(), None);
         thread::spawn(move || {
             grown.grow(wanted, reserve);
             let _ = sender.send(grown);
@@ -111,7 +110,7 @@ impl Growth {
     }
 
     /// One that has ended; to the last of them if that is `waited` for.
-    fn next(&mut self, waited: bool) -> Option<Grown> {
+    fn next(&mut self, options: &Watch, waited: bool) -> Option<Grown> {
         let mut read = [0; 64];
         while matches!(self.ended.read(&mut read), Ok(1..)) {}
         let grown = if waited && !self.begun.is_empty() {
@@ -119,9 +118,14 @@ impl Growth {
         } else {
             self.receiver.try_recv().ok()
         };
-        grown.inspect(|grown| {
-            self.begun.remove(grown.uuid.as_str());
-        })
+        let grown = grown?;
+        let meanwhile = self.begun.remove(grown.uuid.as_str()).flatten();
+        // What was told of it before it was longer is no news.
+        let still = |told: &Usage| grown.usage.is_none_or(|usage| told.total >= usage.total);
+        if let Some((event, _)) = meanwhile.filter(|(_, told)| !waited && still(told)) {
+            self.begin(options, &event);
+        }
+        Some(grown)
     }
 }
 
