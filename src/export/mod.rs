@@ -98,7 +98,7 @@ impl ExportOptions {
     /// be written.
     ///
     /// The kernel gives nothing of it back, and marks no more than that a write was lost. What was written before is
-    /// still in the file. The result is the disk as it was when the store gave up, without the writes that failed and
+    /// still in the file, but not what the store was made over: that is not checked. The result is the disk as it was when the store gave up, without the writes that failed and
     /// without all later ones: a disk after a power cut, which wants a file system check.
     pub fn invalid_store(&mut self, invalid_store: bool) -> &mut Self {
         self.invalid_store = invalid_store;
@@ -328,7 +328,9 @@ impl<H: Host> Source<'_, H> {
             fingerprint,
             options.any_origin,
         )?;
-        if store.header().origin.is_none() && !options.any_origin && !self.live {
+        // The kernel writes over the mark as it marks a store invalid: then the caller's word has to do.
+        let unmarked = store.header().origin.is_none() && store.is_valid();
+        if unmarked && !options.any_origin && !self.live {
             check_unmarked(self.host, &self.origin, &self.cow)?;
         }
         store = store.over(Sectors::from_bytes_floor(length));

@@ -209,6 +209,44 @@ fn what_is_being_made_is_not_offered_to_keep() {
     snapshot.cleanup().expect("nobody has it open");
 }
 
+/// A sweep removed the upper one, told of the lower as busy, and exited with 0.
+#[test]
+fn a_snapshot_of_a_snapshot_is_reaped_from_the_top_down_in_one_sweep() {
+    let scene = Scene::new();
+    let names: Vec<_> = (0..3).map(|_| scene.name()).collect();
+    let mut over = scene.image().to_owned();
+    for name in &names {
+        let cow = scene.cow(format!("{name}.cow"));
+        let made = dmsnap::SnapshotOptions::new().create(&over, cow, name);
+        over = made.expect("over a block device").device().to_owned();
+    }
+    let lowest = dmsnap::adopt(names[0].as_str()).expect("it is ours");
+    let mut teardown = Teardown::new();
+    let error = teardown.retry(Retry::until(std::time::Duration::from_millis(1)));
+    let error = error
+        .cleanup(&lowest)
+        .expect_err("another one stands on it");
+    println!(
+        "message: cleanup of what another stands on: {}",
+        chain(&error)
+    );
+    let upper = dm_info(&names[1], "blkdevname");
+    assert!(
+        chain(&error).contains(&format!("in use by /dev/{upper}")),
+        "{}",
+        chain(&error)
+    );
+
+    let ours = |name: &str| names.iter().any(|each| each == name);
+    let reaped = ReapOptions::new()
+        .reap(|info| !ours(&info.name))
+        .expect("a sweep");
+    let fates = reaped.iter().filter(|item| ours(&item.name));
+    let fates: Vec<_> = fates.map(|item| &item.fate).collect();
+    println!("reaped: {fates:?}");
+    assert_eq!(fates, [&Ok(Fate::Removed); 3]);
+}
+
 /// A FIFO in a loop device's place blocked the open for ever.
 #[test]
 fn a_fifo_in_place_of_a_loop_device_hangs_nothing() {
