@@ -4,12 +4,15 @@ use std::path::Path;
 
 use super::cow::Mark;
 use super::half_merged::is_half_merged;
-use super::{Backing, CowOptions};
+use super::{Backing, CowOptions, Reader};
 use crate::base::OriginIdentity;
 use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
-use crate::store::{self, Chain, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault};
+use crate::store::{
+    self, BLANK_BYTES, Chain, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe, StoreError,
+    StoreFault,
+};
 
 /// Refuses an image of another size or modification time than `expected`, unless `any_origin` takes it.
 pub(crate) fn check_identity(
@@ -70,6 +73,9 @@ pub(crate) fn check_store<H: Host, O>(
     }
     thawed(cow, &header)?;
     check_header(origin, cow, &header, sample, options.any_origin)?;
+    if header.origin.is_none() && !options.any_origin && !options.known_origin {
+        check_unmarked(host, origin, cow)?;
+    }
     // A checkpoint that was cut off had named this file as a layer's. It is written from now on, so that name goes.
     let named = header.chain.filter(|chain| chain.id != 0);
     let chain = named.map(|chain| Chain { id: 0, ..chain });
@@ -182,6 +188,30 @@ pub(crate) fn check_header<O, F>(
     }
 }
 
+/// Refuses a store that does not say what it was made over, unless nothing in it has changed: then it is as good over
+/// this image as over any other.
+pub(crate) fn check_unmarked<H: Host, O>(
+    host: &H,
+    origin: &Backing<'_, O>,
+    cow: &Backing<'_, H::File>,
+) -> Result<()> {
+    if origin.layer.is_some() {
+        return Ok(());
+    }
+    let unsound = |error| unsound(cow.path, error);
+    let mut store = ExceptionStore::open(Reader::of(host, cow)).map_err(unsound)?;
+    let extents = store.changed_extents().map_err(unsound)?;
+    extents.last().map_or(Ok(()), |last| {
+        Err(Refusal::OriginUnknown {
+            origin: origin.path.to_owned(),
+            bytes: origin.facts.size_bytes,
+            cow: cow.path.to_owned(),
+            end_bytes: last.origin_end(),
+        }
+        .into())
+    })
+}
+
 /// Returns the offset of the first byte that is not zero in a file that begins with zeroes, looking as far as the
 /// signatures of file systems and RAIDs that leave their first sectors empty: md 1.2, bcache and bcachefs at 4 KiB, ZFS
 /// at 16 KiB, ISO 9660 at 32 KiB, swap up to 64 KiB, btrfs behind that. A file without any allocated block, such as a
@@ -201,9 +231,6 @@ fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Opti
         .map(|(_, at)| at))
 }
 
-/// How many bytes at its beginning have to be zero for a COW file to count as blank.
-const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
-
 fn read<H: Host>(
     host: &H,
     cow: &Backing<'_, H::File>,
@@ -222,6 +249,9 @@ pub(crate) fn unsound(path: &Path, error: StoreError) -> Error {
         StoreError::Read { source, .. } => Error::failed(Step::ReadFile, path, errno_of(&source)),
         StoreError::Fault(StoreFault::Header { field, value, .. }) => {
             Refusal::CowDamaged { path, field, value }.into()
+        }
+        StoreError::Fault(StoreFault::Headless { offset: at }) => {
+            Refusal::CowHeadless { path, at }.into()
         }
         StoreError::Fault(StoreFault::Foreign) => Refusal::CowForeign { path }.into(),
         StoreError::Fault(fault) => Refusal::CowUnsound { path, fault }.into(),

@@ -14,7 +14,9 @@ mod warning;
 
 pub(crate) use attach::{Attached, attach, loop_length};
 pub(crate) use binding::{Binding, binding, diskseq};
-pub(crate) use check::{Sample, check_header, check_identity, probe_store, unsound, valid};
+pub(crate) use check::{
+    Sample, check_header, check_identity, check_unmarked, probe_store, unsound, valid,
+};
 pub(crate) use cow::{Cow, Mark, open_cow, open_layer_cow, open_merged_cow};
 pub(crate) use file::{Backing, open_locked_origin, open_origin, open_store, open_unlocked};
 pub(crate) use make::unmake;

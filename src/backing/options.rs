@@ -28,6 +28,8 @@ pub(crate) struct CowOptions {
     pub(crate) expected_origin: Option<OriginIdentity>,
     /// Skips that check.
     pub(crate) any_origin: bool,
+    /// Takes a store that does not say what it was made over: the kernel has said that it is this one's.
+    pub(crate) known_origin: bool,
     /// Makes the COW file with this size; `None`: it exists.
     pub(crate) make: Option<CowSize>,
     /// Empties and uses a file that exists, instead of refusing it.

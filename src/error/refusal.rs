@@ -114,11 +114,11 @@ pub enum Refusal {
         /// The image.
         path: PathBuf,
     },
-    /// The store does not say which image it was made over, as dmsnap's do: another program made it, perhaps over a
-    /// partition of this image, or a loop device with an offset. Merged into the whole, its changes would be written over
-    /// what is at the image's beginning.
+    /// The store has changes and does not say which image it was made over, as dmsnap's do: another program made it,
+    /// perhaps over a partition of this image, or a loop device with an offset. Over the whole image, its changes would
+    /// be seen at the image's beginning, exported there, and merged into what is there.
     #[error(
-        "COW file {cow:?} does not say what it was made over: its changes end at byte {end_bytes} of that, and {origin:?} has {bytes} bytes; merge into the very device that it was made over, with any origin allowed"
+        "COW file {cow:?} does not say what it was made over: its changes end at byte {end_bytes} of that, and {origin:?} has {bytes} bytes; name the very device that it was made over, and allow any origin"
     )]
     OriginUnknown {
         /// The image.

@@ -8,7 +8,7 @@ use crate::backing::{Backing, open_origin, open_unlocked};
 use crate::base::{DeviceId, DeviceUuid, MAPPER_DIR, Progress};
 use crate::call::{ask, ask_unobserved, resume};
 use crate::dm::{SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find;
 use crate::find::{LoopFacts, SnapshotInfo, State, at_work, whole_file};
 use crate::kernel::Host;
@@ -30,6 +30,7 @@ pub(super) fn export<H: Host>(
         origin: flushed.origin,
         cow: flushed.cow,
         end: flushed.end,
+        live: true,
     };
     // If the snapshot was taken down while its COW file was read, the file may hold anything by now.
     source.export(options, output, progress, || {
@@ -58,8 +59,13 @@ fn flushed<'a, H: Host>(
     }
     let origin = path_of(info, info.origin.as_ref())?;
     let cow = path_of(info, info.cow.as_ref())?;
-    let origin = open_origin(host, origin, &options.origin_options())?;
-    let cow = open_unlocked(host, cow)?;
+    let elsewhere = |path: &Path, error: Error| match error.verdict() {
+        Some(Verdict::Missing) => file_elsewhere(info, path),
+        _ => error,
+    };
+    let opened = open_origin(host, origin, &options.origin_options());
+    let origin = opened.map_err(|error| elsewhere(origin, error))?;
+    let cow = open_unlocked(host, cow).map_err(|error| elsewhere(cow, error))?;
     same_file(&origin, info.origin.as_ref(), info)?;
     same_file(&cow, info.cow.as_ref(), info)?;
     // One flush at a time: the second one's resume would end the first one's suspension early. The kernel frees the
@@ -110,11 +116,15 @@ fn same_file<F>(
     if expected.is_some_and(|expected| expected == found.facts.id) {
         return Ok(());
     }
-    Err(Refusal::FileElsewhere {
+    Err(file_elsewhere(info, found.path))
+}
+
+fn file_elsewhere(info: &SnapshotInfo, path: &Path) -> Error {
+    Refusal::FileElsewhere {
         name: info.name.clone(),
-        path: found.path.to_owned(),
+        path: path.to_owned(),
     }
-    .into())
+    .into()
 }
 
 /// Syncs the host's page cache of the device before the device is suspended: a VMM that opens the disk without O_DIRECT

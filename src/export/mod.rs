@@ -14,8 +14,8 @@ use copy::Copier;
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, Reader, Sample, check_header, check_identity, open_origin, open_store,
-    sample, unsound,
+    Backing, CowOptions, Reader, Sample, check_header, check_identity, check_unmarked, open_origin,
+    open_store, sample, unsound,
 };
 pub use crate::base::Progress;
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
@@ -100,8 +100,8 @@ impl ExportOptions {
     /// Takes a store that the kernel has marked invalid: a `P` store that overflowed, or one whose COW file could not
     /// be written.
     ///
-    /// The kernel reads such a store no more, but what was written before is still in the file. The result is the disk
-    /// as it was when the store became invalid, without the writes that failed and all later ones. It is like a disk
+    /// The kernel reads such a store no more, but what was written before is still in the file. What the store
+    /// was made over is not checked. The result is the disk as it was when the store became invalid, without the writes that failed and all later ones. It is like a disk
     /// after a power cut: check its file systems.
     pub fn invalid_store(&mut self, invalid_store: bool) -> &mut Self {
         self.invalid_store = invalid_store;
@@ -127,7 +127,9 @@ impl ExportOptions {
     /// # Errors
     ///
     /// [`Error::Refused`] for a COW file that a snapshot uses, a store that is damaged or invalid, an origin that has
-    /// changed since the store was made, or an output that exists. [`Error::Failed`] names the step that failed; the
+    /// changed since the store was made, or an output that exists;
+    /// [`Refusal::OriginUnknown`] for a store that dmsnap has not marked, as it may have been made over a part of the image
+    /// ([`any_origin`](Self::any_origin) takes it). [`Error::Failed`] names the step that failed; the
     /// output is then as it was before, except after a failure of the last step, the sync of the output's directory.
     /// [`Error::Debris`] if a temporary file could not be removed.
     pub fn export(
@@ -162,6 +164,7 @@ impl ExportOptions {
             origin,
             cow,
             end: None,
+            live: false,
         };
         source.export(self, output, progress, || Ok(()))
     }
@@ -255,6 +258,8 @@ struct Source<'a, H: Host> {
     cow: Backing<'a, H::File>,
     /// The COW chunk from which on the store is not read.
     end: Option<u64>,
+    /// Whether the kernel has told which origin and COW file belong together.
+    live: bool,
 }
 
 impl<H: Host> Source<'_, H> {
@@ -326,6 +331,11 @@ impl<H: Host> Source<'_, H> {
             fingerprint,
             options.any_origin,
         )?;
+        // The kernel writes over the mark as it marks a store invalid: then the caller's word has to do.
+        let unmarked = store.header().origin.is_none() && store.is_valid();
+        if unmarked && !options.any_origin && !self.live {
+            check_unmarked(self.host, &self.origin, &self.cow)?;
+        }
         store = store.over(Sectors::from_bytes_floor(length));
         if let Some(end) = self.end {
             store = store.ending_at(end);

@@ -185,7 +185,7 @@ pub(crate) fn merge<H: Host>(
         chunk: header.chunk,
     };
     let (total, end) = pair.left()?;
-    if header.origin.is_none() && !options.any_origin {
+    if header.origin.is_none() && !options.any_origin && end > 0 {
         return Err(Refusal::OriginUnknown {
             origin: pair.origin.path.to_owned(),
             bytes: pair.origin.facts.size_bytes,

@@ -49,6 +49,17 @@ pub(crate) fn moved_to(path: &Path) -> PathBuf {
     }
 }
 
+/// Where the COW file was made that is at `path` in the pool's directory; `None` for any other.
+pub(crate) fn made_at(dir: &Path, path: &Path) -> Option<PathBuf> {
+    let name = path.file_name().and_then(OsStr::to_str)?;
+    let number = name.strip_prefix("dmsnap-")?.strip_suffix(".cow")?;
+    if name.starts_with(POOLED) {
+        return None;
+    }
+    let made = dir.join(format!("{POOLED}{number}.cow"));
+    (moved_to(&made) == path).then_some(made)
+}
+
 /// Makes a snapshot ready, on a new dm device of the name `name` or on a spare one, which is asked for when the COW
 /// file is there.
 ///

@@ -1,6 +1,6 @@
 //! Releases snapshots to a pool, and makes their dm devices ready for another one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::CowFate;
 use super::ready::{self, Site};
@@ -69,9 +69,25 @@ pub(crate) fn release<H: Host>(
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
     let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
     let (Some(to), Some(made)) = (to, fitting) else {
-        // The file is deleted last: if somebody has opened the device meanwhile, writes still go there.
-        teardown::clean(host, handles, retry)?;
-        delete(host, doomed)?;
+        // The file is deleted last: if somebody has opened the device meanwhile, writes still go there. With the pool's mark
+        // in its name, the next pool deletes it if this process dies in between.
+        let marked = match doomed {
+            Some(cow) => mark(host, site, cow)?,
+            None => None,
+        };
+        let cleaned = teardown::clean(host, handles, retry);
+        if let (Err(error), Some(path), Some(cow)) = (&cleaned, &marked, doomed) {
+            let back = || host.move_file(path, &cow.path);
+            return Err(match ask(Step::MoveFile, &cow.path, back) {
+                Ok(()) => error.clone(),
+                Err(why) => error.clone().leaving(vec![Leftover::new(path, why)]),
+            });
+        }
+        cleaned?;
+        match &marked {
+            Some(path) => unlink(host, path)?,
+            None => delete(host, doomed)?,
+        }
         return Ok(Ending::Gone(cow));
     };
     // The name says whether the COW file is to be kept, for sweeps after a kill.
@@ -194,10 +210,27 @@ pub(crate) fn remove<H: Host>(host: &H, taken: &TakenBack, retry: &Retry) -> Res
 /// Deletes the COW file. This happens while the device is there: after a kill, a sweep finds the file only by its
 /// table.
 fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
-    let unlink = |cow: &CowFile<_>| {
-        absent(ask(Step::Unlink, &cow.path, || host.unlink(&cow.path))).map(drop)
+    cow.map_or(Ok(()), |cow| unlink(host, &cow.path))
+}
+
+fn unlink<H: Host>(host: &H, path: &Path) -> Result<()> {
+    absent(ask(Step::Unlink, path, || host.unlink(path))).map(drop)
+}
+
+/// Gives a COW file that is to be deleted the name of one that a dead pool was making, if it is in the pool's directory
+/// and has a name of the pool's. Its lock keeps it from being swept for as long as it is attached.
+fn mark<H: Host>(
+    host: &H,
+    site: &Site<'_, H::Loop>,
+    cow: &CowFile<H::File>,
+) -> Result<Option<PathBuf>> {
+    let Some(marked) = ready::made_at(site.dir, &cow.path) else {
+        return Ok(None);
     };
-    cow.map_or(Ok(()), unlink)
+    let moved = ask(Step::MoveFile, &marked, || {
+        host.move_file(&cow.path, &marked)
+    });
+    Ok(absent(moved)?.map(|()| marked))
 }
 
 /// Replaces the snapshot's table with an `error` table. Returns true if nobody had the device open; otherwise the

@@ -42,7 +42,7 @@ pub(crate) fn sweep_again<H: Host + Sync>(
 
 /// Deletes a COW file that a dead pool was making. It is known by its name, by the dead pool's number in it, and by not
 /// being locked, as a file in use is.
-fn delete_leftover<H: Host>(host: &H, path: &Path) -> Result<()> {
+pub(super) fn delete_leftover<H: Host>(host: &H, path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if !name.starts_with(POOLED) || !name.ends_with(".cow") || is_alive(host, &name)? {
         return Ok(());

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use super::build::{MappedDevice, load, undone};
 use super::create::{link, open_controls};
+use super::origin::MadeNode;
 use super::{Base, CheckpointOptions, Origin};
 use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
@@ -221,6 +222,7 @@ pub(super) fn base<H: Host>(
         facts,
         sample: None,
         device,
+        _node: MadeNode,
         handle: None,
         above: Some(Chain {
             parent: id,

@@ -143,7 +143,9 @@ impl SnapshotOptions {
     }
 
     /// Takes the image as it is, whatever the COW file was made over. Right when the image is the same and only its
-    /// modification time is not, as after a copy to another host; over a changed image the snapshot is garbage.
+    /// modification time is not, as after a copy to another host, and for a COW file that another program has written to,
+    /// which does not say what it was made over; over a changed image, or over all of an image of which the store was made
+    /// over a part, the snapshot is garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.cow.any_origin = any_origin;
         self

@@ -11,7 +11,7 @@ use crate::backing::{
 use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node};
 use crate::call::ask;
 use crate::error::{Result, Step, Verdict};
-use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, MACHINE, SHARED_ORIGIN};
+use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, Loops, MACHINE, SHARED_ORIGIN};
 use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
 use crate::store::Chain;
 
@@ -42,10 +42,23 @@ pub(crate) struct Base<L> {
     pub(super) sample: Option<u128>,
     pub(super) length: Sectors,
     pub(super) device: Attached<L>,
+    /// Behind the device, so that it is dropped once that is closed.
+    pub(super) _node: MadeNode,
     /// The loop device's; a layer has none.
     pub(crate) handle: Option<LoopHandle>,
     /// The place of what is made over it, if it is a layer.
     pub(super) above: Option<Chain>,
+}
+
+/// The node of an origin's loop device where /dev does not get the kernel's: nobody cleans an origin up, so it goes with
+/// this value, if the loop device is free by then.
+#[derive(Debug)]
+pub(super) struct MadeNode;
+
+impl Drop for MadeNode {
+    fn drop(&mut self) {
+        MACHINE.sweep_nodes();
+    }
 }
 
 impl<L> Base<L> {
@@ -174,6 +187,7 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path, options: &CowOptions) -> Resu
         path: path.to_owned(),
         facts: origin.facts,
         device,
+        _node: MadeNode,
         handle: Some(handle),
     })
 }

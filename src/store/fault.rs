@@ -27,6 +27,12 @@ pub enum StoreFault {
     /// The file begins with zeroes: no snapshot with a persistent store was ever made on it.
     #[error("at byte 0: blank, no persistent snapshot was made on it")]
     Blank,
+    /// The file begins with zeroes, and has something further on: no file for a new snapshot, nor a store.
+    #[error("at byte {offset}: data behind zeroes, and no header of an exception store before it")]
+    Headless {
+        /// The first block of 4 KiB that is not zeroes.
+        offset: u64,
+    },
     /// The file begins with something else than a store.
     #[error("at byte 0: no exception store")]
     Foreign,
@@ -96,7 +102,8 @@ impl StoreFault {
     pub fn offset(&self) -> u64 {
         match self {
             Self::Blank | Self::Foreign => 0,
-            Self::Header { offset, .. }
+            Self::Headless { offset }
+            | Self::Header { offset, .. }
             | Self::CutShort { offset, .. }
             | Self::CowChunk { offset, .. }
             | Self::MetadataChunk { offset, .. }

@@ -7,6 +7,9 @@ use crate::base::{ChunkSize, OriginIdentity};
 /// disk image whose boot block happens to be zero.
 pub(crate) const PROBE_BYTES: usize = 4096;
 
+/// How many bytes at its beginning have to be zero for a COW file to count as blank.
+pub(crate) const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
+
 /// The header's magic number: `SnAp`, little-endian.
 const MAGIC: u32 = 0x7041_6e53;
 

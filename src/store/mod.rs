@@ -13,8 +13,8 @@ mod sizing;
 pub use extents::{Extent, Extents};
 pub use fault::{StoreError, StoreFault};
 pub(crate) use header::{
-    CHAIN_AT, CHAIN_BYTES, CONTENT_AT, Chain, Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe,
-    chain, content, mark, marks, probe,
+    BLANK_BYTES, CHAIN_AT, CHAIN_BYTES, CONTENT_AT, Chain, Header, HeaderFault, MARK_AT,
+    PROBE_BYTES, Probe, chain, content, mark, marks, probe,
 };
 pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
 pub(crate) use sizing::{grown, sound, sound_from, worst_case};

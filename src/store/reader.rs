@@ -4,7 +4,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 
 use super::extents::{Extent, Extents, in_origin_order};
 use super::fault::{StoreError, StoreFault};
-use super::header::{Header, PROBE_BYTES, Probe, probe};
+use super::header::{BLANK_BYTES, Header, PROBE_BYTES, Probe, probe};
 use super::sizing::{EXCEPTION_BYTES, least_bytes};
 use crate::base::{ChunkSize, OriginIdentity, Sectors, Store};
 
@@ -78,12 +78,26 @@ pub struct StoreSummary {
     pub used_bytes: u64,
 }
 
+/// What a file is whose first bytes are zeroes, by as much of it as has to be zeroes for it to be blank.
+fn blank_or_headless<R: Read + Seek>(reader: &mut R) -> io::Result<StoreFault> {
+    reader.seek(SeekFrom::Start(0))?;
+    let mut start = Vec::new();
+    let limit = u64::try_from(BLANK_BYTES).unwrap_or(u64::MAX);
+    reader.by_ref().take(limit).read_to_end(&mut start)?;
+    let blocks = start.chunks(PROBE_BYTES).zip((0..).step_by(PROBE_BYTES));
+    let mut data = blocks.filter(|(block, _)| !block.iter().all(|byte| *byte == 0));
+    Ok(match data.next() {
+        Some((_, offset)) => StoreFault::Headless { offset },
+        None => StoreFault::Blank,
+    })
+}
+
 impl<R: Read + Seek> ExceptionStore<R> {
     /// Reads the header.
     ///
     /// # Errors
     ///
-    /// [`StoreFault::Blank`], [`StoreFault::Foreign`] or [`StoreFault::Header`] for a file that holds no store.
+    /// [`StoreFault::Blank`], [`StoreFault::Headless`], [`StoreFault::Foreign`] or [`StoreFault::Header`] for a file that holds no store.
     /// [`StoreError::Read`] if the file cannot be read.
     pub fn open(mut reader: R) -> Result<Self, StoreError> {
         let read = |source| StoreError::Read { offset: 0, source };
@@ -95,7 +109,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
         limited.read_to_end(&mut start).map_err(read)?;
         let header = match probe(&start) {
             Probe::Store(header) => header,
-            Probe::Blank => return Err(StoreFault::Blank.into()),
+            Probe::Blank => return Err(blank_or_headless(&mut reader).map_err(read)?.into()),
             Probe::Foreign => return Err(StoreFault::Foreign.into()),
             Probe::Damaged(fault) => {
                 return Err(StoreFault::Header {

@@ -41,7 +41,9 @@ pub fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64
     } else {
         0
     };
-    data.checked_add(metadata)?.checked_mul(chunk.bytes())
+    let bytes = data.checked_add(metadata)?.checked_mul(chunk.bytes())?;
+    // Of no origin at all.
+    Some(bytes.max(least_bytes(store, chunk)))
 }
 
 /// Returns the smallest COW size in bytes, from `bytes` on, that is whole chunks, takes a write, and at which a full

@@ -216,13 +216,18 @@ impl ReapOptions {
                 },
             })
             .collect();
-        let due = reaped.iter_mut().filter(|item| item.fate == Ok(Fate::Due));
-        let (due, fates): (Vec<_>, Vec<_>) = due
-            .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
-            .unzip();
-        let became = in_parallel(&due, |info| self.reap_one(host, info));
-        for (fate, became) in fates.into_iter().zip(became) {
-            *fate = became;
+        self.reap_those(host, &mut reaped, |fate| *fate == Ok(Fate::Due));
+        // A snapshot of a snapshot goes from the top down: what stood on another is gone by now.
+        let removed = |reaped: &[Reaped]| {
+            let gone = reaped.iter().filter(|item| item.fate == Ok(Fate::Removed));
+            gone.count()
+        };
+        let mut before = 0;
+        while !self.dry_run && removed(&reaped) > before {
+            before = removed(&reaped);
+            self.reap_those(host, &mut reaped, |fate| {
+                matches!(fate, Ok(Fate::Busy { .. }))
+            });
         }
         reaped.extend(self.sweep_aliases(host));
         // An alias whose device is gone is not needed any more.
@@ -242,6 +247,23 @@ impl ReapOptions {
         let failed: Vec<_> = failed.collect();
         reaped.extend(failed);
         Ok(reaped)
+    }
+
+    /// Takes down those of such a fate, and notes what became of them.
+    fn reap_those<H: Host + Sync>(
+        &self,
+        host: &H,
+        reaped: &mut [Reaped],
+        such: impl Fn(&Result<Fate>) -> bool,
+    ) {
+        let due = reaped.iter_mut().filter(|item| such(&item.fate));
+        let (due, fates): (Vec<_>, Vec<_>) = due
+            .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
+            .unzip();
+        let became = in_parallel(&due, |info| self.reap_one(host, info));
+        for (fate, became) in fates.into_iter().zip(became) {
+            *fate = became;
+        }
     }
 
     fn reap_one<H: Host>(&self, host: &H, info: &SnapshotInfo) -> Result<Fate> {

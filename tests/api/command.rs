@@ -335,7 +335,8 @@ fn sizes_are_told_for_an_image_and_for_a_number_of_bytes() {
 #[test]
 fn an_export_tells_what_it_did_and_needs_no_terminal() {
     let (_dir, [origin, cow, out]) = stage(1 << 20, &[7]);
-    let export = ["export", "--no-reflink", "--origin", &origin, "--cow", &cow];
+    let export = ["export", "--no-reflink", "--any-origin", "--origin"];
+    let export = [&export[..], &[&origin, "--cow", &cow]].concat();
     let done = "1048576 bytes, 4096 of them changed; 1048576 written\n";
     let export = |more: &[&str]| run(&[&export[..], more].concat(), "");
     check(&export(&[&out]), 0, done, "");
@@ -365,8 +366,8 @@ fn an_interrupted_export_leaves_nothing_and_says_so() {
 /// Whether the signal came before the export was over.
 fn interrupted(signal: &str, status: i32) -> bool {
     let (dir, [origin, cow, out]) = stage(192 << 20, &[7]);
-    let mut command = dmsnap(&["export", "--no-reflink", "--origin", &origin]);
-    command.args(["--cow", &cow, &out]);
+    let mut command = dmsnap(&["export", "--no-reflink", "--any-origin"]);
+    command.args(["--origin", &origin, "--cow", &cow, &out]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().expect("dmsnap starts");
     // Nothing is written before the signals are listened for.

@@ -369,7 +369,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
                 cow: "/run/vm 42.cow".into(),
                 end_bytes: 8192,
             },
-            r#"COW file "/run/vm 42.cow" does not say what it was made over: its changes end at byte 8192 of that, and "/images/base.ext4" has 4194304 bytes; merge into the very device that it was made over, with any origin allowed"#,
+            r#"COW file "/run/vm 42.cow" does not say what it was made over: its changes end at byte 8192 of that, and "/images/base.ext4" has 4194304 bytes; name the very device that it was made over, and allow any origin"#,
         ),
         (
             Refusal::PartOfFile {

@@ -50,6 +50,7 @@ mod timings;
 mod udev;
 mod vmm;
 mod watch;
+mod witness;
 
 #[test]
 fn side_by_side() {

@@ -113,6 +113,7 @@ const ALONE: &[(&str, &str)] = &[
 /// Those that take longest begin first, so that nothing ends long after the rest.
 const LONGEST: &[&str] = &[
     "vmm::",
+    "witness::",
     "repair::states::",
     "facts::handover::",
     "checkpoint::",

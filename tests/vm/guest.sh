@@ -21,6 +21,7 @@ guest_out=
 guest_console=
 guest_times=0
 guest_vmm=0
+guest_fio=0
 guest_files=()
 
 guest_dir=
@@ -35,6 +36,7 @@ guest_exec() {
     local status
     kernel_ensure "$guest_kernel"
     ((guest_vmm == 0)) || vmm_files "$guest_kernel"
+    ((guest_fio == 0)) || guest_files+=("$(tool fio)")
     guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
     trap guest_cleanup EXIT
     trap 'exit 130' INT

@@ -264,7 +264,7 @@ pub(crate) struct Create {
     /// Set the made COW file's space aside
     #[arg(long, requires = "make_cow")]
     reserve: bool,
-    /// Use the COW file even though the image's size or modification time is not what it was made over
+    /// Use the COW file even though the image's size or modification time is not what it was made over, or it does not say
     #[arg(long)]
     any_origin: bool,
     /// How long to wait for whoever has a lock on the image or the COW file, such as 15s or 200ms; a second if not given
