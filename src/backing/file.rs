@@ -79,10 +79,19 @@ pub(crate) fn open_store<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backin
 
 /// Opens a COW file that a snapshot has locked, only to read it.
 pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    open_cow_file(host, path, false)
+}
+
+/// Opens a COW file that is not to be locked yet.
+pub(crate) fn open_cow_file<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    writable: bool,
+) -> Result<Backing<'a, H::File>> {
     let in_use_by = || Refusal::CowInUse {
         path: path.to_owned(),
     };
-    inspect(host, path, open(host, path, false, in_use_by)?)
+    inspect(host, path, open(host, path, writable, in_use_by)?)
 }
 
 pub(super) fn open<H: Host>(

@@ -2,6 +2,7 @@
 
 mod adopt;
 pub(crate) mod at_work;
+mod layers;
 mod list;
 mod lock;
 mod lookup;
@@ -10,6 +11,7 @@ mod select;
 mod tests;
 
 pub use adopt::adopt;
+pub(crate) use layers::layers_of;
 pub use list::{LoopFacts, SnapshotInfo, State, list, status};
 pub(crate) use list::{ours as all, status_of};
 pub(crate) use lock::locked;

@@ -9,9 +9,10 @@ use std::time::Duration;
 use super::build::{MappedDevice, load};
 use super::create::{link, open_controls};
 use super::layer::{Layer, attach_layer, base, facts, hold};
-use super::{Base, Origin, Snapshot};
+use super::{Base, Origin, Snapshot, fingerprint};
 use crate::backing::{
-    Attached, Backing, CowOptions, CowSize, Sample, attach, open_cow, probe_store, unmake, valid,
+    Attached, Backing, CowOptions, CowSize, DEEPEST, Sample, attach, open_cow, probe_store, unmake,
+    valid,
 };
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
@@ -44,9 +45,6 @@ pub struct CheckpointOptions {
     keep: bool,
     pub(super) retry: Retry,
 }
-
-/// How many layers a stack may have.
-const DEEPEST: u32 = 32;
 
 /// A guest waits meanwhile, for ever if this gives up.
 pub(super) const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
@@ -187,6 +185,11 @@ pub(crate) fn checkpoint<H: Host>(
         return Err(refused("it stands on as many layers as a stack may have").into());
     }
 
+    // Over an image, the first time: by it a copy with another modification time is known.
+    let sample = match (header.sample, header.origin) {
+        (None, Some(image)) if below.parent == 0 => fingerprint::of_image(host, &live, image),
+        (sample, _) => sample,
+    };
     let id = ask(Step::Random, &v.mapper, || host.random())?;
     let origin = Backing {
         path: &v.mapper,
@@ -223,6 +226,7 @@ pub(crate) fn checkpoint<H: Host>(
         length: Sectors::from_bytes_floor(origin.facts.size_bytes),
         c0: &c0,
         header: &header,
+        sample,
         held: (&node, &held),
         c1: (&c1.backing, &c1_loop),
         named: Chain { id, ..below },
@@ -290,6 +294,8 @@ struct Parts<'a, H: Host> {
     c0: &'a Backing<'a, H::File>,
     /// C0's, as it was.
     header: &'a Header,
+    /// The image's fingerprint.
+    sample: Option<u128>,
     held: (&'a Path, &'a H::File),
     c1: (&'a Backing<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
@@ -337,14 +343,18 @@ impl<H: Host> Parts<'_, H> {
         done.loaded = true;
         // A power cut must not leave a layer whose upper store is not known to be over it.
         done.marked = true;
-        self.write(self.c0, &store::chain(self.named), CHAIN_AT)?;
+        let image = self.header.origin;
+        let content = image
+            .zip(self.sample)
+            .map(|(image, sample)| store::content(image, sample));
+        let (marks, length) = store::marks([0; 64], Some(store::chain(self.named)), content);
+        self.write(self.c0, &marks[CHAIN_AT - MARK_AT..length], CHAIN_AT)?;
         let above = Chain {
             parent: self.named.id,
             depth: self.named.depth + 1,
             ..Chain::default()
         };
         let content = self
-            .header
             .sample
             .map(|sample| store::content(self.identity, sample));
         let first = store::mark(self.identity, None);

@@ -22,7 +22,7 @@ use args::{Args, Command, Reap};
 use clap::Parser;
 use dmsnap::error::{Refusal, Retry};
 use dmsnap::find::SnapshotInfo;
-use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer};
+use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer, StackOptions};
 use dmsnap::teardown::{Outcome, Repaired};
 use dmsnap::timings::Timings;
 use dmsnap::{DeviceId, Error, Handles, Origin, ReapOptions, Teardown, WhenBusy};
@@ -111,13 +111,15 @@ fn run(command: Command) -> Result<(), Failure> {
             let layer = options.checkpoint(name, layer, &checkpoint.cow)?;
             print_json(layer.handles())
         }
-        Command::Layer { origin, cow, name } => {
-            let below = match layer(&origin)? {
+        Command::Layer(args) => {
+            let below = match layer(&args.origin)? {
                 Some(layer) => layer.origin().clone(),
-                None => Origin::open(&origin)?,
+                None => Origin::open(&args.origin)?,
             };
-            let mut options = CheckpointOptions::new();
-            let layer = options.keep(true).attach_layer(&below, &cow, &name)?;
+            let mut options = StackOptions::new();
+            options.keep(true).any_depth(args.any_depth);
+            options.retry(Retry::until(args.deadline));
+            let layer = options.open(&below, &args.cows, &args.name)?;
             print_json(layer.handles())
         }
         Command::Rollback(rollback) => {
