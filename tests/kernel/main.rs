@@ -42,6 +42,7 @@ mod reaction;
 mod repair;
 mod side_by_side;
 mod sizes;
+mod stack;
 mod stores;
 mod strace;
 mod teardown;
