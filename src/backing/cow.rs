@@ -42,7 +42,7 @@ pub(crate) fn open_cow<'a, H: Host, O>(
     options: &CowOptions,
 ) -> Result<Cow<'a, H::File>> {
     let Some(size) = options.make else {
-        let (mut backing, locked) = open_made_cow(host, path)?;
+        let (mut backing, locked) = open_made_cow(host, path, options)?;
         admit_file(&backing, origin)?;
         let mark = admit_cow(host, &backing, locked, origin, sample, options)?;
         let warning = mend_size(host, &mut backing, options)?;
@@ -68,27 +68,30 @@ pub(crate) fn open_cow<'a, H: Host, O>(
 pub(crate) fn open_made_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
+    options: &CowOptions,
 ) -> Result<(Backing<'a, H::File>, Result<()>)> {
     let file = open(host, path, true, || Refusal::CowInUse {
         path: path.to_owned(),
     })?;
-    locked(host, path, file)
+    locked(host, path, file, options)
 }
 
 /// The same of a file that is to be emptied.
 pub(super) fn open_replaced_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
+    options: &CowOptions,
 ) -> Result<(Backing<'a, H::File>, Result<()>)> {
-    locked(host, path, open_replaced(host, path)?)
+    locked(host, path, open_replaced(host, path)?, options)
 }
 
 fn locked<'a, H: Host>(
     host: &H,
     path: &'a Path,
     file: H::File,
+    options: &CowOptions,
 ) -> Result<(Backing<'a, H::File>, Result<()>)> {
-    let locked = lock(host, path, &file, true);
+    let locked = lock(host, path, &file, true, options);
     Ok((inspect(host, path, file)?, locked))
 }
 
@@ -98,9 +101,9 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
     origin: &Backing<'_, H::File>,
-    any_origin: bool,
+    options: &CowOptions,
 ) -> Result<(Backing<'a, H::File>, Header)> {
-    let (cow, locked) = open_made_cow(host, path)?;
+    let (cow, locked) = open_made_cow(host, path, options)?;
     admit_file(&cow, origin)?;
     in_use(locked, || Refusal::CowInUse {
         path: path.to_owned(),
@@ -119,7 +122,7 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
         marks: true,
     };
     thawed(&cow, &header)?;
-    check_header(origin, &cow, &header, fingerprint, any_origin)?;
+    check_header(origin, &cow, &header, fingerprint, options.any_origin)?;
     Ok((cow, header))
 }
 
@@ -129,8 +132,9 @@ pub(crate) fn open_layer_cow<'a, H: Host, O>(
     path: &'a Path,
     origin: &Backing<'_, O>,
     sample: Sample<'_>,
+    options: &CowOptions,
 ) -> Result<(Backing<'a, H::File>, Header, Chain)> {
-    let (cow, locked) = open_made_cow(host, path)?;
+    let (cow, locked) = open_made_cow(host, path, options)?;
     admit_file(&cow, origin)?;
     in_use(locked, || Refusal::CowInUse {
         path: path.to_owned(),

@@ -1,12 +1,11 @@
 //! An image or a COW file: opened, inspected and locked before any device is touched.
 
 use std::path::Path;
-use std::time::Duration;
 
 use super::{CowOptions, check_identity};
 use crate::base::{OriginIdentity, SECTOR_BYTES};
 use crate::call::{ask, patiently};
-use crate::error::{Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Refusal, Result, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host};
 
 /// An image or COW file that passed inspection, locked for as long as it is open or a loop device has it.
@@ -30,7 +29,7 @@ pub(crate) fn open_origin<'a, H: Host>(
     path: &'a Path,
     options: &CowOptions,
 ) -> Result<Backing<'a, H::File>> {
-    let origin = open_locked_origin(host, path, false)?;
+    let origin = open_locked_origin(host, path, false, options)?;
     check_identity(
         path,
         origin.identity(),
@@ -46,12 +45,13 @@ pub(crate) fn open_locked_origin<'a, H: Host>(
     host: &H,
     path: &'a Path,
     writable: bool,
+    options: &CowOptions,
 ) -> Result<Backing<'a, H::File>> {
     let in_use_by = || Refusal::OriginInUse {
         path: path.to_owned(),
     };
     let file = open(host, path, writable, in_use_by)?;
-    let locked = lock(host, path, &file, writable);
+    let locked = lock(host, path, &file, writable, options);
     let origin = inspect(host, path, file)?;
     let bytes = origin.facts.size_bytes;
     if bytes < SECTOR_BYTES {
@@ -66,12 +66,16 @@ pub(crate) fn open_locked_origin<'a, H: Host>(
 }
 
 /// Opens a COW file that is only to be read, and locks it against becoming a snapshot's meanwhile.
-pub(crate) fn open_store<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+pub(crate) fn open_store<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    options: &CowOptions,
+) -> Result<Backing<'a, H::File>> {
     let in_use_by = || Refusal::CowInUse {
         path: path.to_owned(),
     };
     let file = open(host, path, false, in_use_by)?;
-    let locked = lock(host, path, &file, false);
+    let locked = lock(host, path, &file, false, options);
     let cow = inspect(host, path, file)?;
     in_use(locked, in_use_by)?;
     Ok(cow)
@@ -152,15 +156,17 @@ pub(super) fn inspect<'a, H: Host>(
 
 /// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
 /// same file, gets a COW file that a snapshot has. What is inspected afterwards is not changed by who takes locks.
-pub(crate) fn lock<H: Host>(host: &H, path: &Path, file: &H::File, exclusive: bool) -> Result<()> {
-    patiently(host, &LOCK_RETRY, Verdict::InUse, || {
+pub(crate) fn lock<H: Host>(
+    host: &H,
+    path: &Path,
+    file: &H::File,
+    exclusive: bool,
+    options: &CowOptions,
+) -> Result<()> {
+    patiently(host, &options.lock_retry(), Verdict::InUse, || {
         ask(Step::LockFile, path, || host.lock_file(file, exclusive))
     })
 }
-
-/// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is gone:
-/// the kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node.
-const LOCK_RETRY: Retry = Retry::until(Duration::from_secs(1));
 
 pub(crate) fn in_use(locked: Result<()>, refusal: impl FnOnce() -> Refusal) -> Result<()> {
     match locked {

@@ -22,9 +22,9 @@ pub(crate) fn make<'a, H: Host, O>(
     let bytes = made_bytes(path, size, origin, options)?;
     let file = match ask(Step::MakeFile, path, || host.make_file(path)) {
         Err(error) if options.replace && error.verdict() == Some(Verdict::NameTaken) => {
-            empty(host, path, origin)?
+            empty(host, path, origin, options)?
         }
-        made => lock_made(host, path, made?)?,
+        made => lock_made(host, path, made?, options)?,
     };
     let sized = ask(Step::SizeFile, path, || {
         host.size_file(&file, bytes, options.reserve)
@@ -42,8 +42,13 @@ pub(crate) fn make<'a, H: Host, O>(
     })
 }
 
-fn lock_made<H: Host>(host: &H, path: &Path, file: H::File) -> Result<H::File> {
-    match lock(host, path, &file, true) {
+fn lock_made<H: Host>(
+    host: &H,
+    path: &Path,
+    file: H::File,
+    options: &CowOptions,
+) -> Result<H::File> {
+    match lock(host, path, &file, true, options) {
         Ok(()) => Ok(file),
         // Another snapshot may be given the path before we have the lock: then the file is that one's, and stays.
         Err(error) if error.verdict() == Some(Verdict::InUse) => Err(Refusal::CowInUse {
@@ -55,8 +60,13 @@ fn lock_made<H: Host>(host: &H, path: &Path, file: H::File) -> Result<H::File> {
 }
 
 /// Takes the file that is there, and all that it holds out of it: nobody's COW file, and not the image.
-fn empty<H: Host, O>(host: &H, path: &Path, origin: &Backing<'_, O>) -> Result<H::File> {
-    let (found, locked) = open_replaced_cow(host, path)?;
+fn empty<H: Host, O>(
+    host: &H,
+    path: &Path,
+    origin: &Backing<'_, O>,
+    options: &CowOptions,
+) -> Result<H::File> {
+    let (found, locked) = open_replaced_cow(host, path, options)?;
     let path = || path.to_owned();
     admit_file(&found, origin)?;
     in_use(locked, || Refusal::CowInUse { path: path() })?;

@@ -1,6 +1,9 @@
 //! What a COW file is to be.
 
+use std::time::Duration;
+
 use crate::base::{ChunkSize, OriginIdentity, Store};
+use crate::error::Retry;
 
 /// How large a COW file is to be made. Rounded up to whole chunks, and by one more where the kernel would invalidate
 /// the full store instead of only filling it.
@@ -30,4 +33,16 @@ pub(crate) struct CowOptions {
     pub(crate) replace: bool,
     /// Sets its space aside.
     pub(crate) reserve: bool,
+    /// For how long whoever has a lock on a file is waited for.
+    pub(crate) deadline: Option<Duration>,
+}
+
+impl CowOptions {
+    /// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is
+    /// gone: the kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node. So a
+    /// second, unless the caller has a deadline.
+    pub(crate) fn lock_retry(&self) -> Retry {
+        const MOMENT: Duration = Duration::from_secs(1);
+        Retry::until(self.deadline.unwrap_or(MOMENT))
+    }
 }

@@ -147,11 +147,10 @@ mod tests {
 
     /// The variant and the files that it names.
     fn refused(ids: &[(u128, u128)], ground: Option<Ground<'_>>) -> String {
-        let all: Vec<_> = ids.iter().copied().collect();
         let mut padded = [(0, 0); 5];
-        padded[..all.len()].copy_from_slice(&all);
+        padded[..ids.len()].copy_from_slice(ids);
         let mut given = places(padded);
-        given.truncate(all.len());
+        given.truncate(ids.len());
         match in_order(&given, ground).expect_err("no stack") {
             Refusal::LayerTwice { first, second } => format!("twice {first:?} {second:?}"),
             Refusal::LayersApart { first, second } => format!("apart {first:?} {second:?}"),

@@ -37,6 +37,8 @@ pub struct InvalidUuid {
 pub(crate) enum Kind {
     /// Both loop devices were attached for this snapshot alone.
     Own,
+    /// As `Own`, but another program made the device: its link below /dev/mapper may be udev's.
+    Adopted,
     /// The origin's loop device is shared: it goes with its last user, and no snapshot's removal waits for it.
     Shared,
     /// As `Shared`, and the dm device serves one snapshot after another.
@@ -49,6 +51,7 @@ impl Kind {
     const fn suffix(self) -> &'static str {
         match self {
             Self::Own => "",
+            Self::Adopted => "-adopted",
             Self::Shared => "-shared",
             Self::Pooled => "-pool",
             Self::Layer => "-layer",
@@ -109,7 +112,7 @@ impl DeviceUuid {
     /// What is special about the device.
     pub(crate) fn kind(&self) -> Kind {
         let is = |kind: &Kind| self.0.ends_with(kind.suffix());
-        [Kind::Shared, Kind::Pooled, Kind::Layer]
+        [Kind::Adopted, Kind::Shared, Kind::Pooled, Kind::Layer]
             .into_iter()
             .find(is)
             .unwrap_or(Kind::Own)

@@ -143,7 +143,9 @@ impl Error {
     }
 }
 
-fn chain(error: &dyn std::error::Error) -> String {
+/// An error and its sources on one line.
+#[must_use]
+pub fn chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();
     let mut next = error.source();
     while let Some(source) = next {
@@ -284,19 +286,7 @@ impl fmt::Display for Objects<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::error::Error as _;
-
     use super::*;
-
-    fn chain(error: &Error) -> String {
-        let mut text = error.to_string();
-        let mut next = error.source();
-        while let Some(source) = next {
-            text = format!("{text}: {source}");
-            next = source.source();
-        }
-        text
-    }
 
     #[test]
     fn the_chain_names_debris_step_object_and_cause_once() {

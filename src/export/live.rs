@@ -2,16 +2,15 @@
 
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::time::Duration;
 
 use super::{ExportOptions, Exported, Source};
 use crate::backing::{Backing, open_origin, open_unlocked};
 use crate::base::{DeviceId, DeviceUuid, MAPPER_DIR, Progress};
-use crate::call::{ask, ask_unobserved, patiently};
+use crate::call::{ask, ask_unobserved, resume};
 use crate::dm::{SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step};
 use crate::find;
-use crate::find::{LoopFacts, SnapshotInfo, State, whole_file};
+use crate::find::{LoopFacts, SnapshotInfo, State, at_work, whole_file};
 use crate::kernel::Host;
 
 pub(super) fn export<H: Host>(
@@ -68,18 +67,17 @@ fn flushed<'a, H: Host>(
     let node = info.cow.as_ref().map(|facts| facts.device.as_path());
     let node = node.unwrap_or(Path::new(""));
     let held = ask(Step::OpenLoop, node, || host.open_loop(node, false))?;
-    patiently(host, &FLUSH_RETRY, Verdict::InUse, || {
-        ask(Step::TestLock, node, || host.lock_loop(&held, true))
-    })?;
+    let retry = options.deadline.map_or_else(Retry::default, Retry::until);
+    if !at_work::take(host, &held, node, &retry)? {
+        let name = info.name.clone();
+        return Err(Refusal::AtWork { name }.into());
+    }
     let mapper = Path::new(MAPPER_DIR).join(&info.name);
     write_back(host, info, &mapper)?;
     let status = flush(host, &info.uuid, &mapper)?;
     let end = free_chunk(status, params);
     Ok(Flushed { origin, cow, end })
 }
-
-/// Another export's flush takes milliseconds, and what is written back before it seconds.
-const FLUSH_RETRY: Retry = Retry::until(Duration::from_secs(15));
 
 fn exportable(info: &SnapshotInfo) -> Result<&SnapshotParams> {
     match (info.state, &info.params) {
@@ -137,10 +135,7 @@ pub(crate) fn flush<H: Host>(
     ask_unobserved(Step::Suspend, mapper, || host.suspend(uuid))?;
     let status = ask_unobserved(Step::Status, mapper, || host.status(uuid));
     // Nothing may come between this and the suspension that could fail or wait.
-    let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
-        ask_unobserved(Step::Resume, mapper, || host.resume(uuid))
-    });
-    if let Err(error) = resumed {
+    if let Err(error) = resume(host, uuid, mapper) {
         let left = vec![Leftover::new(mapper, error.clone())];
         return Err(error.leaving(left));
     }
@@ -149,9 +144,6 @@ pub(crate) fn flush<H: Host>(
         status
     }))
 }
-
-/// A guest waits meanwhile, for ever if this gives up.
-const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
 
 /// The COW chunk that the kernel would have given out next at the flush. Exceptions into chunks before it were complete
 /// then, and their entries do not change any more; one behind it may be half written when it is read.

@@ -8,6 +8,7 @@ mod output;
 
 use std::ops::ControlFlow;
 use std::path::Path;
+use std::time::Duration;
 
 use copy::Copier;
 use output::Output;
@@ -44,6 +45,7 @@ pub struct ExportOptions {
     any_origin: bool,
     invalid_store: bool,
     reflink: bool,
+    deadline: Option<Duration>,
 }
 
 /// What was exported.
@@ -68,6 +70,7 @@ impl Default for ExportOptions {
             any_origin: false,
             invalid_store: false,
             reflink: true,
+            deadline: None,
         }
     }
 }
@@ -109,6 +112,13 @@ impl ExportOptions {
         self
     }
 
+    /// Sets for how long others are waited for: who has a lock on a file (a second unless set), and who is at work on the
+    /// snapshot (15 seconds).
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
     /// Exports what a COW file that is not in use makes of an origin. Needs no device-mapper and no privilege beyond
     /// reading both. Both are locked (shared `flock`) meanwhile, so that no snapshot is made on the COW file.
     ///
@@ -144,7 +154,8 @@ impl ExportOptions {
     ) -> Result<Option<Exported>> {
         let output = output.as_ref();
         let origin = open_origin(&MACHINE, origin.as_ref(), &self.origin_options())?;
-        let cow = open_store(&MACHINE, cow.as_ref()).map_err(|error| whose(&MACHINE, error))?;
+        let cow = open_store(&MACHINE, cow.as_ref(), &self.origin_options());
+        let cow = cow.map_err(|error| whose(&MACHINE, error))?;
         let source = Source {
             host: &MACHINE,
             origin,
@@ -202,6 +213,7 @@ impl ExportOptions {
     fn origin_options(&self) -> CowOptions {
         CowOptions {
             any_origin: self.any_origin,
+            deadline: self.deadline,
             ..CowOptions::default()
         }
     }

@@ -72,7 +72,7 @@ fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
         mtime_ns: 0,
     };
     let identity = origin_identity(host, &origin).unwrap_or(unknown);
-    let uuid = DeviceUuid::fresh(random, identity, cow_loop, Kind::Own);
+    let uuid = DeviceUuid::fresh(random, identity, cow_loop, Kind::Adopted);
     ask(Step::SetUuid, &path, || host.set_uuid(name, &uuid))?;
     status_of(host, &DeviceId::from(&uuid))
 }

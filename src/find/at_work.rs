@@ -54,15 +54,25 @@ pub(crate) fn lock<H: Host>(host: &H, path: &Path) -> Result<Option<H::Loop>> {
     let Some(device) = absent(opened)? else {
         return Ok(None);
     };
-    let locked = patiently(host, &MAKER_RETRY, Verdict::InUse, || {
-        ask(Step::TestLock, path, || host.lock_loop(&device, true))
+    if !take(host, &device, path, &MAKER_RETRY)? {
+        return Ok(None);
+    }
+    let marked = ask(Step::TestLock, path, || host.loop_is_marked(&device))?;
+    Ok((!marked).then_some(device))
+}
+
+/// Takes the lock of an operation on an open loop device; says whether nobody else had it to the deadline.
+pub(crate) fn take<H: Host>(
+    host: &H,
+    device: &H::Loop,
+    path: &Path,
+    retry: &Retry,
+) -> Result<bool> {
+    let locked = patiently(host, retry, Verdict::InUse, || {
+        ask(Step::TestLock, path, || host.lock_loop(device, true))
     });
     match locked {
-        Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(None),
-        Err(error) => Err(error),
-        Ok(()) => {
-            let marked = ask(Step::TestLock, path, || host.loop_is_marked(&device))?;
-            Ok((!marked).then_some(device))
-        }
+        Err(error) if error.verdict() == Some(Verdict::InUse) => Ok(false),
+        locked => locked.map(|()| true),
     }
 }

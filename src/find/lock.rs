@@ -1,10 +1,10 @@
 //! The lock of an operation on a live snapshot: a `flock` on the node of its COW file's loop device, as its maker has
 //! one. The kernel frees it with its holder.
 
+use super::at_work;
 use super::lookup::{Live, live};
 use crate::base::DeviceId;
-use crate::call::{ask, patiently};
-use crate::error::{Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Refusal, Result, Retry};
 use crate::kernel::Host;
 
 /// The live snapshot that `id` means, locked for as long as its COW file's loop device is open here. Whoever else is at
@@ -17,17 +17,9 @@ pub(crate) fn locked<H: Host>(host: &H, id: &DeviceId, retry: &Retry) -> Result<
     loop {
         let found = live(host, id)?;
         let node = &found.cow.node;
-        let lock = patiently(host, retry, Verdict::InUse, || {
-            ask(Step::TestLock, node, || {
-                host.lock_loop(&found.cow.device, true)
-            })
-        });
-        match lock {
-            Err(error) if error.verdict() == Some(Verdict::InUse) => {
-                let name = found.device.name;
-                return Err(Refusal::AtWork { name }.into());
-            }
-            other => other?,
+        if !at_work::take(host, &found.cow.device, node, retry)? {
+            let name = found.device.name;
+            return Err(Refusal::AtWork { name }.into());
         }
         // Whoever had the lock may have given it another COW file.
         let mut now = live(host, id)?;

@@ -9,6 +9,7 @@ mod lookup;
 mod select;
 #[cfg(test)]
 mod tests;
+mod tree;
 
 pub use adopt::adopt;
 pub(crate) use layers::layers_of;
@@ -19,3 +20,6 @@ pub(crate) use lookup::{
     Bound, Live, bound, find, find_snapshot, live, reach, still, whole, whole_file,
 };
 pub(crate) use select::{Key, select};
+pub use tree::{Standing, TreeNode, tree, tree_of};
+#[cfg(test)]
+pub(crate) use tree::{tree_of_all, tree_of_one};

@@ -7,8 +7,7 @@ use super::list::{Read, SnapshotInfo, read_all};
 #[cfg(feature = "serde")]
 use crate::base::lossy;
 use crate::base::{DeviceId, DeviceNumber, FileId, Kind};
-use crate::error::{Error, Refusal, Result, policy};
-use crate::error::Step;
+use crate::error::{Error, Result, Step, policy};
 use crate::kernel::{Host, MACHINE};
 
 /// An image, a layer or a snapshot, and what stands on it.
@@ -117,8 +116,11 @@ pub(crate) fn tree_of_one<H: Host>(host: &H, device: &DeviceId) -> Result<TreeNo
     let mut failed = None;
     for image in tree_of_all(host)? {
         match image {
-            Ok(mut image) if image.keep(device.number) => return Ok(image),
-            Ok(_) => (),
+            Ok(mut image) => {
+                if image.keep(device.number) {
+                    return Ok(image);
+                }
+            }
             Err(error) => failed = failed.or(Some(error)),
         }
     }
@@ -162,7 +164,10 @@ fn grow(devices: Vec<Read>) -> Vec<TreeNode> {
         }
     }
     let node = |(what, above): (Standing, Vec<Read>)| {
-        let above: Vec<_> = above.into_iter().map(|read| stack(read, &mut over)).collect();
+        let above: Vec<_> = above
+            .into_iter()
+            .map(|read| stack(read, &mut over))
+            .collect();
         TreeNode {
             what,
             size_bytes: above.iter().find_map(|each| each.size_bytes),
@@ -188,9 +193,9 @@ fn root_of(read: &Read) -> (Root, Standing) {
         backing: facts.backing,
     });
     // By its file: it may be on several loop devices.
-    let file = facts.and_then(|facts| facts.backing).map(|file| {
-        Root::File([file.dev.major.into(), file.dev.minor.into(), file.inode])
-    });
+    let file = facts
+        .and_then(|facts| facts.backing)
+        .map(|file| Root::File([file.dev.major.into(), file.dev.minor.into(), file.inode]));
     match (image, file, read.origin) {
         (Some(image), Some(file), _) => (file, image),
         (Some(image), None, Some(dev)) => (Root::Device(dev), image),

@@ -11,7 +11,9 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
-use crate::backing::{Backing, Reader, attach, open_locked_origin, open_merged_cow, unsound};
+use crate::backing::{
+    Backing, CowOptions, Reader, attach, open_locked_origin, open_merged_cow, unsound,
+};
 pub use crate::base::Progress;
 use crate::base::{
     ChunkSize, DeviceName, Handles, Kind, MERGING, OriginIdentity, SectorSize, Sectors, Store,
@@ -41,6 +43,7 @@ use crate::{store, teardown};
 pub struct MergeOptions {
     any_origin: bool,
     name: Option<String>,
+    deadline: Option<Duration>,
 }
 
 /// How a merge ended. Lengths count the changed chunks only, in bytes.
@@ -88,6 +91,18 @@ impl MergeOptions {
     pub fn name(&mut self, name: impl Into<String>) -> &mut Self {
         self.name = Some(name.into());
         self
+    }
+
+    /// Sets for how long others are waited for: who has a lock on a file (a second unless set), and who has opened the
+    /// device that the kernel merged by, as a probe may (15 seconds). The merge itself takes as long as it takes, or as
+    /// `progress` lets it.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    fn retry(&self) -> Retry {
+        self.deadline.map_or_else(Retry::default, Retry::until)
     }
 
     /// Merges the changes that `cow` holds into `origin`, and returns when all are there or `progress` breaks off.
@@ -146,13 +161,18 @@ pub(crate) fn merge<H: Host>(
     ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
         host.open_loop_control()
     })?;
-    let origin = open_locked_origin(host, origin, true)?;
+    let admitted = CowOptions {
+        any_origin: options.any_origin,
+        deadline: options.deadline,
+        ..CowOptions::default()
+    };
+    let origin = open_locked_origin(host, origin, true, &admitted)?;
     let (kind, mode) = (origin.facts.kind, origin.facts.mode);
     if kind == FileKind::Regular && mode & 0o222 == 0 {
         let path = origin.path.to_owned();
         return Err(Refusal::OriginReadOnly { path, mode }.into());
     }
-    let (cow, header) = open_merged_cow(host, cow, &origin, options.any_origin)?;
+    let (cow, header) = open_merged_cow(host, cow, &origin, &admitted)?;
     let name = name.map_or_else(|| name_after(&cow), Ok)?;
     let pair = Pair {
         host,
@@ -175,7 +195,7 @@ pub(crate) fn merge<H: Host>(
     let mut stage = Stage::Untouched;
     let ran = pair.run(&name, total, &mut handles, &mut stage, progress);
     let ran = match ran {
-        Ok(()) => teardown::clean(host, &handles, &Retry::default()),
+        Ok(()) => teardown::clean(host, &handles, &options.retry()),
         Err(error) => Err(undone(host, error, &handles)),
     };
     let ran = match ran {

@@ -97,8 +97,8 @@ fn build<H: Host>(
 }
 
 impl<H: Host> Keeper<H> {
-    pub(crate) fn remove(self, host: &H) -> Result<()> {
+    pub(crate) fn remove(self, host: &H, retry: &Retry) -> Result<()> {
         drop(self.open);
-        teardown::clean(host, &self.handles, &Retry::default()).map(drop)
+        teardown::clean(host, &self.handles, retry).map(drop)
     }
 }

@@ -12,7 +12,7 @@ use shared::{Shared, State};
 
 use crate::base::{DeviceName, Handles, POOLED};
 use crate::call::in_parallel;
-use crate::error::{Error, Leftover, Result, Retry, Verdict};
+use crate::error::{Error, Leftover, Result, Verdict};
 use crate::kernel::{MACHINE, Machine};
 use crate::snapshot::Snapshot;
 
@@ -141,7 +141,7 @@ impl Pool {
                 }
                 // Somebody else has removed it.
                 Err(error) if error.verdict() == Some(Verdict::Gone) => {
-                    let failed = ready::discard(&MACHINE, &ready).err();
+                    let failed = ready::discard(&MACHINE, &ready, &self.shared.retry).err();
                     self.shared.lock().fail(failed.unwrap_or(error));
                     self.shared.came_to_nothing(None);
                 }
@@ -155,7 +155,7 @@ impl Pool {
         }
     }
 
-    /// Takes back a snapshot that nobody has open any more; waits up to 15 seconds for that. Then its COW file is
+    /// Takes back a snapshot that nobody has open any more; waits to the deadline ([`PoolOptions::deadline`]) for that. Then its COW file is
     /// deleted, or kept as asked.
     ///
     /// Its dm device is renamed, and from then on is the pool's, whose other thread takes its table away and keeps it
@@ -174,7 +174,7 @@ impl Pool {
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let (host, site) = (&MACHINE, self.shared.site());
         let to = self.shared.reserve()?;
-        let ended = recycle::release(host, &site, handles, to.as_ref(), fate, &Retry::default());
+        let ended = recycle::release(host, &site, handles, to.as_ref(), fate, &self.shared.retry);
         let mut state = self.shared.lock();
         state.reserved -= usize::from(to.is_some());
         let (taken_back, cow) = match ended? {
@@ -267,25 +267,25 @@ impl Pool {
                 left.push(Leftover::new(path, error));
             }
         };
+        let retry = &self.shared.retry;
         let ready = Vec::from(ready);
-        let discarded = in_parallel(&ready, |ready| ready::discard(&MACHINE, ready));
+        let discarded = in_parallel(&ready, |each| ready::discard(&MACHINE, each, retry));
         for (ready, discarded) in ready.iter().zip(discarded) {
             note(&ready.made.mapper, discarded);
         }
-        let retry = Retry::default();
-        let removed = in_parallel(&taken_back, |taken| {
-            recycle::remove(&MACHINE, taken, &retry)
-        });
+        let removed = in_parallel(&taken_back, |taken| recycle::remove(&MACHINE, taken, retry));
         for (taken, removed) in taken_back.iter().zip(removed) {
             note(&taken.made.mapper, removed);
         }
-        let removed = in_parallel(&spares, |spare| recycle::remove_spare(&MACHINE, spare));
+        let removed = in_parallel(&spares, |spare| {
+            recycle::remove_spare(&MACHINE, spare, retry)
+        });
         for (spare, removed) in spares.iter().zip(removed) {
             note(&spare.mapper, removed);
         }
         if let Some(keeper) = self.keeper.take() {
             let path = keeper.made.mapper.clone();
-            note(&path, keeper.remove(&MACHINE));
+            note(&path, keeper.remove(&MACHINE, retry));
         }
         if !old.is_empty() {
             left.extend(sweep::sweep_again(&MACHINE, &self.shared.dir, old));

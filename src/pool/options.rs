@@ -9,7 +9,7 @@ use super::shared::Shared;
 use super::{Pool, keeper, pool_name, sweep};
 use crate::backing::CowSize;
 use crate::call::ask;
-use crate::error::{Error, Result, Step, errno_of};
+use crate::error::{Error, Result, Retry, Step, errno_of};
 use crate::kernel::{Clock, MACHINE, MAPPER_CONTROL};
 use crate::snapshot;
 use crate::snapshot::{Origin, SnapshotOptions};
@@ -34,6 +34,7 @@ pub struct PoolOptions {
     snapshot: SnapshotOptions,
     size: usize,
     when_empty: WhenEmpty,
+    retry: Retry,
 }
 
 /// What a claim does when no snapshot is ready.
@@ -62,6 +63,7 @@ impl PoolOptions {
             snapshot: SnapshotOptions::new(),
             size: 8,
             when_empty: WhenEmpty::default(),
+            retry: Retry::default(),
         }
     }
 
@@ -81,6 +83,13 @@ impl PoolOptions {
     /// Sets what a claim does when none is ready.
     pub fn when_empty(&mut self, when_empty: WhenEmpty) -> &mut Self {
         self.when_empty = when_empty;
+        self
+    }
+
+    /// Sets for how long [`Pool::release`], [`Pool::drain`] and the pool's threads wait for whoever has a device open: up to
+    /// 15 seconds unless set.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.retry = Retry::until(deadline);
         self
     }
 
@@ -108,6 +117,7 @@ impl PoolOptions {
         let shared = Arc::new(Shared {
             options,
             when_empty: self.when_empty,
+            retry: self.retry,
             size: self.size,
             origin: origin.clone(),
             dir: directory.as_ref().to_owned(),

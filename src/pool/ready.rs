@@ -119,8 +119,8 @@ pub(crate) fn claim<H: Host>(
 }
 
 /// Takes it down, and its COW file, in which nobody has written. Whoever has renamed the device has both.
-pub(crate) fn discard<H: Host>(host: &H, ready: &Ready) -> Result<()> {
-    teardown::clean(host, &ready.handles, &Retry::default())?;
+pub(crate) fn discard<H: Host>(host: &H, ready: &Ready, retry: &Retry) -> Result<()> {
+    teardown::clean(host, &ready.handles, retry)?;
     let address = Address::Uuid(ready.made.uuid.as_str());
     let found = ask(Step::Query, &ready.made.mapper, || host.query(address));
     if absent(found)?.is_some() {

@@ -296,6 +296,6 @@ fn expected<H: Host>(
     })
 }
 
-pub(crate) fn remove_spare<H: Host>(host: &H, spare: &MappedDevice) -> Result<()> {
-    teardown::clean(host, &spare.handles(), &Retry::default()).map(drop)
+pub(crate) fn remove_spare<H: Host>(host: &H, spare: &MappedDevice, retry: &Retry) -> Result<()> {
+    teardown::clean(host, &spare.handles(), retry).map(drop)
 }

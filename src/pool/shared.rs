@@ -20,6 +20,7 @@ use crate::snapshot::{MappedDevice, Origin, SnapshotOptions};
 pub(super) struct Shared {
     pub(super) options: SnapshotOptions,
     pub(super) when_empty: WhenEmpty,
+    pub(super) retry: Retry,
     pub(super) size: usize,
     pub(super) origin: Origin,
     pub(super) dir: PathBuf,
@@ -197,7 +198,7 @@ impl Shared {
     /// closes it returns.
     pub(super) fn recycle(&self) -> Vec<TakenBack> {
         let _ = MACHINE.stand_back();
-        let (site, retry) = (self.site(), Retry::default());
+        let (site, retry) = (self.site(), self.retry);
         let empty = |taken: &TakenBack| recycle::empty(&MACHINE, &site, taken, &retry);
         let is_in_time = |since: Instant| retry.pause(0, 1, since.elapsed()).is_some();
         let mut bound: Vec<(TakenBack, Instant)> = Vec::new();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::{CowFate, keeper, ready, recycle};
-use crate::backing::CowSize;
+use crate::backing::{CowOptions, CowSize};
 use crate::base::{ChunkSize, DeviceName, DeviceNumber, Handles, LoopHandle, Store};
 use crate::dm::{Address, Discard, SnapshotParams};
 use crate::error::{Error, Retry, Step};
@@ -43,7 +43,8 @@ fn only(call: usize) -> impl Fn(Step, usize) -> Option<Errno> {
 impl Stage {
     fn new() -> Self {
         let script = Script::new(never);
-        let base = open_origin(&script, Path::new("/image")).expect("nothing fails");
+        let base = open_origin(&script, Path::new("/image"), &CowOptions::default())
+            .expect("nothing fails");
         let mut options = SnapshotOptions::new();
         options.make_cow(CowSize::WorstCase);
         script.restart(never);

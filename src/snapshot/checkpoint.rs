@@ -17,7 +17,7 @@ use crate::backing::{
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
 };
-use crate::call::{absent, ask, ask_unobserved, patiently};
+use crate::call::{absent, ask, ask_unobserved, patiently, resume};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{Live, locked, reach, whole};
@@ -42,12 +42,9 @@ use crate::store::{self, CHAIN_AT, Chain, Header, MARK_AT};
 #[derive(Clone, Debug, Default)]
 pub struct CheckpointOptions {
     pub(super) cow: CowOptions,
-    keep: bool,
+    pub(super) keep: bool,
     pub(super) retry: Retry,
 }
-
-/// A guest waits meanwhile, for ever if this gives up.
-pub(super) const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
 
 /// Nobody knows the layer yet, so only a probe can hold it, and not for long.
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
@@ -78,9 +75,11 @@ impl CheckpointOptions {
         self
     }
 
-    /// Sets how long another process that is at work on the snapshot is waited for.
-    pub fn retry(&mut self, retry: Retry) -> &mut Self {
-        self.retry = retry;
+    /// Sets for how long others are waited for: who is at work on the snapshot (15 seconds unless set), and who has a lock
+    /// on a file (a second). What is held back is resumed whatever the deadline.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.retry = Retry::until(deadline);
+        self.cow.deadline = Some(deadline);
         self
     }
 
@@ -130,7 +129,7 @@ impl CheckpointOptions {
         layer: &str,
     ) -> Result<Layer> {
         let name = DeviceName::given(layer)?;
-        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self.keep).map(Layer::from)
+        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self).map(Layer::from)
     }
 }
 
@@ -374,9 +373,7 @@ impl<H: Host> Parts<'_, H> {
         }
         ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
         done.handed_over = true;
-        patiently(*host, &RESUME_RETRY, Verdict::Exhausted, || {
-            ask_unobserved(Step::Resume, &v.mapper, || host.resume(&v.uuid))
-        })?;
+        resume(*host, &v.uuid, &v.mapper)?;
         Ok(b)
     }
 
@@ -410,10 +407,7 @@ impl<H: Host> Parts<'_, H> {
             undone(&b.mapper, removed.map(drop));
         }
         if done.suspended {
-            let resumed = patiently(*host, &RESUME_RETRY, Verdict::Exhausted, || {
-                ask(Step::Resume, &v.mapper, || host.resume(&v.uuid))
-            });
-            undone(&v.mapper, resumed.map(drop));
+            undone(&v.mapper, resume(*host, &v.uuid, &v.mapper));
         }
         if done.marked {
             let before = self

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -11,7 +12,7 @@ use super::layer::attach_layer;
 use super::origin::open as open_origin;
 use super::rollback::rollback;
 use super::{Base, SnapshotOptions};
-use crate::backing::CowSize;
+use crate::backing::{CowOptions, CowSize};
 use crate::base::{DeviceName, Handles};
 use crate::dm::Address;
 use crate::error::{Error, Result, Retry, Step};
@@ -55,7 +56,9 @@ fn machine() -> (Script, Handles) {
 
 fn freeze(script: &Script) -> Result<(Base<ScriptLoop>, Handles)> {
     let mut options = CheckpointOptions::new();
-    options.make_cow(CowSize::Bytes(1 << 20)).retry(Retry::ONCE);
+    options
+        .make_cow(CowSize::Bytes(1 << 20))
+        .deadline(Duration::ZERO);
     checkpoint(
         script,
         &options,
@@ -210,7 +213,9 @@ fn frozen_machine() -> (Script, Handles) {
 
 fn go_back(script: &Script) -> Result<Handles> {
     let mut options = CheckpointOptions::new();
-    options.make_cow(CowSize::Bytes(1 << 20)).retry(Retry::ONCE);
+    options
+        .make_cow(CowSize::Bytes(1 << 20))
+        .deadline(Duration::ZERO);
     rollback(script, &options, &"vm".into(), Path::new(BACK))
 }
 
@@ -251,12 +256,20 @@ fn whichever_call_of_attaching_a_layer_fails_nothing_is_left_and_asking_again_do
         let (script, handles) = machine();
         drop(freeze(&script).expect("nothing fails"));
         clean(&script, &handles, &Retry::ONCE).expect("nobody has it open");
-        let image = open_origin(&script, Path::new("/image")).expect("nothing fails");
+        let image = open_origin(&script, Path::new("/image"), &CowOptions::default())
+            .expect("nothing fails");
         script.restart(never);
         (script, image)
     };
     let attach = |script: &Script, image: &Base<ScriptLoop>| {
-        attach_layer(script, image, Path::new(COW), &name("noon"), true).map(|(base, _)| base)
+        attach_layer(
+            script,
+            image,
+            Path::new(COW),
+            &name("noon"),
+            CheckpointOptions::new().keep(true),
+        )
+        .map(|(base, _)| base)
     };
     let (script, image) = stage();
     let before = script.world.borrow().residue();

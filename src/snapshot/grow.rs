@@ -1,6 +1,7 @@
 //! A COW file that is made longer under a live snapshot.
 
 use std::path::Path;
+use std::time::Duration;
 
 use super::Snapshot;
 use super::recover::recover_on;
@@ -75,7 +76,12 @@ impl GrowOptions {
         self
     }
 
-    /// Sets how [`GrowOptions::recover`] waits for the device to be closed.
+    /// Sets for how long [`GrowOptions::recover`] waits for the device to be closed.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.retry(Retry::until(deadline))
+    }
+
+    /// Sets the deadline and the pauses between attempts.
     pub fn retry(&mut self, retry: Retry) -> &mut Self {
         self.retry = retry;
         self

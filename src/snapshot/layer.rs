@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::build::{MappedDevice, load, undone};
 use super::create::{link, open_controls};
-use super::{Base, Origin};
+use super::{Base, CheckpointOptions, Origin};
 use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
     ChunkSize, DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR,
@@ -124,7 +124,7 @@ pub(super) fn attach_layer<H: Host>(
     below: &Base<H::Loop>,
     cow: &Path,
     name: &DeviceName,
-    keep: bool,
+    options: &CheckpointOptions,
 ) -> Result<(Base<H::Loop>, Handles)> {
     open_controls(host)?;
     let image = below.image();
@@ -132,8 +132,8 @@ pub(super) fn attach_layer<H: Host>(
         take: &|| Ok(below.sample().unwrap_or_default()),
         marks: false,
     };
-    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample)?;
-    attach_file(host, below, &cow, header.chunk, chain, name, keep)
+    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample, &options.cow)?;
+    attach_file(host, below, &cow, header.chunk, chain, name, options.keep)
 }
 
 /// Attaches a layer's COW file, which was looked at, and makes its device.

@@ -32,7 +32,7 @@ pub use handle::Snapshot;
 pub use layer::Layer;
 pub use options::SnapshotOptions;
 pub(crate) use origin::Base;
-pub use origin::Origin;
 #[cfg(test)]
 pub(crate) use origin::open as open_origin;
+pub use origin::{Origin, OriginOptions};
 pub use stack::StackOptions;

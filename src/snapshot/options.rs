@@ -1,5 +1,7 @@
 //! How a snapshot is to be made.
 
+use std::time::Duration;
+
 use crate::backing::{CowOptions, CowSize};
 use crate::base::{ChunkSize, Durability, OriginIdentity, SectorSize, Store};
 
@@ -115,6 +117,17 @@ impl SnapshotOptions {
     /// `mke2fs` makes on small disks, does not; nor does any with larger chunks.
     pub fn trust_discards(&mut self, trust: bool) -> &mut Self {
         self.trust_discards = trust;
+        self
+    }
+
+    /// Sets for how long whoever has a lock on the image or the COW file is waited for: a second unless set. Zero is one
+    /// attempt. A longer one suits a disk that is taken up again while its last device still goes.
+    ///
+    /// Not of this deadline is what only the kernel's own work can take: another process that is given each loop device that
+    /// was free a moment ago (5 seconds at most), a table load that lacks memory for a moment (half a second), and the undoing
+    /// of what failed (2 seconds).
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.cow.deadline = Some(deadline);
         self
     }
 

@@ -2,9 +2,12 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::build::OriginDevice;
-use crate::backing::{Attached, Backing, attach, diskseq, loop_length, open_locked_origin, sample};
+use crate::backing::{
+    Attached, Backing, CowOptions, attach, diskseq, loop_length, open_locked_origin, sample,
+};
 use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node};
 use crate::call::ask;
 use crate::error::{Result, Step, Verdict};
@@ -80,7 +83,7 @@ impl Origin {
     ///
     /// As [`SnapshotOptions::create`](crate::SnapshotOptions::create), for what concerns the image.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        open(&MACHINE, path.as_ref()).map(Arc::new).map(Self)
+        OriginOptions::new().open(path)
     }
 
     /// The image, as it was opened.
@@ -102,11 +105,41 @@ impl Origin {
     }
 }
 
-pub(crate) fn open<H: Host>(host: &H, path: &Path) -> Result<Base<H::Loop>> {
+/// How an image is to be opened for many snapshots.
+#[derive(Clone, Debug, Default)]
+pub struct OriginOptions {
+    lock: CowOptions,
+}
+
+impl OriginOptions {
+    /// As [`Origin::open`].
+    #[must_use]
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Sets for how long whoever has an exclusive lock on the image, as a merge has, is waited for: a second unless set.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.lock.deadline = Some(deadline);
+        self
+    }
+
+    /// As [`Origin::open`].
+    ///
+    /// # Errors
+    ///
+    /// As [`Origin::open`].
+    pub fn open(&self, path: impl AsRef<Path>) -> Result<Origin> {
+        let base = open(&MACHINE, path.as_ref(), &self.lock)?;
+        Ok(Origin(Arc::new(base)))
+    }
+}
+
+pub(crate) fn open<H: Host>(host: &H, path: &Path, options: &CowOptions) -> Result<Base<H::Loop>> {
     ask(Step::OpenLoopControl, Path::new(LOOP_CONTROL), || {
         host.open_loop_control()
     })?;
-    let origin = open_locked_origin(host, path, false)?;
+    let origin = open_locked_origin(host, path, false, options)?;
     match ask(Step::SyncFile, path, || host.sync_file(&origin.file)) {
         // A file system that is never written, as squashfs and erofs are.
         Err(error) if error.verdict() == Some(Verdict::Unsupported) => (),

@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use super::build::{MappedDevice, load};
-use super::checkpoint::{RESUME_RETRY, attach_next};
+use super::checkpoint::attach_next;
 use super::create::open_controls;
 use super::layer;
 use super::{Base, CheckpointOptions};
 use crate::backing::{Sample, open_cow, unmake};
 use crate::base::{DeviceId, DeviceName, Handles, Kind, Sectors};
-use crate::call::{absent, ask, ask_unobserved, patiently};
+use crate::call::{absent, ask, ask_unobserved, resume};
 use crate::dm::{SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
 use crate::find::{Live, locked, status_of};
@@ -104,10 +104,7 @@ pub(crate) fn rollback<H: Host>(
         if paused.open_count > 0 {
             return Err(in_use(paused.open_count).into());
         }
-        patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
-            ask_unobserved(Step::Resume, &v.mapper, || host.resume(&v.uuid))
-        })
-        .map(drop)
+        resume(host, &v.uuid, &v.mapper)
     };
     if let Err(error) = swap() {
         return Err(unmade(undo(host, &v, error, &done)));
@@ -121,7 +118,7 @@ fn below<H: Host>(host: &H, live: &Live<H::Loop>) -> Result<Base<H::Loop>> {
         name: live.device.name.clone(),
     };
     let whole = !live.device.suspended && !live.device.inactive_table;
-    if !whole || !matches!(live.uuid.kind(), Kind::Own | Kind::Shared) {
+    if !whole || matches!(live.uuid.kind(), Kind::Pooled | Kind::Layer) {
         return Err(not_on_layer().into());
     }
     match layer::open(host, &DeviceId::Number(live.params.origin)) {
@@ -154,10 +151,7 @@ fn undo<H: Host>(host: &H, v: &MappedDevice, error: Error, done: &Done) -> Error
         undone(absent(cleared).map(drop));
     }
     if done.suspended {
-        let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
-            ask(Step::Resume, &v.mapper, || host.resume(&v.uuid))
-        });
-        undone(resumed.map(drop));
+        undone(resume(host, &v.uuid, &v.mapper));
     }
     error.leaving(left)
 }

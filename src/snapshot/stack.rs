@@ -35,7 +35,7 @@ use crate::store::{Chain, ExceptionStore, Header};
 pub struct StackOptions {
     keep: bool,
     any_depth: bool,
-    retry: Retry,
+    deadline: Duration,
 }
 
 impl Default for StackOptions {
@@ -43,7 +43,7 @@ impl Default for StackOptions {
         Self {
             keep: false,
             any_depth: false,
-            retry: Retry::until(Duration::from_secs(5)),
+            deadline: Duration::from_secs(5),
         }
     }
 }
@@ -68,9 +68,9 @@ impl StackOptions {
         self
     }
 
-    /// Sets how long another process that has one of the files is waited for: it may be making the same layer.
-    pub fn retry(&mut self, retry: Retry) -> &mut Self {
-        self.retry = retry;
+    /// Sets for how long another process that has one of the files is waited for: it may be making the same layer.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.deadline = deadline;
         self
     }
 
@@ -257,6 +257,8 @@ fn there<H: Host>(host: &H, judged: &Judged<'_>) -> Result<Option<(Base<H::Loop>
             // Half made, or of a copy of the file that has been moved.
             Ok(_)
             | Err(Error::Refused(Refusal::NotALayer { .. } | Refusal::FileElsewhere { .. })) => (),
+            // Its node comes with its first resume.
+            Err(error) if error.verdict() == Some(Verdict::Missing) => (),
             Err(error) => drop(absent(Err::<(), _>(error))?),
         }
     }
@@ -274,7 +276,8 @@ fn add<H: Host>(
 ) -> Result<(Base<H::Loop>, Handles, bool)> {
     let path = || judged.path.to_owned();
     let file = open_cow_file(host, judged.path, true)?;
-    let found = patiently(host, &options.retry, Verdict::InUse, || {
+    let retry = Retry::until(options.deadline);
+    let found = patiently(host, &retry, Verdict::InUse, || {
         if let Some(found) = there(host, judged)? {
             return Ok(Some(found));
         }

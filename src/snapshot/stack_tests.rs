@@ -1,16 +1,19 @@
 //! Every call of putting a stack together failed in turn.
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::Base;
+use super::create::create_on;
 use super::origin::open as open_origin;
 use super::stack::{StackOptions, open_stack};
+use super::{Base, SnapshotOptions};
+use crate::backing::{CowOptions, CowSize};
 use crate::base::{DeviceName, Handles, OriginIdentity};
 use crate::dm::Address;
 use crate::error::{Refusal, Result, Retry, Step};
+use crate::find::{TreeNode, tree_of_all, tree_of_one};
 use crate::kernel::DeviceMapper;
 use crate::kernel::fake::world::FILE_BYTES;
 use crate::kernel::fake::{Script, ScriptLoop};
@@ -48,7 +51,8 @@ fn stage() -> (Script, Base<ScriptLoop>) {
         let inode = world.file_at(Path::new(path)).expect("it is there");
         world.contents.insert(inode, start);
     }
-    let image = open_origin(&script, Path::new("/image")).expect("nothing fails");
+    let image =
+        open_origin(&script, Path::new("/image"), &CowOptions::default()).expect("nothing fails");
     script.restart(never);
     (script, image)
 }
@@ -59,7 +63,7 @@ fn open(
     cows: &[PathBuf],
 ) -> Result<(Base<ScriptLoop>, Handles)> {
     let mut options = StackOptions::new();
-    options.keep(true).retry(Retry::ONCE);
+    options.keep(true).deadline(Duration::ZERO);
     let name = DeviceName::new("noon").expect("a name");
     open_stack(script, &options, image, cows, &name)
 }
@@ -134,7 +138,6 @@ fn whichever_call_of_it_fails_nothing_is_left_and_asking_again_does_it() {
     let (top, _) = open(&script, &image, &cows()).expect("nothing fails");
     let calls = script.calls.take();
     drop(top);
-    let mut kinds = BTreeSet::new();
     for (index, step) in calls.iter().enumerate() {
         let (script, image) = stage();
         let before = script.world.borrow().residue();
@@ -151,10 +154,67 @@ fn whichever_call_of_it_fails_nothing_is_left_and_asking_again_does_it() {
         assert_eq!(after, before, "call {index}, {step:?}");
         let again = open(&script, &image, &cows());
         assert!(again.is_ok(), "after call {index}, {step:?}");
-        kinds.insert(format!("{step:?}"));
     }
-    println!("{} calls of {kinds:?}", calls.len());
     assert!(calls.len() > 60, "{calls:?}");
+}
+
+/// What stands on what, as nested names.
+fn nested(node: &TreeNode) -> String {
+    let above: Vec<_> = node.above.iter().map(nested).collect();
+    let name = node.name().unwrap_or("image");
+    match above.is_empty() {
+        true => name.to_owned(),
+        false => format!("{name}({})", above.join(" ")),
+    }
+}
+
+#[test]
+fn a_tree_shows_what_stands_on_what_and_whichever_call_of_it_fails_hides_nothing_else() {
+    let (script, image) = stage();
+    let (top, _) = open(&script, &image, &cows()).expect("nothing fails");
+    let mut options = SnapshotOptions::new();
+    options.make_cow(CowSize::Bytes(1 << 20));
+    for (name, base) in [("fork", &top), ("vm", &image), ("also", &top)] {
+        let (cow, dm_name) = (format!("/cows/of/{name}"), DeviceName::new(name));
+        script.world.borrow_mut().missing.insert(cow.clone().into());
+        let made = create_on(
+            &script,
+            &options,
+            base,
+            Path::new(&cow),
+            &dm_name.expect("a name"),
+        );
+        let _ = made.expect("nothing fails").into_handles();
+    }
+    script.restart(never);
+    let trees = tree_of_all(&script).expect("nothing fails");
+    let calls = script.calls.take().len();
+    let [Ok(tree)] = &trees[..] else {
+        panic!("one image: {trees:?}");
+    };
+    assert_eq!(nested(tree), "image(noon.1(noon.2(noon(also fork))) vm)");
+    assert_eq!(tree.size_bytes, Some(FILE_BYTES));
+    for (name, expected) in [
+        ("noon.2", "image(noon.1(noon.2(noon(also fork))))"),
+        ("fork", "image(noon.1(noon.2(noon(fork))))"),
+        ("vm", "image(vm)"),
+    ] {
+        let found = tree_of_one(&script, &name.into()).expect("nothing fails");
+        assert_eq!(nested(&found), expected);
+    }
+    for index in 0..calls {
+        script.restart(move |_, nth| (nth == index + 1).then_some(Errno::EIO));
+        let Ok(trees) = tree_of_all(&script) else {
+            // Device-mapper cannot be asked at all.
+            assert!(index < 2, "call {index}");
+            continue;
+        };
+        let failed = trees.iter().filter(|tree| tree.is_err()).count();
+        let text: String = trees.iter().flatten().map(nested).collect();
+        let shown = ["noon.1", "noon.2", "noon(", "also", "fork", "vm"];
+        let shown = shown.iter().filter(|name| text.contains(*name)).count();
+        assert!(failed + shown >= 6 && failed <= 1, "call {index}: {text}");
+    }
 }
 
 /// As a SIGKILL: what comes behind is not done, and what the process had open is closed.

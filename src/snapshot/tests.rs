@@ -9,7 +9,7 @@ use nix::errno::Errno;
 
 use super::create::create;
 use super::{Snapshot, SnapshotOptions};
-use crate::backing::{CowSize, Warning, unmake};
+use crate::backing::{CowOptions, CowSize, Warning, unmake};
 use crate::base::{DeviceName, DeviceUuid, Durability, Handles, LoopHandle, Store};
 use crate::error::policy::AT_ONCE;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
@@ -126,7 +126,7 @@ fn flushes_that_cannot_be_ended_are_a_warning_and_a_contradicting_store_is_refus
 fn an_image_whose_file_system_cannot_sync_is_an_origin_all_the_same() {
     for errno in [Errno::EINVAL, Errno::EIO] {
         let script = Script::new(move |step, _| (step == Step::SyncFile).then_some(errno));
-        let opened = super::open_origin(&script, Path::new("/image"));
+        let opened = super::open_origin(&script, Path::new("/image"), &CowOptions::default());
         assert_eq!(opened.is_ok(), errno == Errno::EINVAL, "{errno}");
     }
 }

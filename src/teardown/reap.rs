@@ -39,6 +39,7 @@ use crate::kernel::{Host, MACHINE};
 pub struct ReapOptions {
     defer: bool,
     dry_run: bool,
+    deadline: Option<Duration>,
 }
 
 /// One thing that a sweep came by.
@@ -103,9 +104,6 @@ pub enum Fate {
     AliasRemoved,
 }
 
-/// For the loop devices behind a removed device, which a probe may have open for a moment.
-const LOOP_RETRY: Retry = Retry::until(Duration::from_secs(2));
-
 impl ReapOptions {
     /// Removes what nobody has open, and leaves the rest.
     #[must_use]
@@ -117,6 +115,18 @@ impl ReapOptions {
     pub fn defer(&mut self, defer: bool) -> &mut Self {
         self.defer = defer;
         self
+    }
+
+    /// Sets for how long the loop devices behind a removed device are waited for, which a probe may have open for a moment:
+    /// 2 seconds for each unless set. Nobody is waited for who has a dm device open.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.deadline = Some(deadline);
+        self
+    }
+
+    fn retry(&self) -> Retry {
+        const MOMENT: Duration = Duration::from_secs(2);
+        Retry::until(self.deadline.unwrap_or(MOMENT))
     }
 
     /// Says what would be removed; removes and repairs nothing.
@@ -246,12 +256,14 @@ impl ReapOptions {
             (false, _, _) => Ok(Fate::InProgress),
             (true, true, false) => Ok(Fate::Busy { open_count }),
             _ if self.dry_run => Ok(Fate::Due),
-            (true, _, true) => match cleanup::clean_deferred(host, &now.handles(), &LOOP_RETRY)? {
-                Outcome::Deferred { open_count } => Ok(Fate::Deferred { open_count }),
-                _ => Ok(Fate::Removed),
-            },
+            (true, _, true) => {
+                match cleanup::clean_deferred(host, &now.handles(), &self.retry())? {
+                    Outcome::Deferred { open_count } => Ok(Fate::Deferred { open_count }),
+                    _ => Ok(Fate::Removed),
+                }
+            }
             (true, false, false) => {
-                cleanup::clean(host, &now.handles(), &LOOP_RETRY).map(|_| Fate::Removed)
+                cleanup::clean(host, &now.handles(), &self.retry()).map(|_| Fate::Removed)
             }
         }
     }

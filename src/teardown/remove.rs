@@ -93,7 +93,9 @@ impl Subject {
     pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
         let key = match uuid.kind() {
             Kind::Pooled => Key::Claimed(uuid, name.clone()),
-            Kind::Own | Kind::Shared | Kind::Layer => Key::Plain(find::Key::Uuid(uuid.into())),
+            Kind::Own | Kind::Adopted | Kind::Shared | Kind::Layer => {
+                Key::Plain(find::Key::Uuid(uuid.into()))
+            }
         };
         let path = name.mapper_path();
         Self { key, path }

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::backing::{Backing, probe_store};
 use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
-use crate::call::{absent, ask, ask_unobserved, patiently};
+use crate::call::{absent, ask, ask_unobserved, patiently, resume};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{self, at_work};
@@ -59,9 +59,6 @@ pub enum Repair {
     /// What had been begun with it was finished.
     Finished,
 }
-
-/// A snapshot is resumed for as long as memory is short: its guest waits.
-const RESUME_RETRY: Retry = Retry::until(Duration::from_secs(10));
 
 /// A probe may have a half-made layer open for a moment.
 const LAYER_RETRY: Retry = Retry::until(Duration::from_secs(2));
@@ -389,13 +386,6 @@ fn made_by_the_living<H: Host>(host: &H, layer: &Seen, held: &Path) -> Result<bo
         Some(node) => at_work::is_locked(host, &node, &at_work::MAKER_RETRY),
         None => Ok(false),
     }
-}
-
-fn resume<H: Host>(host: &H, uuid: &DeviceUuid, path: &Path) -> Result<()> {
-    let resumed = patiently(host, &RESUME_RETRY, Verdict::Exhausted, || {
-        ask_unobserved(Step::Resume, path, || host.resume(uuid))
-    });
-    resumed.map(drop)
 }
 
 fn remove_layer<H: Host>(host: &H, layer: &Seen) -> Result<()> {

@@ -5,6 +5,8 @@ use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::Command;
+use std::thread;
+use std::time::Duration;
 
 use dmsnap::{ChunkSize, SnapshotOptions, Store};
 use nix::fcntl::OFlag;
@@ -141,8 +143,25 @@ fn a_cow_file_that_somebody_has_locked() {
         message(&scene, "COW locked by another program", &cow, &options),
         in_use(&cow)
     );
-    release.write_all(b"\n").expect("it listens");
-    holder.wait().expect("it ends");
+    let mut at_once = SnapshotOptions::new();
+    at_once.deadline(Duration::ZERO);
+    assert_eq!(
+        message(&scene, "COW locked, deadline 0", &cow, &at_once),
+        in_use(&cow)
+    );
+    // Longer than a create waits unless it is told to.
+    let letting_go = thread::spawn(move || {
+        thread::sleep(Duration::from_secs(2));
+        release.write_all(b"\n").expect("it listens");
+        holder.wait().expect("it ends")
+    });
+    let mut patient = SnapshotOptions::new();
+    patient.deadline(Duration::from_secs(300));
+    let made = patient.create(scene.image(), &cow, &scene.name());
+    made.expect("the lock goes before the deadline")
+        .cleanup()
+        .expect("nobody has it open");
+    letting_go.join().expect("it ends");
 }
 
 #[test]

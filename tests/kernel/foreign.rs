@@ -1,12 +1,14 @@
 //! Living beside losetup and dmsetup: theirs taken down by us, ours by them.
 
 use dmsnap::base::LoopHandle;
+use dmsnap::export::ExportOptions;
+use dmsnap::snapshot::CheckpointOptions;
 use dmsnap::teardown::Outcome;
-use dmsnap::{Handles, adopt, cleanup, remove};
+use dmsnap::{CowSize, Handles, adopt, cleanup, remove, repair};
 
 use crate::common::reading::{alias_exists, dm_exists, loops_below, number};
 use crate::common::scene::{IMAGE_BYTES, content};
-use crate::common::{Foreign, Losetup, Scene, run, udev};
+use crate::common::{Foreign, Losetup, Scene, chain, run, settle, udev};
 
 struct TheirSnapshot {
     device: Foreign,
@@ -141,4 +143,36 @@ fn ours_is_suspended_resumed_and_read_by_dmsetup() {
     run!("dmsetup", "resume", &name);
     assert_eq!(content(snapshot.device()), content(scene.image()));
     snapshot.cleanup().expect("nobody has it open");
+}
+
+/// Resumed by us after a flush, the device lost the link below /dev/mapper that udev had made for its maker.
+#[test]
+fn the_link_to_an_adopted_device_outlives_each_resume() {
+    let scene = Scene::new();
+    let (name, layer) = (scene.name(), scene.name());
+    let theirs = their_snapshot(&scene, &name);
+    settle();
+    adopt(&name).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let assert_link = |after: &str| {
+        settle();
+        assert!(alias_exists(&name), "after {after}");
+    };
+    assert_link("adopt");
+    let exported = ExportOptions::new().export_live(&name, scene.path("out"));
+    exported.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_link("a live export");
+    let mut options = CheckpointOptions::new();
+    options.make_cow(CowSize::WorstCase);
+    let frozen = options.checkpoint(&name, &layer, scene.path("second"));
+    let frozen = frozen.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_link("a checkpoint");
+    run!("dmsetup", "suspend", &name);
+    let repaired = repair(&name).unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert!(repaired.is_some(), "it was suspended");
+    assert_link("a repair");
+    drop(frozen);
+    assert_eq!(remove(&name), Ok(Outcome::Removed));
+    settle();
+    assert!(!alias_exists(&name));
+    drop(theirs);
 }

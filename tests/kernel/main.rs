@@ -47,6 +47,7 @@ mod stores;
 mod strace;
 mod teardown;
 mod timings;
+mod tree;
 mod udev;
 mod vmm;
 mod watch;

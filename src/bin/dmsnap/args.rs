@@ -60,6 +60,14 @@ pub(crate) enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what stands on what: images, the layers over them, and the snapshots over those
+    Tree {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// A dm device's name, or its uuid: what it stands on, and what stands on it; everything of ours without
+        name: Option<String>,
+    },
     /// Print whole handles of a live snapshot as JSON, for cleanup, from the kernel's state alone
     Adopt {
         /// The dm device's name, or its uuid
@@ -212,6 +220,9 @@ pub(crate) struct Merge {
     /// Merge even though the image's size or modification time is not what the COW file was made over
     #[arg(long)]
     pub(crate) any_origin: bool,
+    /// How long to wait for whoever has a lock on either file, such as 15s or 200ms; a second if not given
+    #[arg(long, value_parser = duration)]
+    pub(crate) deadline: Option<Duration>,
     /// The name of the dm device that exists meanwhile
     #[arg(long)]
     pub(crate) name: Option<String>,
@@ -274,6 +285,9 @@ pub(crate) struct Create {
     /// Use the COW file even though the image's size or modification time is not what it was made over
     #[arg(long)]
     any_origin: bool,
+    /// How long to wait for whoever has a lock on the image or the COW file, such as 15s or 200ms; a second if not given
+    #[arg(long, value_parser = duration)]
+    deadline: Option<Duration>,
     /// Say on stderr how long each step took
     #[arg(long)]
     pub(crate) timings: bool,
@@ -338,6 +352,9 @@ impl Create {
             .any_origin(self.any_origin)
             .replace_cow(self.replace_cow)
             .reserve(self.reserve);
+        if let Some(deadline) = self.deadline {
+            options.deadline(deadline);
+        }
         if let Some(store) = self.store {
             options.store(store.into());
         }

@@ -1,10 +1,12 @@
 //! `dmsnap export`: with a progress bar on a terminal, and undone whole by SIGINT and SIGTERM.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::Args as Arguments;
 use dmsnap::export::{ExportOptions, Exported, Progress};
 
+use crate::amounts::duration;
 use crate::interrupt::Job;
 use crate::{Failure, print, print_json};
 
@@ -29,6 +31,10 @@ pub(crate) struct Export {
     /// Copy everything, even where the file system could share the origin
     #[arg(long)]
     no_reflink: bool,
+    /// How long to wait for others, such as 15s or 200ms; a second for a lock on a file, and 15 seconds for whoever is at
+    /// work on the snapshot, if not given
+    #[arg(long, value_parser = duration)]
+    deadline: Option<Duration>,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -48,6 +54,9 @@ pub(crate) fn run(export: &Export) -> Result<(), Failure> {
         .any_origin(export.any_origin)
         .invalid_store(export.invalid_store)
         .reflink(!export.no_reflink);
+    if let Some(deadline) = export.deadline {
+        options.deadline(deadline);
+    }
     let done = match (&export.origin, &export.cow, &export.name) {
         (Some(origin), Some(cow), _) => {
             options.export_with(origin, cow, &export.output, &mut progress)

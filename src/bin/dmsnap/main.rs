@@ -10,6 +10,8 @@ mod export;
 mod interrupt;
 mod merge;
 mod output;
+mod tree;
+
 mod watch;
 
 use std::fs;
@@ -17,10 +19,11 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use args::{Args, Command, Reap};
 use clap::Parser;
-use dmsnap::error::{Refusal, Retry};
+use dmsnap::error::Refusal;
 use dmsnap::find::SnapshotInfo;
 use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer, StackOptions};
 use dmsnap::teardown::{Outcome, Repaired};
@@ -103,7 +106,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Checkpoint(checkpoint) => {
             let mut options = CheckpointOptions::new();
             options.reserve(checkpoint.reserve).keep(checkpoint.keep);
-            options.retry(Retry::until(checkpoint.deadline));
+            options.deadline(checkpoint.deadline);
             if let Some(size) = checkpoint.make_cow {
                 options.make_cow(size);
             }
@@ -118,14 +121,14 @@ fn run(command: Command) -> Result<(), Failure> {
             };
             let mut options = StackOptions::new();
             options.keep(true).any_depth(args.any_depth);
-            options.retry(Retry::until(args.deadline));
+            options.deadline(args.deadline);
             let layer = options.open(&below, &args.cows, &args.name)?;
             print_json(layer.handles())
         }
         Command::Rollback(rollback) => {
             let mut options = CheckpointOptions::new();
             options.reserve(rollback.reserve);
-            options.retry(Retry::until(rollback.deadline));
+            options.deadline(rollback.deadline);
             if let Some(size) = rollback.make_cow {
                 options.make_cow(size);
             }
@@ -135,7 +138,7 @@ fn run(command: Command) -> Result<(), Failure> {
             files,
             deadline,
             timings,
-        } => cleanup(&files, &Retry::until(deadline), timings),
+        } => cleanup(&files, deadline, timings),
         Command::Remove {
             deadline,
             defer,
@@ -144,11 +147,12 @@ fn run(command: Command) -> Result<(), Failure> {
         } => {
             let outcome = timed(timings, || match defer {
                 true => Teardown::new().when_busy(WhenBusy::Defer).remove(name),
-                false => Teardown::new().retry(Retry::until(deadline)).remove(name),
+                false => Teardown::new().deadline(deadline).remove(name),
             })?;
             print(outcome_text(outcome))
         }
         Command::List { json } => list(json),
+        Command::Tree { json, name } => tree::tree(name.as_deref(), json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
         Command::Repair { json, names } => repair(&names, json),
@@ -171,7 +175,7 @@ fn run(command: Command) -> Result<(), Failure> {
             size,
         } => {
             let mut options = GrowOptions::new();
-            options.reserve(reserve).retry(Retry::until(deadline));
+            options.reserve(reserve).deadline(deadline);
             let recovered = options.recover(name, size)?;
             recovered.warnings().iter().for_each(output::note);
             print_json(recovered.handles())
@@ -213,13 +217,13 @@ fn timed<T>(timings: bool, work: impl FnOnce() -> T) -> T {
 }
 
 /// Takes nothing down before all handles are read.
-fn cleanup(files: &[String], retry: &Retry, timings: bool) -> Result<(), Failure> {
+fn cleanup(files: &[String], deadline: Duration, timings: bool) -> Result<(), Failure> {
     let mut fleet = Vec::new();
     for file in files {
         fleet.append(&mut read_handles(file)?);
     }
     let results = timed(timings, || {
-        Teardown::new().retry(*retry).cleanup_all(&fleet)
+        Teardown::new().deadline(deadline).cleanup_all(&fleet)
     });
     let mut failed: Vec<_> = results.into_iter().filter_map(Result::err).collect();
     match (failed.pop(), fleet.len()) {

@@ -7,6 +7,7 @@ use std::os::unix::net::UnixStream;
 use dmsnap::DeviceId;
 use dmsnap::base::DeviceUuid;
 use dmsnap::dm::{SnapshotStatus, Usage};
+use dmsnap::error::chain;
 use dmsnap::snapshot::GrowOptions;
 use dmsnap::watch::{Change, WatchEvent};
 use nix::errno::Errno;
@@ -37,7 +38,7 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
             let grown = grown.as_ref();
             let told = told.and_then(|()| grown.map_or(Ok(()), |line| tell(options, line, line)));
             if let (Err(failure), None) = (told, &unlogged) {
-                output::note(output::chain(&failure));
+                output::note(chain(&failure));
                 unlogged = Some(failure);
             }
         }

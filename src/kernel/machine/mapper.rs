@@ -113,7 +113,13 @@ impl Mapper {
     pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         let head = Head::to(Address::Uuid(uuid.as_str()));
         let flags = message::SKIP_LOCKFS | message::NOFLUSH;
-        let mut message = head.with_flags(flags).with_cookie(QUIET_COOKIE);
+        // Without a cookie udev goes by what it was told when the device first came up: by another program, of an adopted
+        // one, and its link stays.
+        let cookie = match uuid.kind() {
+            Kind::Adopted => 0,
+            _ => QUIET_COOKIE,
+        };
+        let mut message = head.with_flags(flags).with_cookie(cookie);
         self.send(DEV_SUSPEND, &mut message)?;
         Ok(message.open_count())
     }
