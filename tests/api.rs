@@ -6,6 +6,8 @@
 mod export;
 #[path = "api/failures.rs"]
 mod failures;
+#[path = "api/flatten.rs"]
+mod flatten;
 #[path = "../fuzz/src/made_store.rs"]
 #[allow(
     clippy::cast_possible_truncation,

@@ -28,7 +28,7 @@ pub(super) fn export<H: Host>(
     let source = Source {
         host,
         origin: flushed.origin,
-        cow: flushed.cow,
+        cows: vec![flushed.cow],
         end: flushed.end,
     };
     // A COW file whose snapshot was taken down while it was read may have been anything.

@@ -7,10 +7,10 @@ use crate::base::{ChunkSize, OriginIdentity};
 pub(crate) const PROBE_BYTES: usize = 4096;
 
 /// `SnAp`, little-endian.
-const MAGIC: u32 = 0x7041_6e53;
+pub(super) const MAGIC: u32 = 0x7041_6e53;
 
 /// The one version there is.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// What a COW file begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

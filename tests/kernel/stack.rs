@@ -9,12 +9,13 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use dmsnap::error::Refusal;
+use dmsnap::export::FlattenOptions;
 use dmsnap::snapshot::{Layer, StackOptions};
 use dmsnap::{Error, Origin, SnapshotOptions};
 
 use crate::checkpoint::{SOON, fork, freeze, mounted, name_of, node, snapshot, sum};
 use crate::common::reading::{dm_names, loops_below};
-use crate::common::tools::success;
+use crate::common::tools::{complaint, finish, success};
 use crate::common::{Scene, chain, dmsnap, eventually, run};
 
 /// A disk that was frozen three times, taken down: its COW files from the bottom up, the last one its own, and the sums
@@ -137,8 +138,7 @@ fn a_stack_is_rebuilt_from_copies_of_its_files_in_any_order_and_from_no_others()
         .collect();
 
     let origin = Origin::open(&image).expect("an image");
-    let mut options = StackOptions::new();
-    options.deadline(Duration::ZERO);
+    let options = StackOptions::new();
     let name = scene.name();
     let (first, second) = (format!("{name}.1"), format!("{name}.2"));
     for order in [
@@ -254,7 +254,9 @@ fn wrong_combinations(scene: &Scene, origin: &Origin, options: &StackOptions, co
     let held = File::open(three).expect("a file");
     let held = nix::fcntl::Flock::lock(held, nix::fcntl::FlockArg::LockExclusiveNonblock);
     let held = held.map_err(|(_, errno)| errno).expect("nobody has it");
-    let found = open(&[one, two, three]);
+    let mut options = options.clone();
+    let options = options.deadline(Duration::from_secs(1));
+    let found = refused(options.open(origin, [one, two, three], &name));
     assert!(matches!(found, Refusal::CowInUse { .. }), "{found}");
     told(&found, three);
     drop(held);
@@ -302,4 +304,86 @@ fn stacks_that_share_layers_are_opened_side_by_side() {
     drop(origin);
     gone(&scene, &[]);
     scene.assert_clean();
+}
+
+/// The layers' files as one, and theirs and the disk's as one: the kernel reads of it what it read of the stack, and
+/// writes to it.
+#[test]
+fn a_flattened_stack_is_the_same_disk() {
+    let scene = Scene::ext4();
+    let of = frozen(&scene);
+    let [one, two, three, own] = [0, 1, 2, 3].map(|nth| of.cows[nth].clone());
+    let origin = Origin::open(scene.image()).expect("an image");
+
+    // Out of use alone.
+    let name = scene.name();
+    let layer = StackOptions::new().open(&origin, [&one, &two], &name);
+    let layer = layer.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    let flat = scene.path("flat");
+    let flatten = |cows: &[&PathBuf], output: &Path| {
+        let mut command = dmsnap();
+        command.arg("flatten").args(cows).arg(output);
+        command
+    };
+    let refused = complaint(&finish(&mut flatten(&[&one, &two, &three], &flat)));
+    assert!(refused.contains("is in use by"), "{refused}");
+    drop(layer);
+    gone(&scene, &[scene.image()]);
+
+    println!("{}", success(&mut flatten(&[&three, &one, &two], &flat)));
+    let layer = StackOptions::new().open(&origin, [&flat], &name);
+    let layer = layer.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(sum(&node(&name)), of.sums[2]);
+    let disk = SnapshotOptions::new().create_on(layer.origin(), &own, &scene.name());
+    let disk = disk.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(sum(disk.device()), of.sums[3]);
+    disk.cleanup().expect("nobody has it open");
+    drop(layer);
+    drop(origin);
+    gone(&scene, &[]);
+
+    let out = scene.path("out");
+    let mut export = dmsnap();
+    export.arg("export").arg("--origin").arg(scene.image());
+    of.cows.iter().rev().for_each(|cow| {
+        export.arg("--cow").arg(cow);
+    });
+    println!("{}", success(export.arg(&out)));
+    assert_eq!(sum(&out), of.sums[3]);
+    let whole = scene.path("whole");
+    println!(
+        "{}",
+        success(&mut flatten(
+            &[&own, &one, &flat_of(&scene, [&two, &three])],
+            &whole
+        ))
+    );
+    let disk = SnapshotOptions::new().create(scene.image(), &whole, &scene.name());
+    let disk = disk.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    assert_eq!(sum(disk.device()), of.sums[3]);
+    run!("e2fsck", "-f", "-n", disk.device());
+    let at = mounted(disk.device(), &scene.path("v"), "rw");
+    fs::write(at.at().join("new"), [b'n'; 2_000_000]).expect("room for a file");
+    drop(at);
+    run!("e2fsck", "-f", "-n", disk.device());
+    let at = mounted(disk.device(), &scene.path("v"), "ro");
+    assert_eq!(
+        fs::read(at.at().join("all")).expect("a file"),
+        [b'd'; 100_000]
+    );
+    assert_eq!(
+        fs::read(at.at().join("new")).expect("a file"),
+        [b'n'; 2_000_000]
+    );
+    drop(at);
+    disk.cleanup().expect("nobody has it open");
+    scene.assert_clean();
+}
+
+/// Two of the layers' files as one.
+fn flat_of(scene: &Scene, cows: [&PathBuf; 2]) -> PathBuf {
+    let flat = scene.path("two");
+    let done = FlattenOptions::new().flatten(cows, &flat);
+    done.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    flat
 }

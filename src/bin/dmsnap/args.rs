@@ -9,6 +9,7 @@ use dmsnap::{ChunkSize, CowSize, Durability, SectorSize, SnapshotOptions, Store}
 use crate::amounts::{bytes, cow_size, duration, percent};
 use crate::cow::Cow;
 use crate::export::Export;
+use crate::flatten::Flatten;
 
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
@@ -123,6 +124,8 @@ pub(crate) enum Command {
     Watch(Watch),
     /// Write a snapshot's disk to a raw image of its own: a running one by name, or an idle COW file
     Export(Export),
+    /// Make one COW file of those of a stack: of each chunk the newest
+    Flatten(Flatten),
     /// Look into COW files, and size them
     #[command(subcommand)]
     Cow(Cow),

@@ -7,6 +7,7 @@ mod amounts;
 mod args;
 mod cow;
 mod export;
+mod flatten;
 mod interrupt;
 mod merge;
 mod output;
@@ -168,6 +169,7 @@ fn run(command: Command) -> Result<(), Failure> {
         }
         Command::Cow(command) => cow::run(command),
         Command::Export(command) => export::run(&command),
+        Command::Flatten(command) => flatten::run(&command),
         Command::Recover {
             reserve,
             deadline,

@@ -42,7 +42,10 @@ fn lines(node: &TreeNode, depth: usize, text: &mut String) {
             Some(path) => format!("image {}", path.display()),
             None => "image".to_owned(),
         },
-        Standing::Layer(info) => format!("layer {}", of(info)),
+        // A layer that is to be removed is one that nobody keeps.
+        Standing::Layer(info) => {
+            format!("layer {}", of(info)).replace("removal due", "goes with its last user")
+        }
         Standing::Snapshot(info) => format!("snapshot {}", of(info)),
         Standing::Device { dev } => format!("device {dev}"),
         Standing::Nothing => "nothing that is known".to_owned(),
