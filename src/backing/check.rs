@@ -70,9 +70,15 @@ pub(crate) fn check_store<H: Host, O>(
     }
     thawed(cow, &header)?;
     check_header(origin, cow, &header, sample, options.any_origin)?;
-    // Named for a checkpoint that was cut off. Whatever was to stand on it must not find it again once it has changed.
-    let named = header.chain.filter(|chain| chain.id != 0);
-    let chain = named.map(|chain| Chain { id: 0, ..chain });
+    // Named for a checkpoint that was cut off: whatever was to stand on it must not find it again once it has changed. Or
+    // some of the layers that were below it are one by now.
+    let depth = origin.above.map_or(0, |above| above.depth);
+    let now = header.chain.map(|chain| Chain {
+        id: 0,
+        depth,
+        ..chain
+    });
+    let chain = now.filter(|now| header.chain != Some(*now));
     let same = header.origin == Some(origin.identity()) && header.merging_into.is_none();
     if same && chain.is_none() {
         return Ok(None);
@@ -150,11 +156,11 @@ pub(crate) fn check_header<O, F>(
     any_origin: bool,
 ) -> Result<()> {
     let parent = header.chain.map_or(0, |chain| chain.parent);
-    if parent != origin.layer.unwrap_or(0) {
+    if parent != origin.above.map_or(0, |above| above.parent) {
         let (cow, origin) = (cow.path.to_owned(), origin.path.to_owned());
         return Err(Refusal::LayerForeign { cow, origin }.into());
     }
-    if origin.layer.is_some() {
+    if origin.above.is_some() {
         // By its id, which says more than an image's size and time.
         return Ok(());
     }

@@ -7,14 +7,15 @@ use crate::base::{OriginIdentity, SECTOR_BYTES};
 use crate::call::{ask, patiently};
 use crate::error::{Refusal, Result, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host};
+use crate::store::Chain;
 
 /// An image or COW file that passed inspection, locked for as long as it is open or a loop device has it.
 pub(crate) struct Backing<'a, F> {
     pub(crate) path: &'a Path,
     pub(crate) file: F,
     pub(crate) facts: FileFacts,
-    /// The id of the layer that it is, if it is an origin that is one.
-    pub(crate) layer: Option<u128>,
+    /// The place in the stack of what is made over it, if it is an origin that is a layer.
+    pub(crate) above: Option<Chain>,
 }
 
 impl<F> Backing<'_, F> {
@@ -149,7 +150,7 @@ pub(super) fn inspect<'a, H: Host>(
             path,
             file,
             facts,
-            layer: None,
+            above: None,
         }),
     }
 }

@@ -58,7 +58,7 @@ fn build<H: Host>(
         path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     // Its lock says that the maker is at work, until the node is open and says so.
     let cow_loop = attach(

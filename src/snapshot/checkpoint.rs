@@ -175,7 +175,7 @@ pub(crate) fn checkpoint<H: Host>(
         path: &live.cow.path,
         file,
         facts: c0_facts,
-        layer: None,
+        above: None,
     };
     let header = probe_store(host, &c0)?.ok_or_else(|| refused("its store has no header"))?;
     let header = valid(&c0, header)?;
@@ -196,7 +196,11 @@ pub(crate) fn checkpoint<H: Host>(
         facts: facts(&v.uuid, v.dev)
             .filter(|facts| facts.size_bytes > 0)
             .ok_or_else(|| refused("its image is not known"))?,
-        layer: Some(id),
+        above: Some(Chain {
+            parent: id,
+            depth: below.depth + 1,
+            ..Chain::default()
+        }),
     };
     let mut cow_options = options.cow.clone();
     (cow_options.store, cow_options.chunk) = (live.params.store, live.params.chunk);

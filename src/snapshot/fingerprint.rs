@@ -19,7 +19,7 @@ pub(super) fn of_image<H: Host>(
         path: &bound.path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     let same = image.identity() == identity;
     sample(host, &image).ok().filter(|_| same)

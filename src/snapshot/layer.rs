@@ -101,7 +101,7 @@ pub(super) fn open_with_file<H: Host>(
         path: &cow.path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     let chain = probe_store(host, &store)?.and_then(|header| header.chain);
     let depth = chain.ok_or_else(no_layer)?.depth;
@@ -196,7 +196,9 @@ pub(super) fn attach_file<H: Host>(
             _ => link(host, &made)?,
         };
         let open = hold(host, &device)?;
-        let made_base = base(host, device.clone(), &made.uuid, dev, chain.depth, open)?;
+        // Its mark says how many were below it once: some may be one by now.
+        let depth = below.above.map_or(0, |above| above.depth);
+        let made_base = base(host, device.clone(), &made.uuid, dev, depth, open)?;
         if !keep {
             // It is open here, so this is for later.
             let address = Address::Uuid(made.uuid.as_str());

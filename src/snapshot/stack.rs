@@ -217,7 +217,7 @@ fn judge<'a, H: Host>(
     let places: Vec<_> = read.iter().map(place).collect();
     let on = Ground {
         path: image.path,
-        id: image.layer.unwrap_or(0),
+        id: image.above.map_or(0, |above| above.parent),
     };
     let order = in_order(&places, Some(on))?;
     shallow(
