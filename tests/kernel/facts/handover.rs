@@ -48,6 +48,8 @@ impl Writer {
                 file.write_all_at(&file_content(nth), 0)?;
                 file.sync_all()?;
                 count.store(nth + 1, Ordering::Release);
+                // Most of the time a write is in flight, and the CPU has time for the rest.
+                std::thread::sleep(Duration::from_millis(20));
             }
             Ok(())
         });
@@ -214,7 +216,7 @@ fn a_layer_may_have_a_read_only_table_over_a_read_only_loop_device() {
     stack.loops.push(read_only);
     b.suspend();
     b.resume();
-    run!("dmsetup", "mknodes");
+    run!("dmsetup", "mknodes", &b.name);
     assert_eq!(b.attributes(), "L--r");
     assert!(b.content() == frozen, "read from the file anew");
     assert!(v.open().reads(2, 0, 2 * CHUNK_BYTES));
