@@ -119,6 +119,8 @@ pub(crate) fn shallow(files: usize, below: u32, any_depth: bool) -> Result<(), R
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
@@ -203,6 +205,31 @@ mod tests {
             (&[(7, 8), (6, 7)], ground(7), r#"missing under "b""#),
         ] {
             assert_eq!(refused(ids, on), said, "{ids:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Whatever the marks say: an order in which each stands on the one before, or a refusal.
+        #[test]
+        fn marks_of_any_kind_make_a_stack_or_are_refused(
+            ids in prop::array::uniform5((0..6u128, 0..6u128)),
+            count in 1..=5usize,
+            on in prop::option::of(0..6u128),
+        ) {
+            let mut given = places(ids);
+            given.truncate(count);
+            if let Ok(order) = in_order(&given, on.and_then(ground)) {
+                let mut sorted = order.clone();
+                sorted.sort_unstable();
+                prop_assert!(sorted.into_iter().eq(0..count));
+                let mut under = on.unwrap_or(given[order[0]].chain.parent);
+                for (nth, index) in order.into_iter().enumerate() {
+                    prop_assert!(given[index].chain.parent == under && (nth == 0 || under != 0));
+                    under = given[index].chain.id;
+                }
+            }
         }
     }
 
