@@ -72,12 +72,13 @@ fn gone(scene: &Scene, but: &[&Path]) {
 
 /// What a device stands on, from the top down, by dmsetup.
 fn below(name: &str) -> Vec<String> {
+    let all = dm_names();
     let mut found = vec![name.to_owned()];
     while let Some(last) = found.last() {
         let deps = run!("dmsetup", "deps", "-o", "devname", last);
         let under = deps
             .split(['(', ')'])
-            .find(|word| dm_names().iter().any(|name| name == word));
+            .find(|word| all.iter().any(|name| name == word));
         let Some(under) = under else { break };
         found.push(under.to_owned());
     }
