@@ -356,7 +356,9 @@ fn a_flattened_stack_is_the_same_disk() {
         export.arg("--cow").arg(cow);
     });
     println!("{}", success(export.arg(&out)));
-    assert_eq!(sum(&out), of.sums[3]);
+    // Not every file system has direct I/O.
+    let read = format!("md5sum < {}", out.display());
+    assert_eq!(run!("sh", "-c", read), of.sums[3]);
     let whole = scene.path("whole");
     println!(
         "{}",
