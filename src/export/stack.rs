@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use super::{ExportOptions, Exported, Source, whose};
 use crate::backing::{Backing, Ground, Place, in_order, open_origin, open_store, probe_store};
 use crate::base::Progress;
-#[allow(unused_imports, reason = "named in the docs")]
-use crate::error::Refusal;
 use crate::error::Result;
 use crate::kernel::{Host, MACHINE};
 
@@ -17,8 +15,8 @@ impl ExportOptions {
     ///
     /// # Errors
     ///
-    /// As [`export`](Self::export). [`Refusal::LayerMissing`], [`Refusal::LayerForeign`], [`Refusal::LayersApart`] and
-    /// [`Refusal::LayerTwice`] for files that are not one stack over this image.
+    /// As [`export`](Self::export). [`Refusal::LayerMissing`](crate::error::Refusal::LayerMissing), `LayerForeign`,
+    /// `LayersApart` and `LayerTwice` for files that are not one stack over this image.
     pub fn export_stack<P: AsRef<Path>>(
         &self,
         origin: impl AsRef<Path>,

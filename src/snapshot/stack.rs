@@ -276,7 +276,7 @@ fn add<H: Host>(
 ) -> Result<(Base<H::Loop>, Handles, bool)> {
     let path = || judged.path.to_owned();
     let file = open_cow_file(host, judged.path, true)?;
-    let retry = Retry::until(options.deadline);
+    let retry = Retry::until(options.deadline).sparing();
     let found = patiently(host, &retry, Verdict::InUse, || {
         if let Some(found) = there(host, judged)? {
             return Ok(Some(found));

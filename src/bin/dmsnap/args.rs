@@ -166,7 +166,7 @@ pub(crate) struct LayerArgs {
     /// The layers' COW files, in any order
     #[arg(required = true, value_name = "COW")]
     pub(crate) cows: Vec<PathBuf>,
-    /// The topmost layer's name; those below are NAME.1, NAME.2 ... from the bottom up
+    /// The topmost layer's name; those below are NAME.1, NAME.2 ... from the bottom up. A layer that is there keeps its name
     pub(crate) name: String,
 }
 
