@@ -11,8 +11,9 @@ use crate::backing::{
     Backing, Ground, Place, Reader, Sample, admit_file, check_header, in_order, open_cow_file,
     open_unlocked, probe_store, shallow, unsound, valid,
 };
-use crate::base::{DeviceId, DeviceName, FileId, Handles};
+use crate::base::{DeviceId, DeviceName, DeviceUuid, FileId, Handles};
 use crate::call::{absent, ask, patiently};
+use crate::dm::Address;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::find::layers_of;
 use crate::kernel::{Host, MACHINE};
@@ -167,6 +168,17 @@ struct Made<H: Host> {
     own: bool,
 }
 
+/// Whether somebody else uses the layer by now: with that one it goes.
+fn is_used<H: Host>(host: &H, handles: &Handles) -> bool {
+    let (path, uuid) = (handles.path().unwrap_or_default(), handles.uuid.as_ref());
+    let query = |uuid: &DeviceUuid| {
+        let query = || host.query(Address::Uuid(uuid.as_str()));
+        absent(ask(Step::Query, &path, query)).ok().flatten()
+    };
+    uuid.and_then(query)
+        .is_some_and(|device| device.open_count > 0)
+}
+
 /// From the top down, each as its last user.
 fn undo<H: Host>(host: &H, error: Error, mut made: Vec<Made<H>>) -> Error {
     let mut error = error;
@@ -175,7 +187,7 @@ fn undo<H: Host>(host: &H, error: Error, mut made: Vec<Made<H>>) -> Error {
     }) = made.pop()
     {
         drop(base);
-        if own {
+        if own && !is_used(host, &handles) {
             error = undone(host, error, &handles);
         }
     }
