@@ -8,6 +8,8 @@ mod documented;
 mod export;
 #[path = "api/failures.rs"]
 mod failures;
+#[path = "api/flatten.rs"]
+mod flatten;
 #[path = "../fuzz/src/made_store.rs"]
 #[allow(
     clippy::cast_possible_truncation,

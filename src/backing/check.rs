@@ -76,9 +76,15 @@ pub(crate) fn check_store<H: Host, O>(
     if header.origin.is_none() && !options.any_origin && !options.known_origin {
         check_unmarked(host, origin, cow)?;
     }
-    // A checkpoint that was cut off had named this file as a layer's. It is written from now on, so that name goes.
-    let named = header.chain.filter(|chain| chain.id != 0);
-    let chain = named.map(|chain| Chain { id: 0, ..chain });
+    // A checkpoint that was cut off had named this file as a layer's. It is written from now on, so that name goes. Or some
+    // of the layers that were below it are one by now.
+    let depth = origin.above.map_or(0, |above| above.depth);
+    let now = header.chain.map(|chain| Chain {
+        id: 0,
+        depth,
+        ..chain
+    });
+    let chain = now.filter(|now| header.chain != Some(*now));
     let same = header.origin == Some(origin.identity()) && header.merging_into.is_none();
     if same && chain.is_none() {
         return Ok(None);
@@ -156,11 +162,11 @@ pub(crate) fn check_header<O, F>(
     any_origin: bool,
 ) -> Result<()> {
     let parent = header.chain.map_or(0, |chain| chain.parent);
-    if parent != origin.layer.unwrap_or(0) {
+    if parent != origin.above.map_or(0, |above| above.parent) {
         let (cow, origin) = (cow.path.to_owned(), origin.path.to_owned());
         return Err(Refusal::LayerForeign { cow, origin }.into());
     }
-    if origin.layer.is_some() {
+    if origin.above.is_some() {
         // A layer is known by its id, which no other device has.
         return Ok(());
     }
@@ -195,7 +201,7 @@ pub(crate) fn check_unmarked<H: Host, O>(
     origin: &Backing<'_, O>,
     cow: &Backing<'_, H::File>,
 ) -> Result<()> {
-    if origin.layer.is_some() {
+    if origin.above.is_some() {
         return Ok(());
     }
     let unsound = |error| unsound(cow.path, error);

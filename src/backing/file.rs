@@ -7,14 +7,15 @@ use crate::base::{OriginIdentity, SECTOR_BYTES};
 use crate::call::{ask, patiently};
 use crate::error::{Refusal, Result, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host};
+use crate::store::Chain;
 
 /// An image or COW file that was inspected. Its lock is held as long as it is open here or attached to a loop device.
 pub(crate) struct Backing<'a, F> {
     pub(crate) path: &'a Path,
     pub(crate) file: F,
     pub(crate) facts: FileFacts,
-    /// The layer's id, if this is an origin that is a layer.
-    pub(crate) layer: Option<u128>,
+    /// The place in the stack of what is made over it, if it is an origin that is a layer.
+    pub(crate) above: Option<Chain>,
 }
 
 impl<F> Backing<'_, F> {
@@ -83,10 +84,19 @@ pub(crate) fn open_store<'a, H: Host>(
 
 /// Opens a COW file for reading without a lock, as a live snapshot has it locked.
 pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    open_cow_file(host, path, false)
+}
+
+/// Opens a COW file that is not to be locked yet.
+pub(crate) fn open_cow_file<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    writable: bool,
+) -> Result<Backing<'a, H::File>> {
     let in_use_by = || Refusal::CowInUse {
         path: path.to_owned(),
     };
-    inspect(host, path, open(host, path, false, in_use_by)?)
+    inspect(host, path, open(host, path, writable, in_use_by)?)
 }
 
 pub(super) fn open<H: Host>(
@@ -140,7 +150,7 @@ pub(super) fn inspect<'a, H: Host>(
             path,
             file,
             facts,
-            layer: None,
+            above: None,
         }),
     }
 }

@@ -38,7 +38,7 @@ pub(crate) fn make<'a, H: Host, O>(
         path,
         file,
         facts,
-        layer: None,
+        above: None,
     })
 }
 

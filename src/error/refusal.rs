@@ -402,6 +402,36 @@ pub enum Refusal {
         /// What it was to be used over.
         origin: PathBuf,
     },
+    /// Two of a stack's files are one layer's: the same file, or a copy of it.
+    #[error("COW files {first:?} and {second:?} are of one and the same layer")]
+    LayerTwice {
+        /// The one.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// Two of a stack's files were made over the same: there they part, and are two stacks.
+    #[error("COW files {first:?} and {second:?} were made over the same, and are of two stacks")]
+    LayersApart {
+        /// The one.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// One of a stack's files was made over a layer that is not there.
+    #[error("the layer that COW file {cow:?} was made over is missing")]
+    LayerMissing {
+        /// The COW file.
+        cow: PathBuf,
+    },
+    /// A stack of more layers than are sensible, which has to be asked for.
+    #[error("a stack of {layers} layers: at most {most} are taken, unless more are asked for")]
+    StackTooDeep {
+        /// How many there are.
+        layers: u32,
+        /// How many are taken.
+        most: u32,
+    },
     /// A layer is needed.
     #[error("{name:?} is no layer")]
     NotALayer {

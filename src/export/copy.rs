@@ -7,7 +7,7 @@ use crate::base::Progress;
 use crate::call::{absent, ask};
 use crate::error::{Error, Result, Step, policy};
 use crate::kernel::Host;
-use crate::store::Extent;
+use crate::store::{Extent, Piece};
 
 /// How many bytes are read, examined and written at a time.
 const WINDOW_BYTES: u64 = 1 << 20;
@@ -21,61 +21,66 @@ const BLOCK: usize = 4096;
 const ZEROES: [u8; BLOCK] = [0; BLOCK];
 
 /// A file and the path by which errors name it.
-type Named<'a, F> = (&'a F, &'a Path);
+pub(super) type Named<'a, F> = (&'a F, &'a Path);
 
 /// The state of an export while it copies.
 pub(super) struct Copier<'a, H: Host> {
     pub(super) host: &'a H,
-    pub(super) origin: Named<'a, H::File>,
-    pub(super) cow: Named<'a, H::File>,
+    /// From the bottom up.
+    pub(super) cows: Vec<Named<'a, H::File>>,
     pub(super) output: Named<'a, H::File>,
-    /// The image's length, in bytes.
-    pub(super) length: u64,
     pub(super) progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     /// Bytes written so far.
     pub(super) written: u64,
 }
 
 impl<H: Host> Copier<'_, H> {
-    /// Fills the output: with everything, or with the changes alone if it is a clone (reflink) of the origin.
+    /// Fills the output, of that many bytes: with everything, or with the changes alone where it is the origin's clone.
     pub(super) fn copy(
         &mut self,
-        extents: Vec<Extent>,
+        origin: Named<'_, H::File>,
+        length: u64,
+        pieces: Vec<Piece>,
         reflinked: bool,
     ) -> Result<ControlFlow<()>> {
         let flow = if reflinked {
-            self.patch(extents)?
+            self.patch(pieces, true)?
         } else {
-            self.assemble(&extents)?
+            self.assemble(origin, length, &pieces)?
         };
         // A new file may have to end in a hole, and a clone may be longer than whole sectors.
         let (file, path) = self.output;
         ask(Step::WriteFile, path, || {
-            self.host.size_file(file, self.length, false)
+            self.host.size_file(file, length, false)
         })?;
         Ok(flow)
     }
 
-    /// Writes the image from its beginning to its end: it reads a window of the origin, reads the changes over that,
-    /// and writes what is not zero.
-    fn assemble(&mut self, extents: &[Extent]) -> Result<ControlFlow<()>> {
-        let mut buffer = vec![0; as_length(WINDOW_BYTES.min(self.length))];
-        let mut data = DataRanges::of(self.host, self.origin);
-        let mut extents = extents.iter().copied().peekable();
+    /// Writes the image from its beginning to its end: each window is read from the origin, the changes are read over
+    /// it, and what is not zero is written.
+    fn assemble(
+        &mut self,
+        origin: Named<'_, H::File>,
+        length: u64,
+        pieces: &[Piece],
+    ) -> Result<ControlFlow<()>> {
+        let mut buffer = vec![0; as_length(WINDOW_BYTES.min(length))];
+        let mut data = DataRanges::of(self.host, origin);
+        let mut pieces = pieces.iter().copied().peekable();
         let (mut at, mut flushed) = (0, 0);
         loop {
-            let next = extents
+            let next = pieces
                 .peek()
-                .map_or(self.length, |extent| extent.origin_offset);
+                .map_or(length, |piece| piece.extent.origin_offset);
             let next = next.min(data.next_after(at)?.start).max(at);
-            if next >= self.length {
-                return Ok(self.tell(self.length, self.length));
+            if next >= length {
+                return Ok(self.tell(length, length));
             }
             // Windows begin at a multiple of the block size, so that a block of zeroes is a block of the file system.
             let start = next - next % BLOCK as u64;
-            let end = self.length.min(start + WINDOW_BYTES);
+            let end = length.min(start + WINDOW_BYTES);
             let window = &mut buffer[..as_length(end - start)];
-            self.read_window(window, start, &mut data, &mut extents)?;
+            self.read_window(window, start, &mut data, &mut pieces)?;
             self.write_blocks(window, start, false)?;
             at = end;
             if at - flushed >= WRITEBACK_BYTES {
@@ -83,7 +88,7 @@ impl<H: Host> Copier<'_, H> {
                 let _ = self.host.start_writeback(self.output.0, flushed..at);
                 flushed = at;
             }
-            if self.tell(at, self.length).is_break() {
+            if self.tell(at, length).is_break() {
                 return Ok(ControlFlow::Break(()));
             }
         }
@@ -94,7 +99,7 @@ impl<H: Host> Copier<'_, H> {
         window: &mut [u8],
         start: u64,
         data: &mut DataRanges<'_, H>,
-        extents: &mut std::iter::Peekable<impl Iterator<Item = Extent>>,
+        pieces: &mut std::iter::Peekable<impl Iterator<Item = Piece>>,
     ) -> Result<()> {
         let end = start + window.len() as u64;
         let mut filled = start;
@@ -104,56 +109,62 @@ impl<H: Host> Copier<'_, H> {
             window[as_length(filled - start)..as_length(from - start)].fill(0);
             if from < to {
                 let part = &mut window[as_length(from - start)..as_length(to - start)];
-                self.read(self.origin, part, from)?;
+                self.read(data.file, part, from)?;
             }
             filled = to.max(from);
         }
-        while let Some(extent) = extents.peek().filter(|extent| extent.origin_offset < end) {
+        while let Some(piece) = pieces
+            .peek()
+            .filter(|piece| piece.extent.origin_offset < end)
+        {
+            let extent = piece.extent;
             let (from, to) = (
                 extent.origin_offset.max(start),
                 extent.origin_end().min(end),
             );
             let part = &mut window[as_length(from - start)..as_length(to - start)];
             self.read(
-                self.cow,
+                self.cows[piece.from],
                 part,
                 extent.cow_offset + (from - extent.origin_offset),
             )?;
             if extent.origin_end() > end {
                 break;
             }
-            extents.next();
+            pieces.next();
         }
         Ok(())
     }
 
-    /// Writes the changes over the origin's clone, in the order of the COW file, which can then be read in large
-    /// pieces.
-    fn patch(&mut self, mut extents: Vec<Extent>) -> Result<ControlFlow<()>> {
-        extents.sort_unstable_by_key(|extent| extent.cow_offset);
-        let total = extents.iter().map(|extent| extent.length).sum();
+    /// Writes the changes to where they belong, in the order of the COW files, which are read in large pieces that way.
+    /// `over` says that there is something already, which zeroes have to hide.
+    pub(super) fn patch(&mut self, mut all: Vec<Piece>, over: bool) -> Result<ControlFlow<()>> {
+        all.sort_unstable_by_key(|piece| (piece.from, piece.extent.cow_offset));
+        let total = all.iter().map(|piece| piece.extent.length).sum();
         let mut buffer = vec![0; as_length(WINDOW_BYTES)];
-        let mut pieces = extents.into_iter().flat_map(pieces).peekable();
+        let mut pieces = all.into_iter().flat_map(in_windows).peekable();
         let mut done = 0;
         while let Some(first) = pieces.next() {
-            let start = first.cow_offset;
-            let mut batch = vec![first];
-            let mut end = first.cow_end();
-            let fits = |piece: &Extent| piece.cow_end() <= start + WINDOW_BYTES;
-            // A short gap, such as a metadata area, is read with them; a longer one is skipped.
+            let (from, start) = (first.from, first.extent.cow_offset);
+            let mut batch = vec![first.extent];
+            let mut end = first.extent.cow_end();
+            let fits = |piece: &Piece| {
+                piece.from == from && piece.extent.cow_end() <= start + WINDOW_BYTES
+            };
+            // A metadata area in between is read with them; a longer gap is not.
             while let Some(piece) =
-                pieces.next_if(|piece| fits(piece) && piece.cow_offset < end + GAP_BYTES)
+                pieces.next_if(|piece| fits(piece) && piece.extent.cow_offset < end + GAP_BYTES)
             {
-                end = piece.cow_end();
-                batch.push(piece);
+                end = piece.extent.cow_end();
+                batch.push(piece.extent);
             }
             let window = &mut buffer[..as_length(end - start)];
-            self.read(self.cow, window, start)?;
-            for piece in batch {
-                let at = as_length(piece.cow_offset - start);
-                let content = &window[at..at + as_length(piece.length)];
-                self.write_blocks(content, piece.origin_offset, true)?;
-                done += piece.length;
+            self.read(self.cows[from], window, start)?;
+            for extent in batch {
+                let at = as_length(extent.cow_offset - start);
+                let content = &window[at..at + as_length(extent.length)];
+                self.write_blocks(content, extent.origin_offset, over)?;
+                done += extent.length;
             }
             if self.tell(done, total).is_break() {
                 return Ok(ControlFlow::Break(()));
@@ -226,14 +237,16 @@ impl<H: Host> Copier<'_, H> {
 /// The longest gap in bytes between two pieces of the COW file that is read instead of skipped.
 const GAP_BYTES: u64 = 64 << 10;
 
-/// Splits an extent into pieces of at most a window.
-fn pieces(extent: Extent) -> impl Iterator<Item = Extent> {
-    let step = as_length(WINDOW_BYTES);
-    (0..extent.length).step_by(step).map(move |at| Extent {
+/// Pieces of at most a window each.
+fn in_windows(piece: Piece) -> impl Iterator<Item = Piece> {
+    let (Piece { extent, from }, step) = (piece, as_length(WINDOW_BYTES));
+    let window = move |at| Extent {
         origin_offset: extent.origin_offset + at,
         length: WINDOW_BYTES.min(extent.length - at),
         cow_offset: extent.cow_offset + at,
-    })
+    };
+    let extents = (0..extent.length).step_by(step).map(window);
+    extents.map(move |extent| Piece { extent, from })
 }
 
 fn block(content: &[u8], at: usize) -> &[u8] {

@@ -28,7 +28,7 @@ pub(super) fn export<H: Host>(
     let source = Source {
         host,
         origin: flushed.origin,
-        cow: flushed.cow,
+        cows: vec![flushed.cow],
         end: flushed.end,
         live: true,
     };

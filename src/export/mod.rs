@@ -3,14 +3,19 @@
 //! The files are read directly and not through the dm device, so a suspended or full device does not stop an export.
 
 mod copy;
+mod flatten;
+#[cfg(test)]
+mod flatten_tests;
 mod live;
 mod output;
+mod stack;
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
 use copy::Copier;
+pub use flatten::{FlattenOptions, Flattened};
 use output::Output;
 
 use crate::backing::{
@@ -23,7 +28,7 @@ use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step};
 use crate::find;
 use crate::kernel::{Host, MACHINE};
-use crate::store::{ExceptionStore, Extent};
+use crate::store::{ExceptionStore, Extent, Piece, overlay};
 
 /// Options for exporting a snapshot's disk as a raw image, and the calls that do it.
 ///
@@ -162,7 +167,7 @@ impl ExportOptions {
         let source = Source {
             host: &MACHINE,
             origin,
-            cow,
+            cows: vec![cow],
             end: None,
             live: false,
         };
@@ -255,8 +260,9 @@ fn whose<H: Host>(host: &H, error: Error) -> Error {
 struct Source<'a, H: Host> {
     host: &'a H,
     origin: Backing<'a, H::File>,
-    cow: Backing<'a, H::File>,
-    /// The COW chunk from which on the store is not read.
+    /// From the bottom up; one, unless it is a stack's.
+    cows: Vec<Backing<'a, H::File>>,
+    /// The COW chunk from which on the store is not looked at.
     end: Option<u64>,
     /// Whether the kernel has told which origin and COW file belong together.
     live: bool,
@@ -271,27 +277,28 @@ impl<H: Host> Source<'_, H> {
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
         still: impl FnOnce() -> Result<()>,
     ) -> Result<Option<Exported>> {
-        let inputs = [self.origin.facts.id, self.cow.facts.id];
-        if inputs[0] == inputs[1] {
-            let (origin, cow) = (self.origin.path.to_owned(), self.cow.path.to_owned());
+        let image = self.origin.facts.id;
+        if let Some(same) = self.cows.iter().find(|cow| cow.facts.id == image) {
+            let (origin, cow) = (self.origin.path.to_owned(), same.path.to_owned());
             return Err(Refusal::SameFile { origin, cow }.into());
         }
+        let cows = self.cows.iter().map(|cow| cow.facts.id);
+        let inputs: Vec<_> = [image].into_iter().chain(cows).collect();
         output::admit(self.host, output, options.replace, &inputs)?;
         let length = Sectors::from_bytes_floor(self.origin.facts.size_bytes).count() * SECTOR_BYTES;
-        let extents = self.extents(options, length)?;
+        let pieces = self.pieces(options, length)?;
         let output = Output::make(self.host, output)?;
         let reflinked = options.reflink && output.clone_of(&self.origin.file);
         let mut copier = Copier {
             host: self.host,
-            origin: (&self.origin.file, self.origin.path),
-            cow: (&self.cow.file, self.cow.path),
+            cows: self.cows.iter().map(|cow| (&cow.file, cow.path)).collect(),
             output: (output.file(), output.path()),
-            length,
             progress,
             written: 0,
         };
-        let changed_bytes = extents.iter().map(|extent| extent.length).sum();
-        let copied = copier.copy(extents, reflinked);
+        let changed_bytes = pieces.iter().map(|piece| piece.extent.length).sum();
+        let origin = (&self.origin.file, self.origin.path);
+        let copied = copier.copy(origin, length, pieces, reflinked);
         let written_bytes = copier.written;
         let checked = copied.and_then(|copied| {
             still()?;
@@ -311,10 +318,26 @@ impl<H: Host> Source<'_, H> {
         }))
     }
 
-    /// Reads the changes from the COW file; fails if its store is not to be used.
-    fn extents(&self, options: &ExportOptions, length: u64) -> Result<Vec<Extent>> {
-        let path = self.cow.path;
-        let store = ExceptionStore::open(Reader::of(self.host, &self.cow));
+    /// What the COW files change, if they hold stores that are to be believed.
+    fn pieces(&self, options: &ExportOptions, length: u64) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        for (nth, cow) in self.cows.iter().enumerate() {
+            let extents = self.extents(options, length, cow, nth == 0)?;
+            pieces = overlay(pieces, extents, nth);
+        }
+        Ok(pieces)
+    }
+
+    /// What one of them changes; the lowest has to be over this image.
+    fn extents(
+        &self,
+        options: &ExportOptions,
+        length: u64,
+        cow: &Backing<'_, H::File>,
+        lowest: bool,
+    ) -> Result<Vec<Extent>> {
+        let path = cow.path;
+        let store = ExceptionStore::open(Reader::of(self.host, cow));
         let mut store = store.map_err(|error| unsound(path, error))?;
         if !store.is_valid() && !options.invalid_store {
             let path = path.to_owned();
@@ -324,17 +347,14 @@ impl<H: Host> Source<'_, H> {
             take: &|| sample(self.host, &self.origin),
             marks: false,
         };
-        check_header(
-            &self.origin,
-            &self.cow,
-            store.header(),
-            fingerprint,
-            options.any_origin,
-        )?;
-        // The kernel writes over the mark as it marks a store invalid: then the caller's word has to do.
-        let unmarked = store.header().origin.is_none() && store.is_valid();
-        if unmarked && !options.any_origin && !self.live {
-            check_unmarked(self.host, &self.origin, &self.cow)?;
+        if lowest {
+            let (header, any) = (store.header(), options.any_origin);
+            check_header(&self.origin, cow, header, fingerprint, any)?;
+            // The kernel writes over the mark as it marks a store invalid: then the caller's word has to do.
+            let unmarked = header.origin.is_none() && store.is_valid();
+            if unmarked && !any && !self.live {
+                check_unmarked(self.host, &self.origin, cow)?;
+            }
         }
         store = store.over(Sectors::from_bytes_floor(length));
         if let Some(end) = self.end {

@@ -146,11 +146,26 @@ pub fn status(device: impl Into<DeviceId>) -> Result<SnapshotInfo> {
 /// Does what [`status`] does, on a host.
 pub(crate) fn status_of<H: Host>(host: &H, device: &DeviceId) -> Result<SnapshotInfo> {
     let (device, uuid) = lookup::find(host, device)?;
-    read(host, device, uuid)
+    read(host, device, uuid).map(|read| read.info)
 }
 
 /// Returns dmsnap's devices by name, each with its state or why that could not be read.
 pub(crate) fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<SnapshotInfo>)>> {
+    let all = read_all(host)?.into_iter();
+    Ok(all
+        .map(|(name, read)| (name, read.map(|read| read.info)))
+        .collect())
+}
+
+/// A device of ours as it was read.
+pub(super) struct Read {
+    pub(super) info: SnapshotInfo,
+    /// What its table stands on.
+    pub(super) origin: Option<DeviceNumber>,
+}
+
+/// As [`ours`], with what each stands on.
+pub(super) fn read_all<H: Host>(host: &H) -> Result<Vec<(String, Result<Read>)>> {
     let control = Path::new(MAPPER_CONTROL);
     ask(Step::OpenMapper, control, || host.open_mapper())?;
     let mut devices = ask(Step::List, control, || host.list())?;
@@ -170,13 +185,13 @@ pub(crate) fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<SnapshotInfo
     Ok(known.collect())
 }
 
-fn look<H: Host>(host: &H, address: Address<'_>, name: &str) -> Result<SnapshotInfo> {
+fn look<H: Host>(host: &H, address: Address<'_>, name: &str) -> Result<Read> {
     let path = Path::new(MAPPER_DIR).join(name);
     let (device, uuid) = lookup::ours(host, address, &path)?;
     read(host, device, uuid)
 }
 
-fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotInfo> {
+fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
     let path = Path::new(MAPPER_DIR).join(&device.name);
     let state = match (device.live_table, device.inactive_table) {
         (false, false) => State::NoTable,
@@ -231,7 +246,8 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
         let tables = |device: &Device| (device.suspended, device.live_table, device.inactive_table);
         info.interrupted = now.is_some_and(|now| tables(&now) == tables(&device));
     }
-    Ok(info)
+    let origin = devices.map(|[origin, _]| origin);
+    Ok(Read { info, origin })
 }
 
 /// True if the device is in the middle of an operation: a snapshot that is suspended or has a second table, or a layer

@@ -59,7 +59,7 @@ fn build<H: Host>(
         path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     // Its lock tells sweeps that the pool is alive, until the keeper's node is open.
     let cow_loop = attach(

@@ -68,7 +68,7 @@ impl<L> Base<L> {
             path: &self.path,
             file: (),
             facts: self.facts,
-            layer: self.above.map(|above| above.parent),
+            above: self.above,
         }
     }
 

@@ -11,10 +11,10 @@ pub(crate) const PROBE_BYTES: usize = 4096;
 pub(crate) const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
 
 /// The header's magic number: `SnAp`, little-endian.
-const MAGIC: u32 = 0x7041_6e53;
+pub(super) const MAGIC: u32 = 0x7041_6e53;
 
 /// The only version of the format.
-const VERSION: u32 = 1;
+pub(super) const VERSION: u32 = 1;
 
 /// What a COW file begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,8 +7,10 @@
 mod extents;
 mod fault;
 mod header;
+mod overlay;
 mod reader;
 mod sizing;
+mod writer;
 
 pub use extents::{Extent, Extents};
 pub use fault::{StoreError, StoreFault};
@@ -16,6 +18,8 @@ pub(crate) use header::{
     BLANK_BYTES, CHAIN_AT, CHAIN_BYTES, CONTENT_AT, Chain, Header, HeaderFault, MARK_AT,
     PROBE_BYTES, Probe, chain, content, mark, marks, probe,
 };
+pub(crate) use overlay::{Piece, overlay};
 pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
 pub(crate) use sizing::{grown, sound, sound_from, worst_case};
 pub use sizing::{least_bytes, sound as sound_bytes, worst_case as worst_case_bytes};
+pub(crate) use writer::Layout;

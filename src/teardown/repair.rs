@@ -496,7 +496,7 @@ fn mark_frozen<H: Host>(host: &H, layer: &Seen) -> Result<()> {
         path: &bound.path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     let header = match probe_store(host, &cow) {
         Err(Error::Refused(_)) => return Ok(()),

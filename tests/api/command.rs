@@ -68,6 +68,9 @@ fn wrong_usage_is_status_2_and_nothing_on_stdout() {
         &["export", "out"],
         &["export", "--origin", "image", "out"],
         &["export", "--origin", "image", "--cow", "cow", "vm", "out"],
+        &["flatten", "out"],
+        &["layer", "image", "name"],
+        &["tree", "vm", "vm"],
     ] {
         let output = run(args, "");
         assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -91,8 +94,25 @@ fn help_and_version_are_status_0_on_stdout() {
     let text = String::from_utf8_lossy(&help.stdout).into_owned();
     assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
     for command in [
-        "create", "cleanup", "remove", "list", "adopt", "reap", "repair", "status", "grow",
-        "recover", "watch", "merge", "cow", "export",
+        "create",
+        "cleanup",
+        "remove",
+        "list",
+        "adopt",
+        "reap",
+        "repair",
+        "status",
+        "grow",
+        "recover",
+        "watch",
+        "merge",
+        "cow",
+        "export",
+        "flatten",
+        "layer",
+        "tree",
+        "checkpoint",
+        "rollback",
     ] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }
@@ -352,6 +372,29 @@ fn an_export_tells_what_it_did_and_needs_no_terminal() {
         "bytes": 1 << 20, "changed_bytes": 4096, "written_bytes": 1 << 20, "reflinked": false,
     });
     assert_eq!(json, expected);
+}
+
+#[test]
+fn a_flattening_tells_what_it_did_and_its_output_is_exported_the_same() {
+    let (_dir, [origin, cow, out]) = stage(1 << 20, &[7]);
+    let flat = format!("{out}.cow");
+    let done = "32768 bytes, for 4096 changed bytes of a disk; 4096 written\n";
+    check(&run(&["flatten", &cow, &flat], ""), 0, done, "");
+    let line = format!("dmsnap: output {flat:?} exists\n");
+    check(&run(&["flatten", &cow, &flat], ""), 1, "", &line);
+    let json = run(&["flatten", "--json", "--replace", &cow, &flat], "").stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
+    let expected = serde_json::json!({
+        "bytes": 32_768, "changed_bytes": 4096, "written_bytes": 4096,
+    });
+    assert_eq!(json, expected);
+    let export = ["export", "--origin", &origin, "--cow"];
+    let exported = [&cow, &flat].map(|cow| {
+        let done = run(&[&export[..], &[cow, "--replace", &out]].concat(), "");
+        assert!(done.status.success(), "{done:?}");
+        std::fs::read(&out).expect("the export")
+    });
+    assert!(exported[0] == exported[1]);
 }
 
 #[test]

@@ -117,6 +117,7 @@ const LONGEST: &[&str] = &[
     "repair::states::",
     "facts::handover::",
     "checkpoint::",
+    "stack::",
     "export::",
     "growth::",
     "merge::",

@@ -252,14 +252,23 @@ fn a_checkpoint_two_forks_and_the_stack_after_a_reboot() {
         );
     }
     assert_eq!(dm_info("vm-42-noon", "open"), "3");
+    let evening = [
+        "checkpoint",
+        "--keep",
+        "--make-cow",
+        "worst-case",
+        "vm-42",
+        "vm-42-evening",
+    ];
+    success(dmsnap().args(evening).arg("/var/lib/vms/vm-42.2.cow"));
     // As a reboot leaves it: the files alone.
-    for name in ["vm-44", "vm-43", "vm-42", "vm-42-noon"] {
+    for name in ["vm-44", "vm-43", "vm-42", "vm-42-evening", "vm-42-noon"] {
         success(dmsnap().args(["remove", name]));
     }
     host.scene.assert_clean();
     host.play("checkpoint_2");
     assert!(content(node) == afterwards, "the disk goes on");
-    for name in ["vm-42", "vm-42-noon"] {
+    for name in ["vm-42", "vm-42-evening"] {
         success(dmsnap().args(["remove", name]));
     }
 }
