@@ -267,6 +267,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn who_is_at_work_is_waited_for_to_the_deadline_and_named() {
+        let locked = |step, _| (step == Step::LockLoop).then_some(Errno::EWOULDBLOCK);
+        let (script, info) = snapshot(locked);
+        let mut options = ExportOptions::new();
+        options.deadline(std::time::Duration::ZERO);
+        let error = flushed(&script, &options, &info).map(drop);
+        let name = info.name.clone();
+        assert_eq!(error, Err(Refusal::AtWork { name }.into()));
+        let calls = script.calls.take();
+        let asked = calls.iter().filter(|step| **step == Step::LockLoop);
+        assert_eq!(asked.count(), 1, "{calls:?}");
+        assert!(!suspended(&script, &info.uuid));
+    }
+
     /// A machine with a live snapshot whose COW file holds a store.
     fn machine() -> Script {
         let (script, _) = snapshot(|_, _| None);
