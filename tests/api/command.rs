@@ -388,7 +388,7 @@ fn a_flattening_tells_what_it_did_and_its_output_is_exported_the_same() {
         "bytes": 32_768, "changed_bytes": 4096, "written_bytes": 4096,
     });
     assert_eq!(json, expected);
-    let export = ["export", "--origin", &origin, "--cow"];
+    let export = ["export", "--any-origin", "--origin", &origin, "--cow"];
     let exported = [&cow, &flat].map(|cow| {
         let done = run(&[&export[..], &[cow, "--replace", &out]].concat(), "");
         assert!(done.status.success(), "{done:?}");

@@ -1,12 +1,11 @@
 {
-use dmsnap::snapshot::CheckpointOptions;
+use dmsnap::snapshot::StackOptions;
 use dmsnap::{Origin, SnapshotOptions};
 
 let image = Origin::open("/images/base.ext4")?;
-let noon = CheckpointOptions::new()
+let evening = StackOptions::new()
     .keep(true)
-    .attach_layer(&image, "/var/lib/vms/vm-42.cow", "vm-42-noon")?; // its first COW file
-let disk = SnapshotOptions::new().create_on(noon.origin(), "/var/lib/vms/vm-42.1.cow", "vm-42")?;
-println!("boot from {}", disk.device().display());
+    .open(&image, ["/var/lib/vms/vm-42.1.cow", "/var/lib/vms/vm-42.cow"], "vm-42-evening")?;
+SnapshotOptions::new().create_on(evening.origin(), "/var/lib/vms/vm-42.2.cow", "vm-42")?;
 Ok::<(), dmsnap::Error>(())
 }
