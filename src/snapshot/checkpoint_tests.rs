@@ -124,7 +124,7 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
     assert_eq!(script.world.borrow().residue(), files);
 
     let of = |step| calls.iter().filter(|call| **call == step).count();
-    assert_eq!(calls.len(), 52, "{calls:?}");
+    assert_eq!(calls.len(), 53, "{calls:?}");
     assert_eq!((of(Step::Suspend), of(Step::Resume)), (1, 2));
     let suspended = calls.iter().position(|call| *call == Step::Suspend);
     let paused = &calls[suspended.expect("it suspends")..];
