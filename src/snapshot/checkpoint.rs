@@ -17,7 +17,7 @@ use crate::backing::{
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
 };
-use crate::call::{absent, ask, ask_unobserved, patiently, resume};
+use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, patiently, resume};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{Live, locked, reach, whole};
@@ -235,6 +235,7 @@ pub(crate) fn checkpoint<H: Host>(
         c1: (&c1.backing, &c1_loop),
         named: Chain { id, ..below },
         keep: options.keep,
+        ends_flushes: ends_flushes(host, v.dev, live.params.cow),
     };
     let mut done = Done::default();
     match parts.freeze(name, &mut done) {
@@ -306,6 +307,8 @@ struct Parts<'a, H: Host> {
     /// C0's place under the layer's id. It is frozen only when the layer has it.
     named: Chain,
     keep: bool,
+    /// The guest's flushes end at V, also over its new table.
+    ends_flushes: bool,
 }
 
 /// How far it got, and what there is to undo.
@@ -373,23 +376,27 @@ impl<H: Host> Parts<'_, H> {
         // From here to the last resume the guest waits: nothing else may come in between.
         let paused = ask_unobserved(Step::Suspend, &v.mapper, || host.suspend(&v.uuid))?;
         done.suspended = true;
-        if !paused.inactive_table {
-            // Somebody cleared it, or swapped it in by a resume: then V reads a layer that never gets the exceptions.
-            if rebuilt(*host, &v.uuid)? {
-                done.handed_over = true;
-                return Ok(b);
+        if paused.inactive_table {
+            ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
+            done.handed_over = true;
+            resume(*host, &v.uuid, &v.mapper)?;
+            // Whoever resumed V before B had the exceptions has lost them for B.
+            let handed = ask(Step::Status, &b.mapper, || host.status(&b.uuid))?;
+            if handed.is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)) {
+                rebuilt(*host, &v.uuid)?;
             }
-            let name = v.name.to_string();
-            let why = "its new table was taken away meanwhile";
-            return Err(Refusal::NotFreezable { name, why }.into());
+        } else {
+            // Somebody cleared it, or swapped it in by a resume: then V reads a layer that never gets the exceptions.
+            if !rebuilt(*host, &v.uuid)? {
+                let name = v.name.to_string();
+                let why = "its new table was taken away meanwhile";
+                return Err(Refusal::NotFreezable { name, why }.into());
+            }
+            done.handed_over = true;
         }
-        ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
-        done.handed_over = true;
-        resume(*host, &v.uuid, &v.mapper)?;
-        // Whoever resumed V before B had the exceptions has lost them for B.
-        let handed = ask(Step::Status, &b.mapper, || host.status(&b.uuid))?;
-        if handed.is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)) {
-            rebuilt(*host, &v.uuid)?;
+        if self.ends_flushes {
+            // Where it fails, flushes reach the COW file: it takes longer, and nothing is lost.
+            let _ = end_flushes(*host, v.dev, &v.mapper);
         }
         Ok(b)
     }
