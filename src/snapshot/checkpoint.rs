@@ -11,7 +11,8 @@ use super::create::{link, open_controls};
 use super::layer::{Layer, attach_layer, base, facts, hold};
 use super::{Base, Origin, Snapshot};
 use crate::backing::{
-    Attached, Backing, CowOptions, CowSize, Sample, attach, open_cow, probe_store, unmake, valid,
+    Attached, Backing, Cow, CowOptions, CowSize, Sample, attach, open_cow, probe_store, unmake,
+    valid,
 };
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
@@ -223,7 +224,7 @@ pub(crate) fn checkpoint<H: Host>(
         c0: &c0,
         header: &header,
         held: (&node, &held),
-        c1: (&c1.backing, &c1_loop),
+        c1: (&c1, &c1_loop),
         named: Chain { id, ..below },
     };
     let mut done = Done::default();
@@ -290,7 +291,7 @@ struct Parts<'a, H: Host> {
     /// C0's, as it was.
     header: &'a Header,
     held: (&'a Path, &'a H::File),
-    c1: (&'a Backing<'a, H::File>, &'a Attached<H::Loop>),
+    c1: (&'a Cow<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
     named: Chain,
 }
@@ -309,7 +310,8 @@ struct Done {
 impl<H: Host> Parts<'_, H> {
     fn freeze(&self, name: &DeviceName, done: &mut Done) -> Result<MappedDevice> {
         let Self { host, v, .. } = self;
-        let (cow, cow_loop) = self.c1;
+        let (next, cow_loop) = self.c1;
+        let cow = &next.backing;
         let mapper = name.mapper_path();
         let uuid = DeviceUuid::fresh(self.named.id, self.identity, cow_loop.number, Kind::Layer);
         let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
@@ -334,6 +336,7 @@ impl<H: Host> Parts<'_, H> {
         };
         load(*host, v, &line(over))?;
         done.loaded = true;
+        next.lengthen(*host, cow_loop)?;
         // A power cut must not leave a layer whose upper store is not known to be over it.
         done.marked = true;
         self.write(self.c0, &store::chain(self.named), CHAIN_AT)?;

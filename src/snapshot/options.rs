@@ -156,6 +156,18 @@ impl SnapshotOptions {
         self
     }
 
+    /// Says how much of the disk is expected to change, where the COW file is made: the kernel sizes its table of changed
+    /// chunks by it, at 8 bytes a chunk, when the snapshot is made, and never again. Unless set, 64 MiB, which takes 128 KiB
+    /// with chunks of 8 sectors; a worst-case COW file over 1 GiB took 2 MiB of kernel memory, whatever was written.
+    ///
+    /// More may change, up to the COW file's size; lookups in the table then take longer
+    /// ([figures](crate::guide::figures)). A file whose space is set aside ([`reserve`](Self::reserve)), and one that is
+    /// there, have the table of their whole size.
+    pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
+        self.cow.expected = Some(expected);
+        self
+    }
+
     /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it,
     /// whatever it is. A file that a snapshot has, the image itself, a symbolic link and a block device
     /// are refused.
