@@ -25,16 +25,19 @@ type Result<T, E = Box<dyn Error>> = std::result::Result<T, E>;
 /// How many VMs there are.
 const VMS: usize = 3;
 
-const IMAGE_BYTES: u64 = 64 << 20;
+const IMAGE_BYTES: u64 = 16 << 20;
 
 /// Where each VM writes something of its own.
 const OWN_AT: u64 = 8 << 20;
 
-fn main() -> Result<()> {
-    let mut arguments = std::env::args_os().skip(1);
-    if let (Some(image), Some(dir)) = (arguments.next(), arguments.next()) {
-        return crash(Path::new(&image), Path::new(&dir));
+/// Makes a process the control plane that dies, and says in which directory.
+const CRASH: &str = "DMSNAP_DEMO_CRASH";
+
+pub(crate) fn main() -> Result<()> {
+    if let Some(dir) = std::env::var_os(CRASH) {
+        return crash(Path::new(&dir));
     }
+    let (devices, loops) = (tool("dmsetup", &["ls"])?, tool("losetup", &["--all"])?);
     let dir = std::env::current_dir()?.join("demo.files");
     fs::create_dir_all(&dir)?;
     let image = dir.join("base.ext4");
@@ -49,12 +52,11 @@ fn main() -> Result<()> {
     by_tools(&image, &dir, &mut times)?;
     pool(&image, &dir, &mut times)?;
     fork(&image, &dir, &mut times)?;
-    after_a_crash(&image, &dir, &mut times)?;
+    after_a_crash(&dir, &mut times)?;
 
     assert!(fs::read(&image)? == before, "the image has changed");
-    let left = tool("dmsetup", &["ls"])?;
-    assert_eq!(left.trim(), "No devices found");
-    assert_eq!(tool("losetup", &["--all"])?, "");
+    assert_eq!(tool("dmsetup", &["ls"])?, devices);
+    assert_eq!(tool("losetup", &["--all"])?, loops);
     times.print();
     println!("\nThe image is as it was, and no dm device, loop device or link is left.");
     fs::remove_dir_all(&dir)?;
@@ -163,12 +165,14 @@ fn fork(image: &Path, dir: &Path, times: &mut Times) -> Result<()> {
 }
 
 /// A control plane makes its disks and is killed. The next one keeps the VM that it knows, and takes down the others.
-fn after_a_crash(image: &Path, dir: &Path, times: &mut Times) -> Result<()> {
-    let own = std::env::current_exe()?;
-    let died = Command::new(own).args([image, dir]).status()?;
+fn after_a_crash(dir: &Path, times: &mut Times) -> Result<()> {
+    let mut own = Command::new(std::env::current_exe()?);
+    let died = own.args(std::env::args_os().skip(1)).env(CRASH, dir);
+    let died = died.status()?;
     assert!(!died.success(), "it was to die");
+    let keep = |name: &str| !name.starts_with("demo-") || name == "demo-crash-0";
     let reaped = times.of("reap after a crash", || {
-        ReapOptions::new().reap(|found| found.name == "demo-crash-0")
+        ReapOptions::new().reap(|found| keep(&found.name))
     })?;
     for item in reaped {
         println!("after the crash, {}: {:?}", item.name, item.fate?);
@@ -179,7 +183,8 @@ fn after_a_crash(image: &Path, dir: &Path, times: &mut Times) -> Result<()> {
 }
 
 /// The control plane that dies.
-fn crash(image: &Path, dir: &Path) -> Result<()> {
+fn crash(dir: &Path) -> Result<()> {
+    let image = &dir.join("base.ext4");
     let mut options = SnapshotOptions::new();
     options.make_cow(CowSize::WorstCase);
     for nth in 0..VMS {

@@ -2,10 +2,14 @@
 
 #![allow(missing_docs, reason = "a test has no API")]
 
+#[path = "api/documented.rs"]
+mod documented;
 #[path = "api/export.rs"]
 mod export;
 #[path = "api/failures.rs"]
 mod failures;
+#[path = "api/flatten.rs"]
+mod flatten;
 #[path = "../fuzz/src/made_store.rs"]
 #[allow(
     clippy::cast_possible_truncation,

@@ -1,4 +1,4 @@
-//! A file attached to a loop device.
+//! Attaches a file to a free loop device.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +11,8 @@ use crate::error::{Error, Result, Retry, Step, Verdict};
 use crate::kernel::LO_READ_ONLY;
 use crate::kernel::{Host, LOOP_CONTROL};
 
-/// A loop device that is ours for as long as `device` is open or a dm table holds it.
+/// A loop device that was attached here. The kernel detaches it (autoclear) when neither `device` nor a dm table has it
+/// open any more.
 #[derive(Debug)]
 pub(crate) struct Attached<L> {
     pub(crate) path: PathBuf,
@@ -21,7 +22,8 @@ pub(crate) struct Attached<L> {
     pub(crate) device: L,
 }
 
-/// The next free loop device is another one already, so the first pauses are next to nothing.
+/// How long [`attach`] goes on after losing loop devices to others. The first pauses are short: the next device that is
+/// tried is another one.
 const RACE_RETRY: Retry =
     Retry::until(Duration::from_secs(5)).pauses(Duration::from_micros(1), Duration::from_millis(1));
 
@@ -30,8 +32,8 @@ pub(crate) fn loop_length<H: Host>(host: &H, device: &Attached<H::Loop>) -> Resu
     ask(Step::SizeLoop, &device.path, size).map(Sectors::from_bytes_floor)
 }
 
-/// Finds a free loop device and binds `backing` to it; `label` is for people and for finding it again. A device that
-/// was lost to another process is left alone.
+/// Finds a free loop device and attaches `backing` to it. `label` is stored in the device (`lo_file_name`), where
+/// `losetup` shows it. A device that another process took first is left alone, and the next one is tried.
 pub(crate) fn attach<H: Host>(
     host: &H,
     backing: &Backing<'_, H::File>,
@@ -47,8 +49,9 @@ pub(crate) fn attach<H: Host>(
     })
 }
 
-/// The number of a device to try. The kernel names the first free one as long as nobody binds it, so one that was just
-/// lost to a lock would be named again and again: the next one above those is made then, or is there.
+/// Returns the number of a loop device to try. `LOOP_CTL_GET_FREE` names the same device until somebody attaches a file
+/// to it, also one whose lock another process holds; after such a loss this takes the number above, and makes the device
+/// if it is not there.
 fn free_loop<H: Host>(host: &H, lost: &mut Option<u32>) -> Result<u32> {
     let control = Path::new(LOOP_CONTROL);
     let named = ask(Step::FindLoop, control, || host.find_loop())?;
@@ -66,7 +69,7 @@ fn free_loop<H: Host>(host: &H, lost: &mut Option<u32>) -> Result<u32> {
     Ok(number)
 }
 
-/// `LOOP_CONFIGURE` answers EINVAL for many reasons.
+/// Adds the likely reasons to an EINVAL of `LOOP_CONFIGURE`, which has many.
 fn explain(error: Error) -> Error {
     match error.verdict() {
         Some(Verdict::Fatal) => {
@@ -107,10 +110,10 @@ fn try_attach<H: Host>(
     })
 }
 
-/// Locks the COW file's loop device for as long as we have it open: the sign, to whoever reaps, that the snapshot's
-/// maker is alive and at work. An exclusive lock also keeps udev from probing the device meanwhile. Where udev is there
-/// first, a shared one stands beside its, and a mark says that one of them is a maker's. Where that cannot be had
-/// either, another maker is on the device.
+/// Locks the node of the COW file's loop device (`flock`) for as long as this process has it open. The lock tells a
+/// sweep ([`ReapOptions`](crate::ReapOptions)) that the process that makes the snapshot is alive. An exclusive lock also
+/// keeps udev from probing the device meanwhile. If udev locked it first, a shared lock is taken, and a mark on the
+/// device tells it from udev's. If even that fails, another `create` has the device.
 fn hold<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<()> {
     let lock = |exclusive| ask(Step::LockLoop, path, || host.lock_loop(device, exclusive));
     match lock(true) {

@@ -1,4 +1,4 @@
-//! Whether a loop device still is what a handle says.
+//! Compares a loop device with the handle that names it.
 
 use std::path::Path;
 
@@ -7,14 +7,14 @@ use crate::call::{absent, ask};
 use crate::error::{Result, Step, Verdict};
 use crate::kernel::{Host, LoopStatus};
 
-/// What a handle's loop device is to the handle.
+/// Says whether a loop device is still attached to the file that its handle names.
 pub(crate) enum Binding<L> {
-    /// Bound to what the handle says.
+    /// The device is attached to the handle's file.
     Bound(L, LoopStatus),
-    /// Unbound to whoever asks (`LOOP_GET_STATUS64` answers ENXIO), and the kernel still at it (`__loop_clr_fd`): the
-    /// backing file is in use until it is done.
+    /// The kernel is detaching the file (`__loop_clr_fd`): `LOOP_GET_STATUS64` answers ENXIO already, and the file is in
+    /// use until that is done.
     LettingGo,
-    /// Free, or bound to something else.
+    /// The device is free, or attached to another file.
     Gone,
 }
 
@@ -46,7 +46,8 @@ pub(crate) fn binding<H: Host>(host: &H, handle: &LoopHandle) -> Result<Binding<
     })
 }
 
-/// The number of the device's binding; `None` where the kernel has none (before 5.15).
+/// Reads the device's `diskseq`, which counts up with each file that is attached; `None` before Linux 5.15, which has
+/// none.
 pub(crate) fn diskseq<H: Host>(host: &H, device: &H::Loop, path: &Path) -> Result<Option<u64>> {
     match ask(Step::ReadDiskseq, path, || host.loop_diskseq(device)) {
         Err(error) if error.verdict() == Some(Verdict::Unsupported) => Ok(None),

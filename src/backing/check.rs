@@ -1,17 +1,20 @@
-//! What a COW file holds, and over which image that may be used.
+//! Checks what a COW file holds, and that it was made over the given image.
 
 use std::path::Path;
 
 use super::cow::Mark;
 use super::half_merged::is_half_merged;
-use super::{Backing, CowOptions};
+use super::{Backing, CowOptions, Reader};
 use crate::base::OriginIdentity;
 use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
-use crate::store::{self, Chain, Header, HeaderFault, PROBE_BYTES, Probe, StoreError, StoreFault};
+use crate::store::{
+    self, BLANK_BYTES, Chain, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe, StoreError,
+    StoreFault,
+};
 
-/// Holds the image against what a store's exceptions were made over.
+/// Refuses an image of another size or modification time than `expected`, unless `any_origin` takes it.
 pub(crate) fn check_identity(
     origin: &Path,
     found: OriginIdentity,
@@ -32,8 +35,8 @@ pub(crate) fn check_identity(
     }
 }
 
-/// Holds the COW file's first bytes against what is asked for, before the kernel looks at four of them. Says whether
-/// the store is to be marked.
+/// Checks the COW file's header against the options: the kernel itself looks at four bytes of it. Returns the mark to
+/// write into the store, if it needs one.
 pub(crate) fn check_store<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,
@@ -70,9 +73,18 @@ pub(crate) fn check_store<H: Host, O>(
     }
     thawed(cow, &header)?;
     check_header(origin, cow, &header, sample, options.any_origin)?;
-    // Named for a checkpoint that was cut off. Whatever was to stand on it must not find it again once it has changed.
-    let named = header.chain.filter(|chain| chain.id != 0);
-    let chain = named.map(|chain| Chain { id: 0, ..chain });
+    if header.origin.is_none() && !options.any_origin && !options.known_origin {
+        check_unmarked(host, origin, cow)?;
+    }
+    // A checkpoint that was cut off had named this file as a layer's. It is written from now on, so that name goes. Or some
+    // of the layers that were below it are one by now.
+    let depth = origin.above.map_or(0, |above| above.depth);
+    let now = header.chain.map(|chain| Chain {
+        id: 0,
+        depth,
+        ..chain
+    });
+    let chain = now.filter(|now| header.chain != Some(*now));
     let same = header.origin == Some(origin.identity()) && header.merging_into.is_none();
     if same && chain.is_none() {
         return Ok(None);
@@ -89,7 +101,7 @@ pub(crate) fn check_store<H: Host, O>(
     }))
 }
 
-/// The header of the store in the COW file; `None` in a blank one.
+/// Reads the header of the store in the COW file; `None` if the file is blank.
 pub(crate) fn probe_store<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<Header>> {
     let mut start = [0; PROBE_BYTES];
     let length = read(host, cow, &mut start, 0)?;
@@ -116,7 +128,7 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
     }
 }
 
-/// Refuses a layer's COW file: what was made over it would be garbage after one more write.
+/// Refuses a layer's COW file: one more write to it would destroy the disks that were made over the layer.
 pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
     if header.chain.is_some_and(|chain| chain.frozen) {
         let path = cow.path.to_owned();
@@ -125,12 +137,12 @@ pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// How to come by an image's fingerprint.
+/// Computes an image's fingerprint when it is needed, and says whether new stores get it.
 #[derive(Clone, Copy)]
 pub(crate) struct Sample<'a> {
     pub(crate) take: &'a dyn Fn() -> Result<u128>,
-    /// Whether a new store is marked with it: where it is had already, or where the image's modification time says
-    /// nothing. Elsewhere reading the image is not worth a create's time.
+    /// True if a new store is marked with the fingerprint: it is known already, or the image's modification time is a
+    /// whole second and thus no evidence. Otherwise a `create` saves the time of reading the image.
     pub(crate) marks: bool,
 }
 
@@ -140,8 +152,8 @@ impl Sample<'_> {
     }
 }
 
-/// Holds the image against what the store was made over, or is half merged into: by its size and modification time, and
-/// by its content where those say nothing.
+/// Refuses an image that the store was neither made over nor half merged into. It compares size and modification time,
+/// and the fingerprint if those differ or are no evidence.
 pub(crate) fn check_header<O, F>(
     origin: &Backing<'_, O>,
     cow: &Backing<'_, F>,
@@ -150,12 +162,12 @@ pub(crate) fn check_header<O, F>(
     any_origin: bool,
 ) -> Result<()> {
     let parent = header.chain.map_or(0, |chain| chain.parent);
-    if parent != origin.layer.unwrap_or(0) {
+    if parent != origin.above.map_or(0, |above| above.parent) {
         let (cow, origin) = (cow.path.to_owned(), origin.path.to_owned());
         return Err(Refusal::LayerForeign { cow, origin }.into());
     }
-    if origin.layer.is_some() {
-        // By its id, which says more than an image's size and time.
+    if origin.above.is_some() {
+        // A layer is known by its id, which no other device has.
         return Ok(());
     }
     if any_origin || is_half_merged(&origin.facts, &cow.facts, header) {
@@ -174,7 +186,7 @@ pub(crate) fn check_header<O, F>(
             }
             Ok(())
         }
-        // A faithful copy.
+        // The image is a copy with the same content.
         Some(then) if then.size_bytes == found.size_bytes && same_content()? == Some(true) => {
             Ok(())
         }
@@ -182,9 +194,34 @@ pub(crate) fn check_header<O, F>(
     }
 }
 
-/// Where a file that begins with zeroes has something else, up to the signatures of file systems and RAIDs that leave
-/// their first sectors empty: md 1.2, bcache and bcachefs at 4 KiB, ZFS at 16 KiB, ISO 9660 at 32 KiB, swap up to 64 KiB,
-/// btrfs behind that. A file without any block, as a fresh COW file is, is not read.
+/// Refuses a store that does not say what it was made over, unless nothing in it has changed: then it is as good over
+/// this image as over any other.
+pub(crate) fn check_unmarked<H: Host, O>(
+    host: &H,
+    origin: &Backing<'_, O>,
+    cow: &Backing<'_, H::File>,
+) -> Result<()> {
+    if origin.above.is_some() {
+        return Ok(());
+    }
+    let unsound = |error| unsound(cow.path, error);
+    let mut store = ExceptionStore::open(Reader::of(host, cow)).map_err(unsound)?;
+    let extents = store.changed_extents().map_err(unsound)?;
+    extents.last().map_or(Ok(()), |last| {
+        Err(Refusal::OriginUnknown {
+            origin: origin.path.to_owned(),
+            bytes: origin.facts.size_bytes,
+            cow: cow.path.to_owned(),
+            end_bytes: last.origin_end(),
+        }
+        .into())
+    })
+}
+
+/// Returns the offset of the first byte that is not zero in a file that begins with zeroes, looking as far as the
+/// signatures of file systems and RAIDs that leave their first sectors empty: md 1.2, bcache and bcachefs at 4 KiB, ZFS
+/// at 16 KiB, ISO 9660 at 32 KiB, swap up to 64 KiB, btrfs behind that. A file without any allocated block, such as a
+/// new sparse one, is not read.
 fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Option<u64>> {
     if !cow.facts.has_blocks {
         return Ok(None);
@@ -200,9 +237,6 @@ fn data_further_on<H: Host>(host: &H, cow: &Backing<'_, H::File>) -> Result<Opti
         .map(|(_, at)| at))
 }
 
-/// How much of a COW file has to be zeroes for it to be blank.
-const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
-
 fn read<H: Host>(
     host: &H,
     cow: &Backing<'_, H::File>,
@@ -214,13 +248,16 @@ fn read<H: Host>(
     })
 }
 
-/// Why a COW file's store is not taken.
+/// Turns a fault that was found in a COW file's store into the error for the caller.
 pub(crate) fn unsound(path: &Path, error: StoreError) -> Error {
     let path = path.to_owned();
     match error {
         StoreError::Read { source, .. } => Error::failed(Step::ReadFile, path, errno_of(&source)),
         StoreError::Fault(StoreFault::Header { field, value, .. }) => {
             Refusal::CowDamaged { path, field, value }.into()
+        }
+        StoreError::Fault(StoreFault::Headless { offset: at }) => {
+            Refusal::CowHeadless { path, at }.into()
         }
         StoreError::Fault(StoreFault::Foreign) => Refusal::CowForeign { path }.into(),
         StoreError::Fault(fault) => Refusal::CowUnsound { path, fault }.into(),

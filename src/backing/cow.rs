@@ -1,4 +1,4 @@
-//! A COW file before use: opened or made, locked, and held against what a snapshot or a merge can take.
+//! Opens or makes a COW file, locks it, and checks that a snapshot or a merge can use it.
 
 use std::path::Path;
 
@@ -13,12 +13,12 @@ use crate::error::{Refusal, Result, Step};
 use crate::kernel::{FileKind, Host};
 use crate::store::{self, Chain, Header};
 
-/// A COW file that a snapshot can be made over.
+/// A COW file that was opened, locked and checked: a snapshot can use it.
 pub(crate) struct Cow<'a, F> {
     pub(crate) backing: Backing<'a, F>,
-    /// How the store is to be marked as made over this origin, if it is not.
+    /// What is to be written into the store's header, if it does not say yet over which origin it was made.
     pub(crate) mark: Option<Mark>,
-    /// What was done to it.
+    /// Set if the file's size was changed.
     pub(crate) warning: Option<Warning>,
     /// How long it is to be once the table is loaded, if it is shorter until then.
     grows_to: Option<u64>,
@@ -48,14 +48,14 @@ impl<F> Cow<'_, F> {
     }
 }
 
-/// What is to be noted in a store of the origin that it is over.
+/// What is written into a store's header about the origin that it is made over.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mark {
     /// The origin's fingerprint.
     pub(crate) sample: Option<u128>,
-    /// Whether the store is a new one, with nothing behind its header.
+    /// True if the store is new, with nothing behind its header.
     pub(crate) fresh: bool,
-    /// Its place in a stack, where that is to be another one.
+    /// The store's new place in a stack of layers, if that changes.
     pub(crate) chain: Option<Chain>,
 }
 
@@ -92,7 +92,7 @@ pub(crate) fn open_cow<'a, H: Host, O>(
     }
 }
 
-/// Opens a COW file that is there; says whether it could be locked.
+/// Opens an existing COW file. The second value is the error if it could not be locked.
 pub(crate) fn open_made_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -104,7 +104,7 @@ pub(crate) fn open_made_cow<'a, H: Host>(
     locked(host, path, file, options)
 }
 
-/// The same of a file that is to be emptied.
+/// Opens a COW file that is to be emptied. The second value is the error if it could not be locked.
 pub(super) fn open_replaced_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -123,8 +123,8 @@ fn locked<'a, H: Host>(
     Ok((inspect(host, path, file)?, locked))
 }
 
-/// Opens the COW file for a merge, locked against every snapshot, with its header: a valid store's, made over this
-/// origin.
+/// Opens the COW file for a merge, locked against every snapshot, and returns its header. A store that is invalid, or
+/// was made over another origin, is refused.
 pub(crate) fn open_merged_cow<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -154,7 +154,8 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
     Ok((cow, header))
 }
 
-/// Opens a layer's COW file, locked as every other, with its place in the stack: what was made over this origin.
+/// Opens and locks a layer's COW file, and returns its place in the stack. One that was made over another origin is
+/// refused.
 pub(crate) fn open_layer_cow<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
@@ -178,8 +179,9 @@ pub(crate) fn open_layer_cow<'a, H: Host, O>(
     Ok((cow, header, chain))
 }
 
-/// Makes a `PO` store's file a chunk longer where its size is a trap ([`store::sound`]). Longer, not shorter:
-/// of a store that was in use, the last chunk may hold data. It stays so whatever comes of the snapshot.
+/// Makes a `PO` store's file a chunk longer if its size is one at which the kernel invalidates a full store
+/// ([`store::sound`]). It never makes the file shorter, as the last chunk of a used store may hold data. The file keeps
+/// its new length even if `create` fails afterwards.
 fn mend_size<H: Host>(
     host: &H,
     cow: &mut Backing<'_, H::File>,
@@ -207,7 +209,7 @@ fn mend_size<H: Host>(
     Ok(Some(Warning::CowLengthened { bytes, sound_bytes }))
 }
 
-/// What no snapshot and no merge takes as a COW file, whatever it holds.
+/// Refuses files that no snapshot and no merge takes as a COW file, whatever they hold.
 pub(crate) fn admit_file<F, O>(cow: &Backing<'_, F>, origin: &Backing<'_, O>) -> Result<()> {
     let path = || cow.path.to_owned();
     if cow.facts.id == origin.facts.id {
@@ -230,7 +232,7 @@ pub(crate) fn admit_file<F, O>(cow: &Backing<'_, F>, origin: &Backing<'_, O>) ->
     Ok(())
 }
 
-/// Says whether the store is to be marked.
+/// Checks everything about a COW file that was opened. Returns the mark to write into the store, if it needs one.
 fn admit_cow<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,

@@ -1,4 +1,4 @@
-//! An image or a COW file: opened, inspected and locked before any device is touched.
+//! Opens, inspects and locks an image or a COW file, before any device is touched.
 
 use std::path::Path;
 
@@ -7,14 +7,15 @@ use crate::base::{OriginIdentity, SECTOR_BYTES};
 use crate::call::{ask, patiently};
 use crate::error::{Refusal, Result, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host};
+use crate::store::Chain;
 
-/// An image or COW file that passed inspection, locked for as long as it is open or a loop device has it.
+/// An image or COW file that was inspected. Its lock is held as long as it is open here or attached to a loop device.
 pub(crate) struct Backing<'a, F> {
     pub(crate) path: &'a Path,
     pub(crate) file: F,
     pub(crate) facts: FileFacts,
-    /// The id of the layer that it is, if it is an origin that is one.
-    pub(crate) layer: Option<u128>,
+    /// The place in the stack of what is made over it, if it is an origin that is a layer.
+    pub(crate) above: Option<Chain>,
 }
 
 impl<F> Backing<'_, F> {
@@ -23,7 +24,7 @@ impl<F> Backing<'_, F> {
     }
 }
 
-/// Opens the origin image, and locks it against becoming a COW file or being written by whoever takes locks.
+/// Opens the origin image with a shared lock: nobody can use it as a COW file, or merge into it, while it is held.
 pub(crate) fn open_origin<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -39,8 +40,8 @@ pub(crate) fn open_origin<'a, H: Host>(
     Ok(origin)
 }
 
-/// Opens the origin image, with a shared lock, or writable with an exclusive one: against that stands the lock of every
-/// snapshot over it.
+/// Opens the origin image with a shared lock, or writable with an exclusive one, which fails while a snapshot over the
+/// image is alive.
 pub(crate) fn open_locked_origin<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -65,7 +66,7 @@ pub(crate) fn open_locked_origin<'a, H: Host>(
     Ok(origin)
 }
 
-/// Opens a COW file that is only to be read, and locks it against becoming a snapshot's meanwhile.
+/// Opens a COW file for reading, with a lock that keeps snapshots from using it meanwhile.
 pub(crate) fn open_store<'a, H: Host>(
     host: &H,
     path: &'a Path,
@@ -81,12 +82,21 @@ pub(crate) fn open_store<'a, H: Host>(
     Ok(cow)
 }
 
-/// Opens a COW file that a snapshot has locked, only to read it.
+/// Opens a COW file for reading without a lock, as a live snapshot has it locked.
 pub(crate) fn open_unlocked<'a, H: Host>(host: &H, path: &'a Path) -> Result<Backing<'a, H::File>> {
+    open_cow_file(host, path, false)
+}
+
+/// Opens a COW file that is not to be locked yet.
+pub(crate) fn open_cow_file<'a, H: Host>(
+    host: &H,
+    path: &'a Path,
+    writable: bool,
+) -> Result<Backing<'a, H::File>> {
     let in_use_by = || Refusal::CowInUse {
         path: path.to_owned(),
     };
-    inspect(host, path, open(host, path, false, in_use_by)?)
+    inspect(host, path, open(host, path, writable, in_use_by)?)
 }
 
 pub(super) fn open<H: Host>(
@@ -106,7 +116,7 @@ pub(super) fn open<H: Host>(
     }
 }
 
-/// Opens a COW file whose content is not wanted, and no other file that a link leads to.
+/// Opens a COW file that is to be emptied. It follows no symbolic link, so that no other file is emptied.
 pub(super) fn open_replaced<H: Host>(host: &H, path: &Path) -> Result<H::File> {
     let kind = |kind| Refusal::NotAFile {
         path: path.to_owned(),
@@ -140,13 +150,13 @@ pub(super) fn inspect<'a, H: Host>(
             path,
             file,
             facts,
-            layer: None,
+            above: None,
         }),
     }
 }
 
-/// The lock lives as long as the loop device that is given the file: no other process, and no other path to the
-/// same file, gets a COW file that a snapshot has. What is inspected afterwards is not changed by who takes locks.
+/// Locks the file (`flock`). The loop device that is given the file keeps the lock, so that no other process gets the
+/// COW file of a live snapshot, by whatever path. Inspect the file afterwards: nobody who takes locks changes it then.
 pub(crate) fn lock<H: Host>(
     host: &H,
     path: &Path,

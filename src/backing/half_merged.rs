@@ -1,23 +1,23 @@
-//! By what an image and a COW file are known again when the merge of one into the other was cut off.
+//! Recognises an image and a COW file of which the merge of one into the other was cut off.
 
 use crate::kernel::{FileFacts, FileKind};
 use crate::store::Header;
 
-/// A minute: more than the kernel takes from writing a stretch of chunks to the image to writing the COW file's
-/// metadata.
+/// One minute in nanoseconds: more than the kernel takes from writing chunks to the image to writing the COW file's
+/// metadata about them.
 const STEP_NS: i64 = 60_000_000_000;
 
-/// Whether the image is what a merge of this store, cut off by a kill or a power cut, left.
+/// True if a merge of this store that was cut off, by a kill or a power cut, can have left the image as it is.
 ///
-/// The kernel goes on writing the image when the process that began is dead, so nobody can have noted the image's last
-/// modification time. But it writes the COW file after each write to the image: an image that was modified before the
-/// merge began, or well after the COW file was, is another one by now.
+/// The kernel goes on merging when the process is dead, so no process can note the image's last modification time. But
+/// the kernel writes the COW file after each write to the image: an image whose modification time is before the merge's
+/// beginning, or well after the COW file's, was changed by somebody else.
 pub(crate) fn is_half_merged(origin: &FileFacts, cow: &FileFacts, header: &Header) -> bool {
     let Some(began) = header.origin else {
         return false;
     };
     let latest = match cow.kind {
-        // Its node's time says nothing.
+        // A block device has no modification time of its content.
         FileKind::BlockDevice(_) => i64::MAX,
         _ => cow.mtime_ns.saturating_add(STEP_NS),
     };

@@ -1,4 +1,4 @@
-//! The COW file that is made for the caller, and unmade again.
+//! Makes a COW file for the caller, and removes it again if `create` fails.
 
 use std::path::Path;
 
@@ -18,7 +18,7 @@ pub(super) struct Made<'a, F> {
     pub(super) grows_to: Option<u64>,
 }
 
-/// Makes the COW file, locked against a second snapshot, or takes an existing one in its place if that was asked for.
+/// Makes the COW file and locks it against a second snapshot. With `replace` it empties an existing one instead.
 pub(super) fn make<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
@@ -46,7 +46,7 @@ pub(super) fn make<'a, H: Host, O>(
         path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     Ok(Made {
         backing,
@@ -71,7 +71,7 @@ fn lock_made<H: Host>(
     }
 }
 
-/// Takes the file that is there, and all that it holds out of it: nobody's COW file, and not the image.
+/// Empties the file that is there. A COW file in use, and the image itself, are refused.
 fn empty<H: Host, O>(
     host: &H,
     path: &Path,
@@ -99,10 +99,10 @@ fn empty<H: Host, O>(
     }
 }
 
-/// A failure after the COW file was made. The file goes too, unless something that remains has it in use: without the
-/// path, nobody would know what fills the disk. To be called while the file is open, and with it locked.
+/// Removes the COW file that was made before `error` happened, unless a device that remains uses it: the error names the
+/// file then, as it takes space. Call this while the file is open, and thus locked.
 ///
-/// Another file that stands there by now is left alone, where it is known which one was made.
+/// If `made` says which file was made, another one that is found under the path is left alone.
 pub(crate) fn unmake<H: Host>(
     host: &H,
     error: Error,

@@ -1,4 +1,4 @@
-//! The files behind a snapshot and the loop devices that carry them: opened, locked and judged, then attached.
+//! The files behind a snapshot: this module opens, locks and checks them, and attaches them to loop devices.
 
 mod attach;
 mod binding;
@@ -10,17 +10,23 @@ mod make;
 mod options;
 mod reader;
 mod sample;
+mod stack;
 mod warning;
 
 pub(crate) use attach::{Attached, attach, loop_length};
 pub(crate) use binding::{Binding, binding, diskseq};
-pub(crate) use check::{Sample, check_header, check_identity, probe_store, unsound, valid};
-pub(crate) use cow::{Cow, Mark, open_cow, open_layer_cow, open_merged_cow};
-pub(crate) use file::{Backing, open_locked_origin, open_origin, open_store, open_unlocked};
+pub(crate) use check::{
+    Sample, check_header, check_identity, check_unmarked, probe_store, unsound, valid,
+};
+pub(crate) use cow::{Cow, Mark, admit_file, open_cow, open_layer_cow, open_merged_cow};
+pub(crate) use file::{
+    Backing, open_cow_file, open_locked_origin, open_origin, open_store, open_unlocked,
+};
 pub(crate) use make::unmake;
 pub(crate) use options::CowOptions;
 pub use options::CowSize;
 pub(crate) use reader::Reader;
 pub(crate) use sample::sample;
+pub(crate) use stack::{DEEPEST, Ground, Place, in_order, shallow};
 pub use warning::Warning;
 pub(crate) use warning::note_sizes;

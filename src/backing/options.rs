@@ -1,37 +1,40 @@
-//! What a COW file is to be.
+//! Options for the COW file.
 
 use std::time::Duration;
 
 use crate::base::{ChunkSize, OriginIdentity, Store};
 use crate::error::Retry;
 
-/// How large a COW file is to be made. Rounded up to whole chunks, and by one more where the kernel would invalidate
-/// the full store instead of only filling it.
+/// The size of a COW file that is made. It is rounded up to whole chunks, and by one more chunk where the kernel would
+/// invalidate a full `PO` store instead of only failing its writes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CowSize {
-    /// This many bytes.
+    /// Makes it this many bytes long.
     Bytes(u64),
-    /// This share of the origin's size, in percent; more than 100 is allowed.
+    /// Makes it this share of the origin's size, in percent; more than 100 is allowed.
     Percent(u32),
-    /// As much as overwriting the whole origin takes: slightly more than its size.
+    /// Makes it so long that overwriting the whole disk does not fill it: slightly more than the origin's size. The file
+    /// is sparse, so it costs only what is written.
     WorstCase,
 }
 
-/// What a COW file is to be, whether it is there already or made.
+/// What the COW file must be like, and whether it is made.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct CowOptions {
     pub(crate) store: Store,
     pub(crate) chunk: ChunkSize,
-    /// The origin that the store has to be over.
+    /// The origin over which the store must have been made.
     pub(crate) expected_origin: Option<OriginIdentity>,
-    /// Takes any origin.
+    /// Skips that check.
     pub(crate) any_origin: bool,
-    /// Makes the COW file, of this size.
+    /// Takes a store that does not say what it was made over: the kernel has said that it is this one's.
+    pub(crate) known_origin: bool,
+    /// Makes the COW file with this size; `None`: it exists.
     pub(crate) make: Option<CowSize>,
-    /// Makes it over a file that is there.
+    /// Empties and uses a file that exists, instead of refusing it.
     pub(crate) replace: bool,
-    /// Sets its space aside.
+    /// Allocates all of the made file's space at once.
     pub(crate) reserve: bool,
     /// How much of the disk is expected to change, where that is not [`EXPECTED`]: so large is a made COW file while the
     /// kernel sizes its table by it.

@@ -1,15 +1,16 @@
-//! A fingerprint of an image, for when its modification time says nothing.
+//! Computes a fingerprint of an image, for images whose modification time is no evidence.
 
 use super::Backing;
 use crate::call::ask;
 use crate::error::{Result, Step};
 use crate::kernel::Files;
 
-/// How much is read at each place.
+/// How many bytes are read at each place.
 const BLOCK: usize = 16 << 10;
 
-/// FNV-1a, 128 bits, over the size and over the image's head, its tail and two blocks between, eight bytes at a time. A
-/// file system's superblock and descriptors are in the head; no proof that two images are equal, as two digests are.
+/// Computes FNV-1a (128 bits, eight bytes at a time) over the image's size, its head, its tail and two blocks between.
+/// The head has a file system's superblock and descriptors. Unlike a digest of everything, equal fingerprints are no
+/// proof that two images are equal.
 pub(crate) fn sample<H: Files>(host: &H, image: &Backing<'_, H::File>) -> Result<u128> {
     let bytes = image.facts.size_bytes;
     let mut sum = word(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, bytes);

@@ -1,4 +1,4 @@
-//! What is worth knowing about a snapshot that was made.
+//! Warnings about a snapshot that was made.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use crate::base::{SECTOR_BYTES, Sectors};
 use crate::kernel::FileFacts;
 use crate::store;
 
-/// Something that is worth knowing about a snapshot that was made.
+/// A warning about a snapshot that was made and works: something about it is not as was asked for, or may fail later.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -18,28 +18,28 @@ use crate::store;
 )]
 #[non_exhaustive]
 pub enum Warning {
-    /// The image is no multiple of 512 bytes: its last bytes are not visible through the snapshot.
+    /// The image's size is no multiple of 512 bytes: its last bytes are not visible through the snapshot.
     OriginTail {
-        /// How many bytes.
+        /// How many bytes are not visible.
         bytes: u64,
     },
     /// The COW file cannot hold an overwrite of the whole origin: a guest that writes enough fills it.
     CowBelowWorstCase {
-        /// The COW file's size.
+        /// The COW file's size in bytes.
         bytes: u64,
-        /// The size at which a full overwrite fits.
+        /// The size in bytes at which a full overwrite fits.
         worst_case_bytes: u64,
     },
     /// The COW file was made a chunk longer. At its old size the kernel invalidates a full `PO` store instead of only
     /// stopping its writes: there is no room for the metadata area behind the last full one.
     CowLengthened {
-        /// The size it had.
+        /// The size that it had, in bytes.
         bytes: u64,
-        /// The size it has now.
+        /// The size that it has now, in bytes.
         sound_bytes: u64,
     },
-    /// Direct I/O was asked for, and the COW file's file system cannot do it, or not in sectors of the size that the
-    /// disk has.
+    /// Direct I/O was asked for, and the COW file's file system cannot do it in sectors of the disk's size: the page
+    /// cache is used.
     DirectIoUnavailable,
     /// Discard was asked for, and the COW file's file system cannot punch holes: the disk takes no discards.
     DiscardUnavailable,
@@ -51,8 +51,9 @@ pub enum Warning {
         /// The errno.
         errno: i32,
     },
-    /// The guest's flushes were to end at the dm device, and its `queue/write_cache` in sysfs could not be set: they
-    /// reach the COW file. The disk is slower than asked for, and no less safe.
+    /// A durability below [`PowerCuts`](crate::Durability::PowerCuts) was asked for, and the dm device's
+    /// `queue/write_cache` in sysfs could not be set: the guest's flushes reach the COW file. The disk is slower than
+    /// asked for, and no less safe.
     FlushesKept {
         /// The errno.
         errno: i32,
@@ -103,7 +104,7 @@ impl std::fmt::Display for Warning {
     }
 }
 
-/// What the files' sizes are worth a warning for.
+/// Adds the warnings that follow from the files' sizes.
 pub(crate) fn note_sizes(
     options: &CowOptions,
     length: Sectors,

@@ -1,4 +1,4 @@
-//! Which dm device is meant.
+//! The ways to say which dm device is meant.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,8 @@ use super::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind};
 
 /// A dm device by its name, uuid, number or path.
 ///
-/// Whatever takes a device takes any of these, and converts from texts, paths and the types of this crate. A text is
+/// Every call that takes a device takes each of these, and also texts, paths and this crate's types, from which it is
+/// converted. A text is
 ///
 /// - a path if it begins with `/`,
 /// - a uuid if it begins with `DMSNAP-` (or the name of a device that is called so),
@@ -22,17 +23,17 @@ use super::{DeviceName, DeviceNumber, DeviceUuid, Handles, Kind};
 /// assert!(matches!(DeviceId::from("254:3"), DeviceId::Number(_)));
 /// ```
 ///
-/// Nothing is checked before it is used: a text that no device can have is then refused.
+/// The conversion checks nothing. A text that no device can have is refused by the call that gets it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DeviceId {
-    /// Its name, which another device may have later.
+    /// The device's name, which another device may have later.
     Name(String),
-    /// Its uuid, which no other device ever has.
+    /// The device's uuid, which no other device ever has. A pool's device keeps it from one snapshot to the next.
     Uuid(String),
-    /// Its number, which another device may have later.
+    /// The device's number, which another device may have later.
     Number(DeviceNumber),
-    /// A path to its node, or `/dev/mapper/<name>`.
+    /// A path to the device's node, or `/dev/mapper/<name>`.
     Path(PathBuf),
 }
 
@@ -69,7 +70,8 @@ impl From<&Path> for DeviceId {
     }
 }
 
-/// By uuid where the handles have one that means one snapshot for good, by name otherwise.
+/// Takes the uuid if it means one snapshot for good (a pool's does not), and otherwise the first of name, uuid, number
+/// and path that the handles have.
 impl From<&Handles> for DeviceId {
     fn from(handles: &Handles) -> Self {
         let lasting = |uuid: &&DeviceUuid| uuid.kind() != Kind::Pooled;

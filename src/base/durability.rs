@@ -1,10 +1,10 @@
-//! What a disk outlives.
+//! What a disk's writes outlive.
 
-/// What a disk's writes outlive, and so what its flushes cost.
+/// What a disk's writes outlive, which decides what its flushes cost.
 ///
-/// A flush that the guest sends ends at the dm device with the first two: `write through` is set in its own
-/// `queue/write_cache`, which goes with the device. A loop device's setting would stay for the next file on it, and is
-/// never touched.
+/// With the first two, the guest's flushes end at the dm device: `write through` is set in the device's own
+/// `queue/write_cache` in sysfs, which goes with it. The loop device's setting is never touched, as it would stay for
+/// the next file that is attached.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(
     feature = "serde",
@@ -13,14 +13,16 @@
 )]
 #[non_exhaustive]
 pub enum Durability {
-    /// The death of any process, as long as the dm device stays; with that the disk ends, at the latest when the host stops. The store is
-    /// [`Transient`](crate::Store::Transient), and no flush reaches the COW file. The fastest for first writes.
+    /// Writes outlive the death of any process, but not the dm device: with that the disk is gone. The store is
+    /// [`Transient`](crate::Store::Transient), and no flush reaches the COW file. First writes are the fastest.
     ThrowAway,
-    /// The death of any process, also by SIGKILL, and the removal of the dm device; **not a power cut or a crash of the
-    /// host's kernel**, which may leave a COW file with less than the guest was told is written. The store is a
-    /// persistent one; its own commits still flush the COW file, two flushes for each instead of three with the guest's.
+    /// Writes outlive the death of any process, also by SIGKILL, and the removal of the dm device, but **not a power
+    /// cut or a crash of the host's kernel**: the COW file may then lack what the guest was told is written. The store
+    /// is a persistent one. Its own commits still flush the COW file, two flushes for each instead of three with the
+    /// guest's.
     Processes,
-    /// A power cut too, as far as the COW file's file system does: what the guest has flushed is on its disk.
+    /// Writes that the guest has flushed outlive a power cut too, if the COW file's file system and its disk do. The
+    /// store may be of any kind; a [`Transient`](crate::Store::Transient) one still goes with the dm device.
     #[default]
     PowerCuts,
 }

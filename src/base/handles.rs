@@ -1,15 +1,17 @@
-//! Handles: what a caller keeps of a snapshot, as plain data that outlives the process.
+//! Handles: plain data about a snapshot, which a caller stores to find it again.
 
 use std::path::PathBuf;
 
 use super::{DeviceName, DeviceNumber, DeviceUuid, OriginIdentity};
 
-/// Everything needed to find a snapshot again and to take it down, from any process, days later.
+/// All that is needed to find a snapshot again and to take it down, from any process and at any later time. Store them
+/// in your database.
 ///
-/// Every field may be empty: after a failure half-way, or when the handles come from a database that never had it.
-/// The fields that carry identity (`uuid`, and the `backing` and `diskseq` of the loops) are checked against the
-/// kernel before anything is removed, so that a handle from before a reboot, or a loop number that serves another
-/// file by now, counts as already gone. Handles without identity are taken at their word.
+/// Any field may be empty, for example if your database never had it; [`cleanup`](crate::cleanup()) then takes down
+/// what is named. The fields that identify something (`uuid`, and the loop devices' `backing` and `diskseq`) are
+/// compared with the kernel before anything is removed: a handle from before a reboot, or a loop device that has
+/// another file by now, counts as already gone. Handles without those fields are not checked: whatever has the name or
+/// number is taken down.
 ///
 /// With the feature `serde` they serialise, field by field as named here; empty fields may be left out, `null` or
 /// `""`, and a loop may be written as its bare path.
@@ -30,11 +32,11 @@ pub struct Handles {
     /// The dm device's number.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "lenient::text"))]
     pub dev: Option<DeviceNumber>,
-    /// The path to give to the hypervisor: `/dev/dm-N`, which the kernel itself makes. The number is another device's once
-    /// this one is gone: after a removal or a reboot it means nothing.
+    /// The path to give to the hypervisor: `/dev/dm-N`, which the kernel itself makes. After a removal or a reboot
+    /// another device may have the number: do not use the path then.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "lenient::path"))]
     pub device: Option<PathBuf>,
-    /// `/dev/mapper/<name>`, an alias.
+    /// The alias `/dev/mapper/<name>`, a symbolic link to `device`.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "lenient::path"))]
     pub mapper: Option<PathBuf>,
     /// The loop device over the COW file.
@@ -43,12 +45,12 @@ pub struct Handles {
     /// The loop device over the origin image.
     #[cfg_attr(feature = "serde", serde(deserialize_with = "lenient::loop_handle"))]
     pub origin_loop: Option<LoopHandle>,
-    /// What the origin image was when the snapshot was made.
+    /// The origin image's size and modification time when the snapshot was made.
     pub origin: Option<OriginIdentity>,
 }
 
 impl Handles {
-    /// The path that stands for the dm device in messages, if the handles name one.
+    /// Returns the path that messages name the dm device by, if the handles have one.
     pub(crate) fn path(&self) -> Option<PathBuf> {
         let by_name = self.name.as_ref().map(DeviceName::mapper_path);
         by_name
@@ -57,23 +59,23 @@ impl Handles {
     }
 }
 
-/// A loop device, and by what it is known to be still the same one.
+/// A loop device, and what identifies the file that is attached to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct LoopHandle {
     /// `/dev/loopN`.
     pub path: PathBuf,
-    /// The number that the kernel gave this binding of the device (Linux 5.15 and later).
+    /// The device's `diskseq`, a number that is new each time a file is attached (Linux 5.15 and later).
     #[cfg_attr(feature = "serde", serde(default))]
     pub diskseq: Option<u64>,
-    /// The file behind it.
+    /// The identity of the file that is attached.
     #[cfg_attr(feature = "serde", serde(default))]
     pub backing: Option<FileId>,
 }
 
 impl LoopHandle {
-    /// A loop device known by its path alone.
+    /// Makes a handle that has only the device's path: whatever is attached to it then is taken for the snapshot's.
     #[must_use]
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self {
@@ -85,13 +87,13 @@ impl LoopHandle {
 }
 
 impl LoopHandle {
-    /// Whether it says more than a number that anybody may have by now.
+    /// True if the handle identifies the attached file, not just a number that another file may have by now.
     pub(crate) fn has_identity(&self) -> bool {
         self.backing.is_some() || self.diskseq.is_some()
     }
 }
 
-/// Which file: by device and inode, whatever its paths are.
+/// The identity of a file, whatever its paths are: its file system's device and its inode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct FileId {
@@ -101,7 +103,7 @@ pub struct FileId {
     pub inode: u64,
 }
 
-/// Reading what callers' databases hold: empty strings for empty fields, bare paths for loops.
+/// Reads handles as callers' databases may have them: empty strings for empty fields, bare paths for loop devices.
 #[cfg(feature = "serde")]
 mod lenient {
     use std::fmt;
@@ -130,8 +132,8 @@ mod lenient {
         Ok(path.filter(|path| !path.as_os_str().is_empty()))
     }
 
-    /// A loop as an object, as a bare path, or empty. A visitor, because an untagged enum says nothing of what is
-    /// wrong.
+    /// Reads a loop device as an object, a bare path, or nothing. It is a visitor, as the errors of an untagged enum do
+    /// not say what is wrong.
     struct Loop;
 
     impl<'de> Visitor<'de> for Loop {

@@ -1,17 +1,17 @@
-//! Identifies an origin image.
+//! What identifies an origin image.
 
 use std::fmt;
 
 /// An origin image's size and modification time.
 ///
-/// A COW file holds only the chunks that differ from the image it was made over: over any other image it is
-/// garbage, and neither the kernel nor the store's header can tell. These two values can.
+/// A COW file holds only the chunks that differ from the image it was made over. Over any other image it is garbage,
+/// which neither the kernel nor its store's header can tell; these two values can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct OriginIdentity {
-    /// Size in bytes.
+    /// The size in bytes.
     pub size_bytes: u64,
-    /// Modification time, in nanoseconds since 1970.
+    /// The modification time, in nanoseconds since 1970.
     pub mtime_ns: i64,
 }
 
@@ -30,8 +30,8 @@ impl fmt::Display for OriginIdentity {
 }
 
 impl OriginIdentity {
-    /// Whether the modification time says nothing: it is a whole second, as images of Nix and OSTree stores and of
-    /// reproducible builds have it, and block devices here.
+    /// True if the modification time is no evidence, being a whole second: images from Nix and OSTree stores and from
+    /// reproducible builds have such times, and block devices get one here.
     pub(crate) fn is_undated(self) -> bool {
         self.mtime_ns.rem_euclid(1_000_000_000) == 0
     }

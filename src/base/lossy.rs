@@ -1,4 +1,4 @@
-//! Paths in JSON, which has no other bytes than UTF-8: what is not becomes U+FFFD.
+//! Writes paths as JSON texts: bytes that are not UTF-8 become U+FFFD.
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,5 @@
-//! The nouns: units, names, numbers, uuids, identities, handles. They ask nothing of the kernel.
+//! Plain types: units, names, numbers, uuids, handles and what identifies files and devices. Nothing here makes a
+//! system call.
 
 mod device_id;
 mod durability;

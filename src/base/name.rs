@@ -1,23 +1,22 @@
-//! What a dm device is called: its name and its number.
+//! The names of dm devices.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-/// Where names of dm devices live, beside the control node.
+/// The directory of the aliases of dm devices and of device-mapper's control node.
 pub(crate) const MAPPER_DIR: &str = "/dev/mapper";
 
-/// What the names of a pool's devices begin with until they are claimed.
+/// The beginning of the names of a pool's devices until they are claimed.
 pub(crate) const POOLED: &str = "dmsnap-pool-";
 
-/// What the name of a merge's device begins with, unless its caller gave it one.
+/// The beginning of the name of a merge's device, unless its caller gave it another.
 pub(crate) const MERGING: &str = "dmsnap-merge-";
 
-/// What the name of a pool's device ends with while it still has the COW file of a released snapshot, which is to be
-/// kept.
+/// The end of the name of a pool's device while it still has the COW file of a released snapshot, which is to be kept.
 pub(crate) const KEPT: &str = ".kept";
 
-/// The longest name, in bytes: `DM_NAME_LEN` is 128 with its NUL.
+/// The length in bytes of the longest name: `DM_NAME_LEN` is 128 with its NUL.
 const NAME_MAX: usize = 127;
 
 /// The name of a dm device: 1 to 127 bytes out of `0-9 A-Z a-z # + - . : = @ _`.
@@ -55,19 +54,19 @@ impl DeviceName {
         }
     }
 
-    /// The name as text.
+    /// Returns the name as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// Whether it is the name of a pool's device that nobody has claimed.
+    /// True if it is the name of a pool's device that nobody has claimed.
     #[must_use]
     pub fn is_pooled(&self) -> bool {
         self.0.starts_with(POOLED)
     }
 
-    /// A name that a caller gives a device: none that a pool's unclaimed devices are known by.
+    /// Checks a name that a caller gives to a device: those of a pool's unclaimed devices are refused.
     pub(crate) fn given(name: &str) -> Result<Self, InvalidName> {
         let name = Self::new(name)?;
         if !name.is_pooled() {
@@ -80,7 +79,7 @@ impl DeviceName {
         })
     }
 
-    /// `/dev/mapper/<name>`.
+    /// Returns the alias, `/dev/mapper/<name>`.
     #[must_use]
     pub fn mapper_path(&self) -> PathBuf {
         Path::new(MAPPER_DIR).join(&self.0)
@@ -134,7 +133,7 @@ impl From<DeviceName> for String {
     }
 }
 
-/// A text that is not the name of a dm device, or not one that a caller may give.
+/// The error for a text that is not the name of a dm device, or not one that a caller may give.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot name a device {name:?}: {fault}")]
 pub struct InvalidName {
@@ -148,22 +147,22 @@ pub struct InvalidName {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum NameFault {
-    /// No byte at all.
+    /// The name is empty.
     #[error("it is empty")]
     Empty,
-    /// Longer than the kernel keeps.
+    /// The name is longer than the kernel takes.
     #[error("it has {bytes} bytes, the kernel keeps 127")]
     TooLong {
-        /// Its length.
+        /// Its length in bytes.
         bytes: usize,
     },
-    /// `.`, `..` or `control`.
+    /// The name is `.`, `..` or `control`.
     #[error("it is reserved below /dev/mapper")]
     Reserved,
-    /// It begins as the names of a pool's devices do that nobody has claimed.
+    /// The name begins like those of a pool's unclaimed devices.
     #[error("names that begin with dmsnap-pool- are a pool's")]
     Pool,
-    /// A character outside `0-9 A-Z a-z # + - . : = @ _`.
+    /// The name has a character outside `0-9 A-Z a-z # + - . : = @ _`.
     #[error("it has the character {0:?} (allowed: 0-9 A-Z a-z # + - . : = @ _)")]
     Character(char),
 }

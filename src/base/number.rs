@@ -1,4 +1,4 @@
-//! The number of a block device, and the nodes that the kernel gives devices of that number.
+//! The number of a block device, and the nodes that the kernel makes for dm and loop devices.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,14 +12,14 @@ use std::str::FromStr;
     serde(try_from = "String", into = "String")
 )]
 pub struct DeviceNumber {
-    /// Major number: which driver.
+    /// The major number, which stands for the driver.
     pub major: u32,
-    /// Minor number: which of its devices.
+    /// The minor number, which stands for one of the driver's devices.
     pub minor: u32,
 }
 
 impl DeviceNumber {
-    /// From the `dev_t` of user space (`st_dev`, `st_rdev`).
+    /// Converts from the `dev_t` of user space (`st_dev`, `st_rdev`).
     #[must_use]
     pub fn from_dev_t(dev: u64) -> Self {
         Self {
@@ -28,13 +28,13 @@ impl DeviceNumber {
         }
     }
 
-    /// As the `dev_t` of user space.
+    /// Converts to the `dev_t` of user space.
     #[must_use]
     pub fn to_dev_t(self) -> u64 {
         libc::makedev(self.major, self.minor)
     }
 
-    /// From the encoding that ioctls use (`huge_encode_dev`): `mmmMMMmm`, 20 bits of minor, 12 of major.
+    /// Converts from the encoding that ioctls use (`huge_encode_dev`): `mmmMMMmm`, 20 bits of minor, 12 of major.
     pub(crate) fn from_kernel(dev: u64) -> Self {
         let minor = (dev & 0xff) | ((dev >> 12) & 0xf_ff00);
         let major = (dev >> 8) & 0xfff;
@@ -45,19 +45,20 @@ impl DeviceNumber {
         }
     }
 
-    /// In the encoding that ioctls use.
+    /// Converts to the encoding that ioctls use.
     pub(crate) fn to_kernel(self) -> u64 {
         let (major, minor) = (u64::from(self.major), u64::from(self.minor));
         (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
     }
 
-    /// `/dev/dm-<minor>`, the node that devtmpfs gives a dm device.
+    /// Returns `/dev/dm-<minor>`, the node that devtmpfs has for a dm device.
     pub(crate) fn dm_node(self) -> PathBuf {
         PathBuf::from(format!("/dev/dm-{}", self.minor))
     }
 }
 
-/// Not a `major:minor` pair within the kernel's bounds: a major of at most 4095, a minor of at most 1048575.
+/// The error for a text that is no `major:minor` pair within the kernel's bounds: a major of at most 4095 and a minor
+/// of at most 1048575.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a device number (major:minor)")]
 pub struct InvalidNumber {
@@ -107,7 +108,7 @@ impl From<DeviceNumber> for String {
     }
 }
 
-/// `/dev/loopN`, the node that devtmpfs gives loop device N (where the `loop` module has no `max_part`).
+/// Returns `/dev/loopN`, the node that devtmpfs has for loop device N (if the `loop` module has no `max_part`).
 pub(crate) fn loop_node(number: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{number}"))
 }

@@ -1,13 +1,13 @@
-//! How far a long operation is.
+//! The progress of long operations.
 
-/// How far an export or a merge is, in bytes.
+/// The progress of an export or a merge, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Progress {
-    /// What has been dealt with.
+    /// How much is done.
     pub done_bytes: u64,
-    /// All there is to deal with. An export counts the image, or the changes alone where the rest is shared with the
-    /// origin; a merge counts the changed chunks that there were when it began.
+    /// How much there is to do. An export counts the whole image, or the changes alone if the rest is shared with the
+    /// origin (reflink); a merge counts the chunks that were changed when it began.
     pub total_bytes: u64,
 }

@@ -9,17 +9,19 @@
 )]
 #[non_exhaustive]
 pub enum Store {
-    /// `P`: on the COW device; survives detaching. When full, the kernel invalidates it for good.
+    /// `P`: exceptions are kept on the COW device, and outlive the dm device. When the COW device is full, the kernel
+    /// invalidates the store, and the disk is lost.
     #[default]
     Persistent,
-    /// `PO`: as `P`, but when full only writes fail, and the store stays valid on disk.
+    /// `PO`: exceptions are kept as with `P`, but when the COW device is full only writes fail, and the store stays
+    /// valid.
     PersistentOverflow,
-    /// `N`: in memory; fastest, and gone with the device.
+    /// `N`: exceptions are kept in memory, which is the fastest. The disk is gone with the dm device.
     Transient,
 }
 
 impl Store {
-    /// The letters in a table line.
+    /// Returns the store's letters in a table line.
     #[must_use]
     pub const fn letters(self) -> &'static str {
         match self {
@@ -29,7 +31,7 @@ impl Store {
         }
     }
 
-    /// Whether the exceptions are written to the COW device.
+    /// True if the exceptions are written to the COW device.
     #[must_use]
     pub const fn is_persistent(self) -> bool {
         !matches!(self, Self::Transient)

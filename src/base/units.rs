@@ -1,9 +1,9 @@
-//! Lengths in 512-byte sectors, the unit of every device-mapper table.
+//! Lengths in 512-byte sectors, the unit of device-mapper tables, and sizes of chunks and sectors.
 
 use std::fmt;
 use std::num::NonZeroU32;
 
-/// Bytes in one sector, whatever the device's logical block size is.
+/// The bytes in one sector, whatever the device's logical block size is.
 pub(crate) const SECTOR_BYTES: u64 = 512;
 
 /// A length or an offset in 512-byte sectors.
@@ -22,19 +22,19 @@ impl Sectors {
         Self(count)
     }
 
-    /// Whole sectors in `bytes`; what is left over is dropped, as the loop driver drops it.
+    /// Converts from bytes. Bytes that fill no whole sector are dropped, as the loop driver drops them.
     #[must_use]
     pub const fn from_bytes_floor(bytes: u64) -> Self {
         Self(bytes / SECTOR_BYTES)
     }
 
-    /// How many sectors this is.
+    /// Returns the number of sectors.
     #[must_use]
     pub const fn count(self) -> u64 {
         self.0
     }
 
-    /// The same length in bytes; `None` where that does not fit 64 bits.
+    /// Converts to bytes; `None` if that does not fit 64 bits.
     #[must_use]
     pub const fn to_bytes(self) -> Option<u64> {
         self.0.checked_mul(SECTOR_BYTES)
@@ -47,18 +47,17 @@ impl fmt::Display for Sectors {
     }
 }
 
-/// The unit of copying: a power of two of 512-byte sectors, from 1 to 2^21 (1 GiB).
+/// The chunk size, the unit of copying: a power of two of 512-byte sectors, from 1 to 2^21 (1 GiB).
 ///
 /// The kernel copies a whole chunk from the origin on the first partial write to it. The upper bound is the
 /// largest power of two that `dm_exception_store_set_chunk_size` takes (its cap is `INT_MAX >> 9`).
 ///
-/// Which one: a write of 4 KiB to a chunk that was not written yet takes a whole chunk of the COW file, so room grows
-/// with the chunk, 16 times at 128 sectors (64 KiB). Against that stand the kernel's memory for a snapshot, which is
-/// lower by more than half at 64 to 256 sectors over a COW file of 1 GiB (some 3 MiB at 8, under 1.5 MiB there), and
-/// long sequential writes, which took half the time from 64 sectors on. So stay at 8 where small random writes prevail
-/// or the COW file must stay small; take 64 or 128 for large COW files, many snapshots or streams. Chunks of 1 MiB cost
-/// more memory than they save, and twice the time to create. The README has the table, which the bench `chunk_size`
-/// measured.
+/// Which one to choose: keep 8 sectors (4 KiB) if small random writes prevail or the COW file must stay small. Take 64
+/// or 128 for large COW files, many snapshots or long sequential writes. The first write to a chunk takes a whole chunk
+/// of the COW file, so that random writes of 4 KiB take 16 times their size at 128 sectors. In exchange the kernel
+/// needs less memory for each snapshot (over a COW file of 1 GiB some 3 MiB at 8 sectors, under 1.5 MiB at 64 to 256),
+/// and sequential writes took half the time. Chunks of 1 MiB need more memory than they save, and twice the time to
+/// create. [`guide::choosing`](crate::guide::choosing) has the table, which the bench `chunk_size` measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(
     feature = "serde",
@@ -68,7 +67,7 @@ impl fmt::Display for Sectors {
 pub struct ChunkSize(NonZeroU32);
 
 impl ChunkSize {
-    /// 8 sectors, 4 KiB: one page of the guest.
+    /// The default: 8 sectors, 4 KiB, which is one page of the guest.
     pub const DEFAULT: Self = Self(NonZeroU32::new(8).unwrap());
 
     const MAX_SECTORS: u32 = 1 << 21;
@@ -87,20 +86,20 @@ impl ChunkSize {
             .ok_or(InvalidChunkSize { sectors })
     }
 
-    /// The chunk in sectors.
+    /// Returns the chunk size in sectors.
     #[must_use]
     pub const fn sectors(self) -> Sectors {
         Sectors(self.0.get() as u64)
     }
 
-    /// The chunk in bytes, at most 1 GiB.
+    /// Returns the chunk size in bytes, at most 1 GiB.
     #[must_use]
     pub const fn bytes(self) -> u64 {
         self.0.get() as u64 * SECTOR_BYTES
     }
 }
 
-/// Not a chunk size that device-mapper takes.
+/// The error for a chunk size that device-mapper does not take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot use chunks of {sectors} sectors: need a power of two from 1 to 2097152")]
 pub struct InvalidChunkSize {
@@ -138,15 +137,15 @@ impl From<ChunkSize> for u64 {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum SectorSize {
-    /// 512 bytes, as images are made for unless told otherwise.
+    /// 512 bytes, which nearly all images are made for.
     #[default]
     Bytes512,
-    /// 4096 bytes, for images made so: a GPT with LBAs of 4096 bytes, say.
+    /// 4096 bytes, for images that were made for such disks: for example with a GPT whose LBAs have 4096 bytes.
     Bytes4096,
 }
 
 impl SectorSize {
-    /// That of a device whose sectors have so many bytes.
+    /// Returns the sector size of a device whose sectors have that many bytes.
     pub(crate) const fn of(bytes: u32) -> Self {
         if bytes == 4096 {
             Self::Bytes4096
@@ -155,7 +154,7 @@ impl SectorSize {
         }
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     #[must_use]
     pub const fn bytes(self) -> u32 {
         match self {

@@ -1,21 +1,21 @@
-//! The uuid of our dm devices, and what is written into it.
+//! The uuids of dmsnap's dm devices, and what is written into them.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::OriginIdentity;
 
-/// The longest uuid, in bytes: `DM_UUID_LEN` is 129 with its NUL.
+/// The length in bytes of the longest uuid: `DM_UUID_LEN` is 129 with its NUL.
 const UUID_MAX: usize = 128;
 
-/// The uuid of one of our dm devices: `DMSNAP-` and what makes it unique, at most 128 bytes.
+/// The uuid of one of dmsnap's dm devices: `DMSNAP-` and a unique text, at most 128 bytes.
 ///
-/// A uuid is given once and stays for the device's life, through every rename, and no two devices share one: an
-/// ioctl addressed by uuid reaches the device it means or none. The prefix is how we find our own.
+/// A device gets its uuid once and keeps it through every rename, and no two devices have the same: an ioctl that names
+/// a uuid reaches the right device or none. dmsnap's own devices are known by the prefix.
 ///
-/// It is also the one place in the kernel where a snapshot can carry what later processes need to know: behind 128
-/// random bits stand the origin's size and modification time, and the number of the loop device that the maker
-/// holds a lock on while it is at work, all in hexadecimal; then what is special about its devices, if anything is.
+/// The uuid also keeps, in the kernel, what later processes need to know of a snapshot. Behind 128 random bits follow
+/// the origin's size and modification time, and the number of the COW file's loop device, which the process that makes
+/// the snapshot holds a lock on; all are hexadecimal. A word for the kind of device, such as `-pool`, may follow.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[cfg_attr(
     feature = "serde",
@@ -24,7 +24,7 @@ const UUID_MAX: usize = 128;
 )]
 pub struct DeviceUuid(String);
 
-/// A text that is not the uuid of a dmsnap device.
+/// The error for a text that is not the uuid of a dmsnap device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{uuid:?} is not a uuid of a dmsnap device (DMSNAP-..., at most 128 bytes)")]
 pub struct InvalidUuid {
@@ -32,18 +32,18 @@ pub struct InvalidUuid {
     pub uuid: String,
 }
 
-/// Whose a device's origin loop device is, and how long the uuid means one snapshot.
+/// The kind of a device: whether its origin's loop device is shared, and whether its uuid means one snapshot for good.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// Both loop devices were attached for this snapshot alone.
     Own,
-    /// As `Own`, but another program made the device: its link below /dev/mapper may be udev's.
+    /// Another program made the device, over loop devices of its own: its link below /dev/mapper may be udev's.
     Adopted,
-    /// The origin's loop device is shared: it goes with its last user, and no snapshot's removal waits for it.
+    /// The origin's loop device is shared: it is detached when its last user is gone, and no removal waits for that.
     Shared,
-    /// As `Shared`, and the dm device serves one snapshot after another.
+    /// The origin's loop device is shared, and the dm device is a pool's: it serves one snapshot after another.
     Pooled,
-    /// A layer: what a snapshot had when it was frozen. Its 128 bits are the layer's id.
+    /// The device is a layer, made by a checkpoint. The uuid's 128 bits are the layer's id.
     Layer,
 }
 
@@ -60,7 +60,7 @@ impl Kind {
 }
 
 impl DeviceUuid {
-    /// What every uuid of ours begins with.
+    /// The beginning of the uuids of dmsnap's devices.
     pub const PREFIX: &str = "DMSNAP-";
 
     /// Checks a uuid read from elsewhere.
@@ -78,8 +78,8 @@ impl DeviceUuid {
         }
     }
 
-    /// A uuid that nobody has, for a snapshot over `origin` whose maker holds loop device `cow_loop`. An origin of no
-    /// bytes is one that is not known.
+    /// Makes a new uuid for a snapshot over `origin`, whose COW file is attached to loop device `cow_loop`. An `origin`
+    /// of 0 bytes means that the image is not known.
     pub(crate) fn fresh(random: u128, origin: OriginIdentity, cow_loop: u32, kind: Kind) -> Self {
         let OriginIdentity {
             size_bytes,
@@ -92,7 +92,7 @@ impl DeviceUuid {
         ))
     }
 
-    /// What the origin image was when the snapshot was made; `None` in a uuid of another form.
+    /// Returns the origin image's size and time when the snapshot was made; `None` if the uuid does not have them.
     #[must_use]
     pub fn origin(&self) -> Option<OriginIdentity> {
         let [size_bytes, mtime_ns, _] = self.fields()?;
@@ -103,13 +103,13 @@ impl DeviceUuid {
         })
     }
 
-    /// The loop device that the maker held while it was at work.
+    /// Returns the number of the loop device that was locked while the snapshot was made.
     pub(crate) fn cow_loop(&self) -> Option<u32> {
         let [_, _, number] = self.fields()?;
         number.try_into().ok()
     }
 
-    /// What is special about the device.
+    /// Returns the kind of the device.
     pub(crate) fn kind(&self) -> Kind {
         let is = |kind: &Kind| self.0.ends_with(kind.suffix());
         [Kind::Adopted, Kind::Shared, Kind::Pooled, Kind::Layer]
@@ -118,7 +118,7 @@ impl DeviceUuid {
             .unwrap_or(Kind::Own)
     }
 
-    /// The id of the layer that the device is, if it is one.
+    /// Returns the layer's id, if the device is a layer.
     pub(crate) fn layer(&self) -> Option<u128> {
         let digits = self.0.strip_prefix(Self::PREFIX)?.split('-').next()?;
         let id = u128::from_str_radix(digits, 16).ok()?;
@@ -135,7 +135,7 @@ impl DeviceUuid {
         Some([next()?, next()?, next()?])
     }
 
-    /// The uuid as text.
+    /// Returns the uuid as text.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0

@@ -1,31 +1,32 @@
-//! A dm message: `struct dm_ioctl` (include/uapi/linux/dm-ioctl.h) and what lies behind it, as bytes.
+//! Builds and reads the messages of dm ioctls: `struct dm_ioctl` (include/uapi/linux/dm-ioctl.h) and what follows it,
+//! as bytes.
 //!
-//! Pure. The kernel copies the message in and out, so it needs no alignment.
+//! The kernel copies a message in and out, so the buffer needs no alignment.
 
 use crate::base::DeviceNumber;
 
 /// Bytes of `struct dm_ioctl`, the head of every dm message.
 pub(crate) const HEAD_BYTES: usize = 312;
 
-/// `DM_SUSPEND_FLAG`: ask for suspension; in an answer, the device is suspended.
+/// `DM_SUSPEND_FLAG`: asks for suspension; in an answer, the device is suspended.
 pub(crate) const SUSPEND: u32 = 1 << 1;
-/// `DM_STATUS_TABLE_FLAG`: answer with tables, not with what the targets say of themselves.
+/// `DM_STATUS_TABLE_FLAG`: asks for table lines instead of status lines.
 pub(crate) const STATUS_TABLE: u32 = 1 << 4;
-/// `DM_ACTIVE_PRESENT_FLAG`.
+/// `DM_ACTIVE_PRESENT_FLAG`: in an answer, the device has a live table.
 pub(crate) const ACTIVE_PRESENT: u32 = 1 << 5;
-/// `DM_INACTIVE_PRESENT_FLAG`.
+/// `DM_INACTIVE_PRESENT_FLAG`: in an answer, the device has a table that is loaded and not live.
 pub(crate) const INACTIVE_PRESENT: u32 = 1 << 6;
-/// `DM_BUFFER_FULL_FLAG`: the answer did not fit.
+/// `DM_BUFFER_FULL_FLAG`: in an answer, the buffer was too short for it.
 pub(crate) const BUFFER_FULL: u32 = 1 << 8;
-/// `DM_SKIP_LOCKFS_FLAG`: do not freeze a file system on the device.
+/// `DM_SKIP_LOCKFS_FLAG`: asks not to freeze a file system on the device.
 pub(crate) const SKIP_LOCKFS: u32 = 1 << 10;
-/// `DM_NOFLUSH_FLAG`: do not wait for queued I/O.
+/// `DM_NOFLUSH_FLAG`: asks not to wait for queued I/O.
 pub(crate) const NOFLUSH: u32 = 1 << 11;
-/// `DM_QUERY_INACTIVE_TABLE_FLAG`: answer for the table that is loaded and not live.
+/// `DM_QUERY_INACTIVE_TABLE_FLAG`: asks about the table that is loaded and not live.
 pub(crate) const QUERY_INACTIVE_TABLE: u32 = 1 << 12;
-/// `DM_UUID_FLAG`: list uuids too; with a rename, the text is a uuid.
+/// `DM_UUID_FLAG`: asks a list for uuids too; in a rename, the text is a uuid.
 pub(crate) const UUID: u32 = 1 << 14;
-/// `DM_DEFERRED_REMOVE`: remove at the last close; in an answer, removal is due.
+/// `DM_DEFERRED_REMOVE`: asks for removal at the last close; in an answer, the kernel will do that.
 pub(crate) const DEFERRED_REMOVE: u32 = 1 << 17;
 
 const DATA_START: usize = 16;
@@ -39,11 +40,11 @@ const UUID_FIELD: usize = 176;
 const NAME_BYTES: usize = 128;
 const UUID_BYTES: usize = 129;
 
-/// In `struct dm_name_list`, from interface 4.45 on.
+/// The flags of an entry of `struct dm_name_list` that say whether a uuid follows (interface 4.45 and later).
 const HAS_UUID: u32 = 1;
 const HAS_NO_UUID: u32 = 2;
 
-/// In `struct dm_target_spec`.
+/// The offset of the target's name in `struct dm_target_spec`.
 const TARGET_TYPE: usize = 24;
 const SPEC_BYTES: usize = 40;
 
@@ -51,10 +52,10 @@ const SPEC_BYTES: usize = 40;
 #[derive(Debug)]
 pub(crate) struct Message<B>(B);
 
-/// A message that is its head alone.
+/// A message that consists of its head alone.
 pub(crate) type Head = Message<[u8; HEAD_BYTES]>;
 
-/// How a message names its device.
+/// The name, uuid or number by which a message names its device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Address<'a> {
     Name(&'a str),
@@ -71,7 +72,7 @@ impl Head {
 }
 
 impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
-    /// A message of interface version 4.0.0, which every kernel takes, in a zeroed buffer.
+    /// Makes a message of interface version 4.0.0, which every kernel takes, in a zeroed buffer.
     pub(crate) fn new(buffer: B) -> Self {
         let mut message = Self(buffer);
         message.0.as_mut().fill(0);
@@ -112,14 +113,14 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
         self
     }
 
-    /// Writes a text behind the head, NUL-terminated; at least one byte of room must be there.
+    /// Writes a NUL-terminated text behind the head. The buffer must have room for at least the NUL.
     pub(crate) fn with_text(mut self, text: &str) -> Self {
         let room = self.0.as_ref().len() - HEAD_BYTES;
         self.put_text(HEAD_BYTES, room, text);
         self
     }
 
-    /// Writes one target behind the head: `struct dm_target_spec` and its parameters, NUL-terminated.
+    /// Writes one target behind the head: `struct dm_target_spec` and its NUL-terminated parameters.
     pub(crate) fn with_target(mut self, start: u64, length: u64, kind: &str, params: &str) -> Self {
         let at = HEAD_BYTES;
         self.put(TARGET_COUNT, 1);
@@ -161,8 +162,8 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
         text(&self.0.as_ref()[NAME..NAME + NAME_BYTES])
     }
 
-    /// Whether that is its name, without allocating. The kernel writes it into every answer about one device
-    /// (`__find_device_hash_cell`, `drivers/md/dm-ioctl.c`).
+    /// True if the device in the answer has that name; it does not allocate. The kernel writes the name into every
+    /// answer about one device (`__find_device_hash_cell`, `drivers/md/dm-ioctl.c`).
     pub(crate) fn is_named(&self, name: &str) -> bool {
         let field = &self.0.as_ref()[NAME..NAME + NAME_BYTES];
         field.split(|byte| *byte == 0).next() == Some(name.as_bytes())
@@ -172,7 +173,7 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
         text(&self.0.as_ref()[UUID_FIELD..UUID_FIELD + UUID_BYTES])
     }
 
-    /// What the kernel wrote behind the head.
+    /// Returns the bytes that the kernel wrote behind the head.
     pub(crate) fn payload(&self) -> &[u8] {
         self.0
             .as_ref()
@@ -202,7 +203,7 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
         .map(u32::from_ne_bytes)
 }
 
-/// The text before the first NUL. Foreign names may hold any byte.
+/// Returns the text before the first NUL. Other programs' names may have any byte, so what is not UTF-8 is replaced.
 fn text(field: &[u8]) -> String {
     let end = field
         .iter()
@@ -211,7 +212,7 @@ fn text(field: &[u8]) -> String {
     String::from_utf8_lossy(&field[..end]).into_owned()
 }
 
-/// Reads the first entry of an answer made of `struct dm_target_versions`: a `next` word and three of version.
+/// Reads the version in the first `struct dm_target_versions` of an answer: a `next` word, then three of version.
 pub(crate) fn target_version(payload: &[u8]) -> Option<[u32; 3]> {
     Some([
         u32_at(payload, 4)?,
@@ -220,8 +221,8 @@ pub(crate) fn target_version(payload: &[u8]) -> Option<[u32; 3]> {
     ])
 }
 
-/// The first target's name and what it says, in an answer made of `struct dm_target_spec` and text each
-/// (`retrieve_status`, `drivers/md/dm-ioctl.c`).
+/// Returns the first target's name and text, from an answer that has a `struct dm_target_spec` and a text for each
+/// target (`retrieve_status`, `drivers/md/dm-ioctl.c`).
 pub(crate) fn first_target(payload: &[u8]) -> Option<(&str, &str)> {
     let text = |field: &'_ [u8]| field.iter().position(|byte| *byte == 0);
     let kind = payload.get(TARGET_TYPE..SPEC_BYTES)?;
@@ -232,17 +233,17 @@ pub(crate) fn first_target(payload: &[u8]) -> Option<(&str, &str)> {
     Some((utf8(kind)?, utf8(status)?))
 }
 
-/// The same, to keep; `None` also for a device without a table.
+/// Returns owned copies of what [`first_target`] returns; `None` also for a device without a table.
 pub(crate) fn first_line(payload: &[u8]) -> Option<(String, String)> {
     let line = first_target(payload).filter(|(kind, _)| !kind.is_empty());
     line.map(|(kind, text)| (kind.to_owned(), text.to_owned()))
 }
 
-/// One device in the answer to `DM_LIST_DEVICES`.
+/// A device in the answer to `DM_LIST_DEVICES`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listed {
     pub(crate) name: String,
-    /// `None` where the kernel's list holds no uuids (before 4.45); empty for a device without one.
+    /// The uuid: `None` where the kernel's list has no uuids (interface before 4.45); empty for a device without one.
     pub(crate) uuid: Option<String>,
 }
 

@@ -1,4 +1,5 @@
-//! Device-mapper as text and bytes: tables, status lines, messages. Nothing here asks the kernel.
+//! Reads and writes device-mapper's texts: tables and status lines, and inside the crate its messages. Nothing here
+//! makes a system call.
 
 pub(crate) mod message;
 mod status;

@@ -1,4 +1,4 @@
-//! The status line of a snapshot.
+//! Parses the status line of a snapshot.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use crate::base::{ChunkSize, Sectors};
 
-/// What the kernel says of a snapshot (`snapshot_status` in `drivers/md/dm-snap.c`).
+/// The kernel's status line of a snapshot (`snapshot_status` in `drivers/md/dm-snap.c`).
 ///
 /// ```
 /// use dmsnap::base::Sectors;
@@ -24,32 +24,34 @@ use crate::base::{ChunkSize, Sectors};
 )]
 #[non_exhaustive]
 pub enum SnapshotStatus {
-    /// In working order, this full.
+    /// The snapshot works; this says how full it is.
     Usage(Usage),
-    /// Dead: a `P` or `N` store overflowed, or the COW device failed. All I/O fails, for good.
+    /// The snapshot is lost: a `P` or `N` store overflowed, or the COW device failed. All I/O fails, for good.
     Invalid,
-    /// A `PO` store is full: reads work, every write fails. Make the COW file longer and the snapshot anew.
+    /// A `PO` store is full: reads work, every write fails. [`recover`](crate::snapshot::recover()) makes the COW file
+    /// longer and the snapshot anew.
     Overflow,
-    /// Merging failed: the origin could not be written.
+    /// A merge failed, as the origin could not be written.
     MergeFailed,
     /// A text that this version does not know, as the kernel printed it.
     Unknown(String),
 }
 
-/// How full a snapshot's COW device is, in 512-byte sectors.
+/// The three numbers of the status line: how full a snapshot's COW device is, in 512-byte sectors.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Usage {
-    /// Taken by the header, metadata and data; may exceed `total` by one chunk when full.
+    /// The space that the header, metadata and data take; it may exceed `total` by one chunk when full.
     pub allocated: Sectors,
-    /// The COW device's size now.
+    /// The COW device's present size.
     pub total: Sectors,
-    /// Taken by the header and metadata alone.
+    /// The space that the header and metadata alone take.
     pub metadata: Sectors,
 }
 
 impl Usage {
-    /// How much of the COW device is taken, in whole percent, rounded down: 100 when there is no room at all.
+    /// Returns how much of the COW device is taken, in whole percent, rounded down, and at most 100; 100 also for a
+    /// device of size 0.
     ///
     /// ```
     /// use dmsnap::base::Sectors;
@@ -69,14 +71,14 @@ impl Usage {
         u8::try_from(u128::from(allocated) * 100 / u128::from(total)).unwrap_or(100)
     }
 
-    /// Whether the next new chunk overflows it. The kernel takes whole chunks only, so `allocated` may stay below
-    /// `total` for ever (`persistent_prepare_exception`).
+    /// True if the next new chunk overflows the COW device. The kernel takes whole chunks only, so `allocated` may stay
+    /// below `total` (`persistent_prepare_exception` in `drivers/md/dm-snap-persistent.c`).
     #[must_use]
     pub fn is_full(&self, chunk: ChunkSize) -> bool {
         self.room() < chunk.sectors()
     }
 
-    /// What is not taken yet; may be less than a chunk when full.
+    /// Returns the space that is not taken yet; it may be less than a chunk when the device is full.
     #[must_use]
     pub fn room(&self) -> Sectors {
         Sectors::new(self.total.count().saturating_sub(self.allocated.count()))

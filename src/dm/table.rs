@@ -1,4 +1,4 @@
-//! Lines of a dm table as the kernel reads and prints them.
+//! Parses and prints the lines of dm tables, as the kernel reads and prints them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,30 +16,30 @@ use crate::base::{ChunkSize, DeviceNumber, Sectors, Store};
 /// ```
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TargetLine {
-    /// First sector of the dm device that the line maps.
+    /// The first sector of the dm device that the line maps.
     pub start: Sectors,
     /// How many sectors it maps.
     pub length: Sectors,
-    /// To what.
+    /// What it maps them to.
     pub target: Target,
 }
 
-/// What a line maps its sectors to.
+/// The target of a table line: what it maps its sectors to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Target {
-    /// `snapshot`: reads from the origin what was not written, keeps writes on the COW device.
+    /// `snapshot`: reads the origin where nothing was written, and keeps writes on the COW device.
     Snapshot(SnapshotParams),
     /// `snapshot-merge`: folds the exceptions back into the origin.
     SnapshotMerge(SnapshotParams),
-    /// `linear`: a stretch of another device.
+    /// `linear`: maps to a range of another device.
     Linear {
         /// The other device.
         device: DeviceNumber,
         /// Its first sector.
         offset: Sectors,
     },
-    /// `zero`: reads zeroes, drops writes.
+    /// `zero`: reads zeroes and drops writes.
     Zero,
     /// `error`: fails all I/O.
     Error,
@@ -49,20 +49,20 @@ pub enum Target {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct SnapshotParams {
-    /// The device read where nothing was written.
+    /// The device that is read where nothing was written.
     pub origin: DeviceNumber,
     /// The device that takes the writes.
     pub cow: DeviceNumber,
     /// The kind of exception store.
     pub store: Store,
-    /// The unit of copying.
+    /// The chunk size, the unit of copying.
     #[cfg_attr(feature = "serde", serde(rename = "chunk_sectors"))]
     pub chunk: ChunkSize,
-    /// The features behind the chunk size.
+    /// How discards are handled: the optional features behind the chunk size.
     pub discard: Discard,
 }
 
-/// What a discard sent to the snapshot does.
+/// What the snapshot target does with a discard.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[cfg_attr(
     feature = "serde",
@@ -77,14 +77,14 @@ pub enum Discard {
     /// `discard_zeroes_cow`: a written chunk that is discarded whole reads as zeroes, and the COW file gets its
     /// space back. A discard of a chunk that was never written does nothing: it goes on reading the origin.
     ZeroesCow,
-    /// `discard_zeroes_cow discard_passdown_origin`: also passes it on to the origin. For reading tables made
-    /// elsewhere: it punches holes into an image that others share, and over a read-only one, as ours are, every
-    /// discard takes its effect on the COW file and still fails with EIO.
+    /// `discard_zeroes_cow discard_passdown_origin`: the discard also goes on to the origin. dmsnap never makes such a
+    /// table, it only reads those of other programs: a discard punches holes into an image that others share. Over a
+    /// read-only origin, such as dmsnap's, every discard takes effect on the COW file and still fails with EIO.
     Passdown,
 }
 
 impl Target {
-    /// The target's name.
+    /// Returns the target's name, as the kernel spells it.
     #[must_use]
     pub const fn kind(&self) -> &'static str {
         match self {
@@ -96,7 +96,7 @@ impl Target {
         }
     }
 
-    /// The text behind the target's name.
+    /// Returns the parameters: the text behind the target's name.
     #[must_use]
     pub fn params(&self) -> String {
         match self {
@@ -132,10 +132,11 @@ impl Target {
 }
 
 impl SnapshotParams {
-    /// The origin and the COW device of a snapshot's line, as [`Target::parse`] takes it; `None` for another target's.
+    /// Reads only the origin and the COW device of a snapshot's line; `None` for another target's.
     ///
-    /// Of a table that waits for the exceptions of another, and of one that has given them away, no more can be read:
-    /// its chunk size is 0 (`snapshot_ctr` and `__handover_exceptions`, `drivers/md/dm-snap.c`).
+    /// This also reads the table that waits for another table's exceptions, and the one that has given them away, which
+    /// [`Target::parse`] refuses: their chunk size is 0 (`snapshot_ctr` and `__handover_exceptions`,
+    /// `drivers/md/dm-snap.c`).
     pub(crate) fn devices(kind: &str, params: &str) -> Option<[DeviceNumber; 2]> {
         let mut words = params.split_ascii_whitespace();
         let mut number = || words.next()?.parse().ok();
@@ -219,22 +220,22 @@ impl FromStr for TargetLine {
     }
 }
 
-/// A table line that is not one, or not one of ours.
+/// Why a text is no table line, or one with a target or parameters that dmsnap does not know.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TableError {
     /// The line ends too early.
     #[error("table line has no {part}")]
     Missing {
-        /// What should come next.
+        /// The part that should come next.
         part: &'static str,
     },
-    /// A word that cannot stand where it does.
+    /// The line has a word that cannot stand where it does.
     #[error("table line has a bad {part}: {text:?}")]
     Bad {
-        /// What it should be.
+        /// The part that the word should be.
         part: &'static str,
-        /// The word.
+        /// The word that is there.
         text: String,
     },
 }
@@ -248,7 +249,7 @@ impl TableError {
     }
 }
 
-/// The words of a line, taken one by one and named in errors.
+/// Takes the words of a line one by one, and names them in errors.
 struct Words<'a>(std::str::SplitAsciiWhitespace<'a>);
 
 impl<'a> Words<'a> {

@@ -77,6 +77,9 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::CowFrozen { .. }
             | Refusal::CowNotFrozen { .. }
             | Refusal::LayerForeign { .. }
+            | Refusal::LayerTwice { .. }
+            | Refusal::LayersApart { .. }
+            | Refusal::LayerMissing { .. }
             | Refusal::NotFreezable { .. }
             | Refusal::NotOnLayer { .. } => Self::Conflict,
             Refusal::AtWork { .. } | Refusal::InUse { .. } => Self::Busy,

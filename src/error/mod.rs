@@ -21,7 +21,9 @@ use crate::base::{InvalidChunkSize, InvalidName, InvalidNumber, InvalidUuid};
 /// The result of everything here.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// What went wrong, and what that leaves the caller with.
+/// What went wrong, and what is left behind.
+///
+/// Print it with [`one_line`](Self::one_line): `{}` prints the first part alone, what failed and not why.
 ///
 /// Each level of the chain (`source`) prints its own part once, so that a reporter that joins the chain with
 /// `": "` gives `left behind /dev/mapper/vm-42: cannot resume /dev/mapper/vm-42: Device or resource busy (os
@@ -103,7 +105,7 @@ impl Error {
         }
     }
 
-    /// The whole chain on one line, each part once, and then what else was left behind with its reason.
+    /// Returns the whole chain on one line, each part once, and then what else was left behind with its reason.
     #[must_use]
     pub fn one_line(&self) -> String {
         let mut line = chain(self);
@@ -143,7 +145,7 @@ impl Error {
     }
 }
 
-/// An error and its sources on one line.
+/// Returns an error and its sources on one line.
 #[must_use]
 pub fn chain(error: &dyn std::error::Error) -> String {
     let mut line = error.to_string();

@@ -1,6 +1,6 @@
-//! The errno policy: what an errno means at the step that met it.
+//! The errno policy: it decides what an errno means at the step that met it.
 //!
-//! The one place that decides on an errno. It is pure: it asks nothing and waits for nothing.
+//! No other place in the crate decides on an errno. Nothing here makes a system call.
 
 use nix::errno::Errno;
 
@@ -45,35 +45,35 @@ use super::Step;
 /// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Verdict {
-    /// A race for a loop device was lost: take another one, and leave the lost one alone.
+    /// Another process took the loop device first: take another device, and leave that one alone.
     TakeAnother,
-    /// Nothing was done; ask again at once, a bounded number of times.
+    /// The call did nothing: repeat it at once, at most [`AT_ONCE`] times.
     Again,
-    /// Somebody has the device open: worth waiting for.
+    /// Somebody has the device open; waiting for that helps.
     Busy,
-    /// What was to be removed or asked about is not there.
+    /// The device or file that was to be removed or asked about is not there.
     Gone,
     /// Another device, or another file, has the name.
     NameTaken,
-    /// Somebody else holds the file or the loop device, and waiting will not help.
+    /// Somebody else has the file or the loop device in use, and waiting will not help.
     InUse,
     /// The image, the COW file or its directory does not exist.
     Missing,
-    /// It is a directory.
+    /// The path is a directory's.
     NotAFile,
-    /// It is a symbolic link where none is followed, or one of too many.
+    /// The path is a symbolic link where none is followed, or leads through too many of them.
     SymbolicLink,
-    /// This kernel, or this container, has no such thing.
+    /// This kernel, this file system or this container does not have what was asked for.
     Unsupported,
     /// The caller lacks a capability or a permission.
     NoPermission,
-    /// Out of memory, space or file descriptors.
+    /// Memory, space or file descriptors ran out.
     Exhausted,
-    /// Anything else.
+    /// The errno is none of the above: the operation fails.
     Fatal,
 }
 
-/// Judges `errno` at `step`, as the table of [`Verdict`] says.
+/// Returns the verdict on `errno` at `step`, by the table of [`Verdict`].
 pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
     use Errno as E;
     use Step as S;
@@ -113,26 +113,26 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
     }
 }
 
-/// What stands in a message for a device that was seen to be in use, so that the kernel was not even asked.
+/// The errno in the message about a device that was seen to be in use, so that the kernel was not even asked.
 pub(crate) const BUSY: Errno = Errno::EBUSY;
 
-/// What the kernel answers about a device that is not there, for one that is another snapshot's by now.
+/// The errno in the message about a device that serves another snapshot by now: the kernel's own for one that is not
+/// there.
 pub(crate) const GONE: Errno = Errno::ENXIO;
 
-/// What stands in a message for a merge that the kernel gave up, which it says in a status line only.
+/// The errno in the message about a merge that the kernel gave up, which it says in a status line only.
 pub(crate) const MERGE_FAILED: Errno = Errno::EIO;
 
-/// What stands in a message for a device that was removed to be made anew, when that is refused.
+/// The errno in the message about a device that was removed to be made anew, if making it is refused.
 pub(crate) const NOT_REMADE: Errno = Errno::ECANCELED;
 
-/// What stands in a message for a file that ended before what is known to be in it.
+/// The errno in the message about a file that is shorter than what is known to be in it.
 pub(crate) const CUT_SHORT: Errno = Errno::EIO;
 
 /// How often a call is repeated at once on [`Verdict::Again`] before it counts as failed.
 ///
-/// Of our ioctls a suspension alone sleeps interruptibly, and an interrupted one has suspended nothing; so one repetition is
-/// already rare. The bound keeps a kernel or a
-/// sandbox that answers EINTR for ever from hanging the caller.
+/// Of the ioctls in use only a suspension sleeps interruptibly, and an interrupted one has suspended nothing; so one
+/// repetition is already rare. The bound keeps a kernel or a sandbox that always answers EINTR from hanging the caller.
 pub(crate) const AT_ONCE: u32 = 16;
 
 #[cfg(test)]
@@ -190,6 +190,21 @@ mod tests {
                     Step::ALL.iter().any(|each| format!("{each:?}") == *step),
                     "no step {step}"
                 );
+            }
+        }
+    }
+
+    #[test]
+    fn the_guide_says_what_kind_each_verdict_becomes() {
+        let guide = include_str!("../guide/errors.md");
+        for step in Step::ALL {
+            for errno in (1..=133).map(Errno::from_raw) {
+                let verdict = verdict(*step, errno);
+                let (begin, kind) = (format!("| {verdict:?} |"), crate::ErrorKind::from(verdict));
+                let row = guide.lines().find(|line| line.starts_with(&begin));
+                let last = row.and_then(|row| row.trim_end_matches(" |").rsplit("| ").next());
+                let last = last.and_then(|cell| cell.split(',').next());
+                assert_eq!(last, Some(format!("{kind:?}").as_str()), "{begin}");
             }
         }
     }

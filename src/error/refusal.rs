@@ -114,11 +114,11 @@ pub enum Refusal {
         /// The image.
         path: PathBuf,
     },
-    /// The store does not say which image it was made over, as dmsnap's do: another program made it, perhaps over a
-    /// partition of this image, or a loop device with an offset. Merged into the whole, its changes would be written over
-    /// what is at the image's beginning.
+    /// The store has changes and does not say which image it was made over, as dmsnap's do: another program made it,
+    /// perhaps over a partition of this image, or a loop device with an offset. Over the whole image, its changes would
+    /// be seen at the image's beginning, exported there, and merged into what is there.
     #[error(
-        "COW file {cow:?} does not say what it was made over: its changes end at byte {end_bytes} of that, and {origin:?} has {bytes} bytes; merge into the very device that it was made over, with any origin allowed"
+        "COW file {cow:?} does not say what it was made over: its changes end at byte {end_bytes} of that, and {origin:?} has {bytes} bytes; name the very device that it was made over, and allow any origin"
     )]
     OriginUnknown {
         /// The image.
@@ -401,6 +401,36 @@ pub enum Refusal {
         cow: PathBuf,
         /// What it was to be used over.
         origin: PathBuf,
+    },
+    /// Two of a stack's files are one layer's: the same file, or a copy of it.
+    #[error("COW files {first:?} and {second:?} are of one and the same layer")]
+    LayerTwice {
+        /// The one.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// Two of a stack's files were made over the same: there they part, and are two stacks.
+    #[error("COW files {first:?} and {second:?} were made over the same, and are of two stacks")]
+    LayersApart {
+        /// The one.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// One of a stack's files was made over a layer that is not there.
+    #[error("the layer that COW file {cow:?} was made over is missing")]
+    LayerMissing {
+        /// The COW file.
+        cow: PathBuf,
+    },
+    /// A stack of more layers than are sensible, which has to be asked for.
+    #[error("a stack of {layers} layers: at most {most} are taken, unless more are asked for")]
+    StackTooDeep {
+        /// How many there are.
+        layers: u32,
+        /// How many are taken.
+        most: u32,
     },
     /// A layer is needed.
     #[error("{name:?} is no layer")]

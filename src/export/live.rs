@@ -1,4 +1,4 @@
-//! A running snapshot: what is behind it, and the flush.
+//! Exports a running snapshot: finds its files and flushes it first.
 
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -8,7 +8,7 @@ use crate::backing::{Backing, open_origin, open_unlocked};
 use crate::base::{DeviceId, DeviceUuid, MAPPER_DIR, Progress};
 use crate::call::{ask, ask_unobserved, resume};
 use crate::dm::{SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find;
 use crate::find::{LoopFacts, SnapshotInfo, State, at_work, whole_file};
 use crate::kernel::Host;
@@ -22,30 +22,31 @@ pub(super) fn export<H: Host>(
 ) -> Result<Option<Exported>> {
     let info = find::status_of(host, snapshot)?;
     let mut flushed = flushed(host, options, &info)?;
-    // It may have been grown while it was waited for.
+    // The COW file may have been grown while this waited.
     let inspect = || host.inspect_file(&flushed.cow.file);
     flushed.cow.facts = ask(Step::InspectFile, flushed.cow.path, inspect)?;
     let source = Source {
         host,
         origin: flushed.origin,
-        cow: flushed.cow,
+        cows: vec![flushed.cow],
         end: flushed.end,
+        live: true,
     };
-    // A COW file whose snapshot was taken down while it was read may have been anything.
+    // If the snapshot was taken down while its COW file was read, the file may hold anything by now.
     source.export(options, output, progress, || {
         find::still(host, &info.uuid, &info.name)
     })
 }
 
-/// What is behind a snapshot that was flushed.
+/// The files behind a snapshot that was flushed.
 struct Flushed<'a, F> {
     origin: Backing<'a, F>,
     cow: Backing<'a, F>,
-    /// The COW chunk from which on the store is not looked at.
+    /// The COW chunk from which on the store is not read.
     end: Option<u64>,
 }
 
-/// Opens what is behind the snapshot, and flushes it.
+/// Opens the files behind the snapshot, and flushes it.
 fn flushed<'a, H: Host>(
     host: &H,
     options: &ExportOptions,
@@ -58,8 +59,13 @@ fn flushed<'a, H: Host>(
     }
     let origin = path_of(info, info.origin.as_ref())?;
     let cow = path_of(info, info.cow.as_ref())?;
-    let origin = open_origin(host, origin, &options.origin_options())?;
-    let cow = open_unlocked(host, cow)?;
+    let elsewhere = |path: &Path, error: Error| match error.verdict() {
+        Some(Verdict::Missing) => file_elsewhere(info, path),
+        _ => error,
+    };
+    let opened = open_origin(host, origin, &options.origin_options());
+    let origin = opened.map_err(|error| elsewhere(origin, error))?;
+    let cow = open_unlocked(host, cow).map_err(|error| elsewhere(cow, error))?;
     same_file(&origin, info.origin.as_ref(), info)?;
     same_file(&cow, info.cow.as_ref(), info)?;
     // One flush at a time: the second one's resume would end the first one's suspension early. The kernel frees the
@@ -99,7 +105,8 @@ fn path_of<'a>(info: &SnapshotInfo, facts: Option<&'a LoopFacts>) -> Result<&'a 
     path.ok_or_else(|| not_exportable(info, "its loop devices cannot be read"))
 }
 
-/// The kernel tells the path that the file was opened by; what is there now may be another one.
+/// Refuses a file that is not the one behind the loop device: the kernel tells the path by which that was opened, where
+/// another file may be by now.
 fn same_file<F>(
     found: &Backing<'_, F>,
     facts: Option<&LoopFacts>,
@@ -109,15 +116,19 @@ fn same_file<F>(
     if expected.is_some_and(|expected| expected == found.facts.id) {
         return Ok(());
     }
-    Err(Refusal::FileElsewhere {
-        name: info.name.clone(),
-        path: found.path.to_owned(),
-    }
-    .into())
+    Err(file_elsewhere(info, found.path))
 }
 
-/// Has the host write out what it has cached of the device, before anything is suspended for it: a VMM that opens the
-/// disk without O_DIRECT has its guest's flushed writes there.
+fn file_elsewhere(info: &SnapshotInfo, path: &Path) -> Error {
+    Refusal::FileElsewhere {
+        name: info.name.clone(),
+        path: path.to_owned(),
+    }
+    .into()
+}
+
+/// Syncs the host's page cache of the device before the device is suspended: a VMM that opens the disk without O_DIRECT
+/// has its guest's flushed writes there.
 fn write_back<H: Host>(host: &H, info: &SnapshotInfo, mapper: &Path) -> Result<()> {
     let node = host.find_node(info.dev);
     let node = node.as_deref().unwrap_or(mapper);
@@ -145,14 +156,14 @@ pub(crate) fn flush<H: Host>(
     }))
 }
 
-/// The COW chunk that the kernel would have given out next at the flush. Exceptions into chunks before it were complete
-/// then, and their entries do not change any more; one behind it may be half written when it is read.
+/// Returns the COW chunk that the kernel would have used next at the flush. Exceptions that point before it were
+/// complete then, and their entries do not change any more; later ones may be half written when they are read.
 fn free_chunk(status: Option<SnapshotStatus>, params: &SnapshotParams) -> Option<u64> {
     match status {
         Some(SnapshotStatus::Usage(usage)) => {
             Some(usage.allocated.count() / params.chunk.sectors().count())
         }
-        // Invalid or full: nothing is added to it.
+        // An invalid or full store gets no new exceptions.
         _ => None,
     }
 }
@@ -254,6 +265,21 @@ mod tests {
             assert!(!suspended(&script, &info.uuid));
             assert_eq!(script.world.borrow().residue(), before);
         }
+    }
+
+    #[test]
+    fn who_is_at_work_is_waited_for_to_the_deadline_and_named() {
+        let locked = |step, _| (step == Step::LockLoop).then_some(Errno::EWOULDBLOCK);
+        let (script, info) = snapshot(locked);
+        let mut options = ExportOptions::new();
+        options.deadline(std::time::Duration::ZERO);
+        let error = flushed(&script, &options, &info).map(drop);
+        let name = info.name.clone();
+        assert_eq!(error, Err(Refusal::AtWork { name }.into()));
+        let calls = script.calls.take();
+        let asked = calls.iter().filter(|step| **step == Step::LockLoop);
+        assert_eq!(asked.count(), 1, "{calls:?}");
+        assert!(!suspended(&script, &info.uuid));
     }
 
     /// A machine with a live snapshot whose COW file holds a store.

@@ -1,21 +1,26 @@
-//! The story of an export: origin image and COW file to a raw image.
+//! Exports a snapshot's disk, from its origin image and COW file, as a raw image.
 //!
-//! No data goes through device-mapper, so neither a suspended device nor a full one can hold an export up.
+//! The files are read directly and not through the dm device, so a suspended or full device does not stop an export.
 
 mod copy;
+mod flatten;
+#[cfg(test)]
+mod flatten_tests;
 mod live;
 mod output;
+mod stack;
 
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::Duration;
 
 use copy::Copier;
+pub use flatten::{FlattenOptions, Flattened};
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, Reader, Sample, check_header, check_identity, open_origin, open_store,
-    sample, unsound,
+    Backing, CowOptions, Reader, Sample, check_header, check_identity, check_unmarked, open_origin,
+    open_store, sample, unsound,
 };
 pub use crate::base::Progress;
 use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
@@ -23,16 +28,16 @@ use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step};
 use crate::find;
 use crate::kernel::{Host, MACHINE};
-use crate::store::{ExceptionStore, Extent};
+use crate::store::{ExceptionStore, Extent, Piece, overlay};
 
-/// Options for writing a snapshot's disk to a file of its own.
+/// Options for exporting a snapshot's disk as a raw image, and the calls that do it.
 ///
-/// The result is a raw image: what a guest sees, without device-mapper. Its length is the origin's in whole 512-byte
-/// sectors, since the guest sees no others. It is sparse where the origin and the COW file are, and where they hold
-/// 4 KiB of zeroes. Where the file system can (`FICLONE`: XFS, btrfs), the origin is shared and not copied.
+/// The result has what the guest sees, and is used without device-mapper. Its length is the origin's in whole 512-byte
+/// sectors. It is sparse where the origin and the COW file are, and where they hold 4 KiB of zeroes. Where the file
+/// system can (`FICLONE`: XFS, btrfs), it shares the origin's blocks instead of copying them.
 ///
-/// It is written under no name, or a temporary one where the file system has no nameless files, given its name when it
-/// is complete, and synced to disk with its directory. Its mode is 0600, as a COW file's.
+/// The file gets its name only when it is complete and synced; until then it has none, or a temporary one where the
+/// file system has no nameless files. Its mode is 0600.
 ///
 /// ```no_run
 /// let done = dmsnap::export::ExportOptions::new().export("/images/base.ext4", "/run/vm-42.cow", "/images/vm-42.ext4")?;
@@ -48,18 +53,18 @@ pub struct ExportOptions {
     deadline: Option<Duration>,
 }
 
-/// What was exported.
+/// The result of an export.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct Exported {
-    /// The image's length, in bytes.
+    /// The exported image's length, in bytes.
     pub bytes: u64,
     /// How much of it comes from the COW file, in bytes.
     pub changed_bytes: u64,
-    /// How much was written: neither what is a hole nor what is shared with the origin.
+    /// How much was written, in bytes; holes and what is shared with the origin do not count.
     pub written_bytes: u64,
-    /// Whether the rest is shared with the origin.
+    /// True if the rest is shared with the origin (reflink).
     pub reflinked: bool,
 }
 
@@ -76,19 +81,22 @@ impl Default for ExportOptions {
 }
 
 impl ExportOptions {
-    /// Nothing is replaced, origin and store are what they should be, and the origin is shared where it can be.
+    /// Makes the default options: an existing output is refused, the origin must be the one that the COW file was made
+    /// over, the store must be valid, and the origin's blocks are shared where that is possible.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Replaces the output where it exists and is a regular file. It stays as it is until the new one is complete.
+    /// Replaces an output that exists and is a regular file. It stays as it is until the new one is complete.
     pub fn replace(&mut self, replace: bool) -> &mut Self {
         self.replace = replace;
         self
     }
 
-    /// Takes the origin as it is, as [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does: over a changed one the result is garbage.
+    /// Takes the origin as it is, whatever the COW file was made over, as
+    /// [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does. With a changed origin the result is
+    /// garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.any_origin = any_origin;
         self
@@ -97,16 +105,15 @@ impl ExportOptions {
     /// Takes a store that the kernel has marked invalid: a `P` store that overflowed, or one whose COW file could not
     /// be written.
     ///
-    /// The kernel gives nothing of it back, and marks no more than that a write was lost. What was written before is
-    /// still in the file. The result is the disk as it was when the store gave up, without the writes that failed and
-    /// without all later ones: a disk after a power cut, which wants a file system check.
+    /// The kernel reads such a store no more, but what was written before is still in the file. What the store
+    /// was made over is not checked. The result is the disk as it was when the store became invalid, without the writes that failed and all later ones. It is like a disk
+    /// after a power cut: check its file systems.
     pub fn invalid_store(&mut self, invalid_store: bool) -> &mut Self {
         self.invalid_store = invalid_store;
         self
     }
 
-    /// Whether to share the origin with the result where the file system can. On unless turned off, as for a result
-    /// that must not depend on the origin's blocks.
+    /// Sets whether the result shares the origin's blocks where the file system can do that; true by default.
     pub fn reflink(&mut self, reflink: bool) -> &mut Self {
         self.reflink = reflink;
         self
@@ -119,16 +126,17 @@ impl ExportOptions {
         self
     }
 
-    /// Exports what a COW file that is not in use makes of an origin. Needs no device-mapper and no privilege beyond
-    /// reading both. Both are locked (shared `flock`) meanwhile, so that no snapshot is made on the COW file.
+    /// Exports the disk that an origin and an idle COW file make. This needs no device-mapper, and no privilege beyond
+    /// reading both files. Both are locked (shared `flock`) meanwhile, so that no snapshot is made on the COW file.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a COW file that a snapshot has, a store that is damaged or
-    /// invalid, an origin that has changed since the store was made, or an output that exists.
-    /// [`Error::Failed`] names the step that failed; the output is then as it was before, unless
-    /// it was the last step of all, the sync of the output's directory. [`Error::Debris`] when a
-    /// temporary file could not be removed.
+    /// [`Error::Refused`] for a COW file that a snapshot uses, a store that is damaged or invalid, an origin that has
+    /// changed since the store was made, or an output that exists;
+    /// [`Refusal::OriginUnknown`] for a store that dmsnap has not marked, as it may have been made over a part of the image
+    /// ([`any_origin`](Self::any_origin) takes it). [`Error::Failed`] names the step that failed; the
+    /// output is then as it was before, except after a failure of the last step, the sync of the output's directory.
+    /// [`Error::Debris`] if a temporary file could not be removed.
     pub fn export(
         &self,
         origin: impl AsRef<Path>,
@@ -139,12 +147,12 @@ impl ExportOptions {
         Ok(whole.unwrap_or_default())
     }
 
-    /// The same, telling `progress` at least once for each MiB. When that breaks it off, the answer is `None` and
-    /// nothing is left of the output.
+    /// Does what [`export`](Self::export) does, and calls `progress` at least once for each MiB. If that returns
+    /// `Break`, this returns `None`, and nothing is left of the output.
     ///
     /// # Errors
     ///
-    /// As [`export`](Self::export).
+    /// Those of [`export`](Self::export).
     pub fn export_with(
         &self,
         origin: impl AsRef<Path>,
@@ -159,33 +167,35 @@ impl ExportOptions {
         let source = Source {
             host: &MACHINE,
             origin,
-            cow,
+            cows: vec![cow],
             end: None,
+            live: false,
         };
         source.export(self, output, progress, || Ok(()))
     }
 
-    /// Exports a running snapshot: flushes it, then copies beside the guest, which goes on.
+    /// Exports a running snapshot: flushes it, then copies while the guest goes on.
     ///
-    /// The flush writes out what the host has cached of the device and suspends the snapshot for as long as the writes
+    /// The flush writes out what the host has cached of the device, and suspends the snapshot for as long as the writes
     /// in flight take, a few milliseconds on an idle one. A file system of the snapshot that is mounted on this host is
-    /// frozen for that moment. While data is copied nothing is suspended.
+    /// frozen for that moment. Nothing is suspended while data is copied.
     ///
-    /// What was written before the flush is in the result. A chunk that is written to later is old, new or mixed, if it
-    /// had been written to before, and as it was at the flush otherwise. For one point in time, pause the VM until this
-    /// returns; have its file systems synced or frozen first.
+    /// All that was written before the flush is in the result. A chunk that is written to during the copy is as it was
+    /// at the flush if it had never been written before; otherwise it is old, new or mixed. For one point in time,
+    /// pause the VM until this returns, and have its file systems synced or frozen first.
     ///
-    /// Of a `PO` store that is full, what the host has cached cannot be written out, and this fails: take the snapshot
+    /// With a `PO` store that is full this fails, as what the host has cached cannot be written out: take the snapshot
     /// down and export the COW file.
     ///
-    /// A process that is killed within the flush leaves the snapshot suspended, and its guest waiting:
-    /// [`State::Suspended`](crate::find::State::Suspended) in [`list`](crate::list). [`repair`](crate::repair()) lets it go on.
+    /// A process that is killed during the flush leaves the snapshot suspended and its guest waiting: it is
+    /// [`State::Suspended`](crate::find::State::Suspended) in [`list`](crate::list). [`repair`](crate::repair()) lets
+    /// it go on.
     ///
     /// # Errors
     ///
-    /// As [`export`](Self::export). [`Refusal::NotExportable`] for a snapshot that is not working, as when somebody
-    /// else has suspended it, or has a transient store. [`Error::Debris`] names a snapshot that
-    /// could not be resumed.
+    /// Those of [`export`](Self::export); [`Refusal::NotExportable`] for a snapshot that has a transient store or is
+    /// not working, for example because somebody else has suspended it; [`Error::Debris`] if the snapshot could not be
+    /// resumed.
     pub fn export_live(
         &self,
         snapshot: impl Into<DeviceId>,
@@ -196,11 +206,12 @@ impl ExportOptions {
         Ok(whole.unwrap_or_default())
     }
 
-    /// The same with `progress`, as [`export_with`](Self::export_with) has it.
+    /// Does what [`export_live`](Self::export_live) does, and calls `progress` as [`export_with`](Self::export_with)
+    /// does.
     ///
     /// # Errors
     ///
-    /// As [`export_live`](Self::export_live).
+    /// Those of [`export_live`](Self::export_live).
     pub fn export_live_with(
         &self,
         snapshot: impl Into<DeviceId>,
@@ -219,7 +230,7 @@ impl ExportOptions {
     }
 }
 
-/// Names the snapshot that has the COW file, if it is one of ours.
+/// Adds the name of the snapshot that uses the COW file to the error, if it is one of dmsnap's.
 fn whose<H: Host>(host: &H, error: Error) -> Error {
     let Error::Refused(Refusal::CowInUse { path }) = &error else {
         return error;
@@ -245,17 +256,20 @@ fn whose<H: Host>(host: &H, error: Error) -> Error {
     }
 }
 
-/// What is exported.
+/// The two files that an export reads.
 struct Source<'a, H: Host> {
     host: &'a H,
     origin: Backing<'a, H::File>,
-    cow: Backing<'a, H::File>,
+    /// From the bottom up; one, unless it is a stack's.
+    cows: Vec<Backing<'a, H::File>>,
     /// The COW chunk from which on the store is not looked at.
     end: Option<u64>,
+    /// Whether the kernel has told which origin and COW file belong together.
+    live: bool,
 }
 
 impl<H: Host> Source<'_, H> {
-    /// Writes the output and gives it its name, unless `still` fails at the end.
+    /// Writes the output, and gives it its name if `still` succeeds at the end.
     fn export(
         self,
         options: &ExportOptions,
@@ -263,27 +277,28 @@ impl<H: Host> Source<'_, H> {
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
         still: impl FnOnce() -> Result<()>,
     ) -> Result<Option<Exported>> {
-        let inputs = [self.origin.facts.id, self.cow.facts.id];
-        if inputs[0] == inputs[1] {
-            let (origin, cow) = (self.origin.path.to_owned(), self.cow.path.to_owned());
+        let image = self.origin.facts.id;
+        if let Some(same) = self.cows.iter().find(|cow| cow.facts.id == image) {
+            let (origin, cow) = (self.origin.path.to_owned(), same.path.to_owned());
             return Err(Refusal::SameFile { origin, cow }.into());
         }
+        let cows = self.cows.iter().map(|cow| cow.facts.id);
+        let inputs: Vec<_> = [image].into_iter().chain(cows).collect();
         output::admit(self.host, output, options.replace, &inputs)?;
         let length = Sectors::from_bytes_floor(self.origin.facts.size_bytes).count() * SECTOR_BYTES;
-        let extents = self.extents(options, length)?;
+        let pieces = self.pieces(options, length)?;
         let output = Output::make(self.host, output)?;
         let reflinked = options.reflink && output.clone_of(&self.origin.file);
         let mut copier = Copier {
             host: self.host,
-            origin: (&self.origin.file, self.origin.path),
-            cow: (&self.cow.file, self.cow.path),
+            cows: self.cows.iter().map(|cow| (&cow.file, cow.path)).collect(),
             output: (output.file(), output.path()),
-            length,
             progress,
             written: 0,
         };
-        let changed_bytes = extents.iter().map(|extent| extent.length).sum();
-        let copied = copier.copy(extents, reflinked);
+        let changed_bytes = pieces.iter().map(|piece| piece.extent.length).sum();
+        let origin = (&self.origin.file, self.origin.path);
+        let copied = copier.copy(origin, length, pieces, reflinked);
         let written_bytes = copier.written;
         let checked = copied.and_then(|copied| {
             still()?;
@@ -303,10 +318,26 @@ impl<H: Host> Source<'_, H> {
         }))
     }
 
-    /// What the COW file changes, if it holds a store that is to be believed.
-    fn extents(&self, options: &ExportOptions, length: u64) -> Result<Vec<Extent>> {
-        let path = self.cow.path;
-        let store = ExceptionStore::open(Reader::of(self.host, &self.cow));
+    /// What the COW files change, if they hold stores that are to be believed.
+    fn pieces(&self, options: &ExportOptions, length: u64) -> Result<Vec<Piece>> {
+        let mut pieces = Vec::new();
+        for (nth, cow) in self.cows.iter().enumerate() {
+            let extents = self.extents(options, length, cow, nth == 0)?;
+            pieces = overlay(pieces, extents, nth);
+        }
+        Ok(pieces)
+    }
+
+    /// What one of them changes; the lowest has to be over this image.
+    fn extents(
+        &self,
+        options: &ExportOptions,
+        length: u64,
+        cow: &Backing<'_, H::File>,
+        lowest: bool,
+    ) -> Result<Vec<Extent>> {
+        let path = cow.path;
+        let store = ExceptionStore::open(Reader::of(self.host, cow));
         let mut store = store.map_err(|error| unsound(path, error))?;
         if !store.is_valid() && !options.invalid_store {
             let path = path.to_owned();
@@ -316,13 +347,15 @@ impl<H: Host> Source<'_, H> {
             take: &|| sample(self.host, &self.origin),
             marks: false,
         };
-        check_header(
-            &self.origin,
-            &self.cow,
-            store.header(),
-            fingerprint,
-            options.any_origin,
-        )?;
+        if lowest {
+            let (header, any) = (store.header(), options.any_origin);
+            check_header(&self.origin, cow, header, fingerprint, any)?;
+            // The kernel writes over the mark as it marks a store invalid: then the caller's word has to do.
+            let unmarked = header.origin.is_none() && store.is_valid();
+            if unmarked && !any && !self.live {
+                check_unmarked(self.host, &self.origin, cow)?;
+            }
+        }
         store = store.over(Sectors::from_bytes_floor(length));
         if let Some(end) = self.end {
             store = store.ending_at(end);
@@ -332,7 +365,7 @@ impl<H: Host> Source<'_, H> {
             .map_err(|error| unsound(path, error))
     }
 
-    /// Whoever takes no locks may have written to the image meanwhile.
+    /// Fails if the image was changed meanwhile, by a program that takes no locks.
     fn check_unchanged(&self, options: &ExportOptions) -> Result<()> {
         let before = self.origin.identity();
         let facts = ask(Step::InspectFile, self.origin.path, || {

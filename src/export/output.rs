@@ -1,4 +1,4 @@
-//! The output of an export: nameless until it is complete.
+//! The output file of an export, which has no name until it is complete.
 
 use std::path::{Path, PathBuf};
 
@@ -7,14 +7,14 @@ use crate::call::ask;
 use crate::error::{Error, ErrorKind, Leftover, Refusal, Result, Step};
 use crate::kernel::{FileKind, Host};
 
-/// Refuses an output that is there and must not be replaced.
+/// Refuses an output that exists and must not be replaced.
 pub(super) fn admit<H: Host>(
     host: &H,
     path: &Path,
     replace: bool,
     inputs: &[FileId],
 ) -> Result<()> {
-    // Whatever else is wrong with the path, making the file tells.
+    // Other faults of the path show when the file is made.
     let Ok(found) = ask(Step::InspectFile, path, || host.look(path, false)) else {
         return Ok(());
     };
@@ -32,18 +32,18 @@ pub(super) fn admit<H: Host>(
     Err(refusal.into())
 }
 
-/// A file that does not have its name yet, and goes away with this value until it has.
+/// A file that does not have its name yet. Dropping this before it has removes the file.
 pub(super) struct Output<'a, H: Host> {
     host: &'a H,
     path: &'a Path,
     file: H::File,
-    /// Where the file system has no nameless files, or nothing could give them a name.
+    /// The temporary path, if the file system has no nameless files or they could be given no name.
     temporary: Option<PathBuf>,
 }
 
 impl<'a, H: Host> Output<'a, H> {
     pub(super) fn make(host: &'a H, path: &'a Path) -> Result<Self> {
-        // Asked without a step: where there are no nameless files, that is no failure.
+        // It is no failure if there are no nameless files.
         match host.make_nameless(directory(path)) {
             Ok(file) => Ok(Self {
                 host,
@@ -74,12 +74,12 @@ impl<'a, H: Host> Output<'a, H> {
         self.path
     }
 
-    /// Shares the origin's blocks, if the file system can: `FICLONE`.
+    /// Shares the origin's blocks (`FICLONE`); returns false if the file system cannot.
     pub(super) fn clone_of(&self, origin: &H::File) -> bool {
         self.host.clone_file(&self.file, origin).is_ok()
     }
 
-    /// Gives the file its name, with everything on disk.
+    /// Syncs the file, gives it its name and syncs its directory.
     pub(super) fn publish(mut self, replace: bool) -> Result<()> {
         match self.place(replace) {
             Ok(()) => self.sync_directory(),
@@ -104,7 +104,7 @@ impl<'a, H: Host> Output<'a, H> {
             (Some(temporary), false) => {
                 let moved = ask(Step::Link, path, || host.move_file(temporary, path));
                 match moved {
-                    // Where a renaming cannot spare what has the name, a link can.
+                    // A hard link never replaces a file, where `RENAME_NOREPLACE` is not to be had.
                     Err(error) if error.kind() == ErrorKind::Unsupported => {
                         ask(Step::Link, path, || host.link_file(temporary, path))?;
                         return self.unlink().map_err(debris);
@@ -128,7 +128,7 @@ impl<'a, H: Host> Output<'a, H> {
         })
     }
 
-    /// Leaves nothing of the file; the failure, if there is one, is the answer.
+    /// Removes the file; returns the error that led here, if there is one.
     pub(super) fn discard(mut self, error: Option<Error>) -> Result<()> {
         let Err(unlinked) = self.unlink().map_err(debris) else {
             return error.map_or(Ok(()), Err);
@@ -147,14 +147,14 @@ impl<'a, H: Host> Output<'a, H> {
     }
 }
 
-/// A caller's `progress` may panic.
+/// Removes the file also if the caller's `progress` panics.
 impl<H: Host> Drop for Output<'_, H> {
     fn drop(&mut self) {
         let _ = self.unlink();
     }
 }
 
-/// A temporary file that could not be unlinked, as what is left.
+/// Turns the failure to unlink a temporary file into an error that lists the file as left.
 fn debris(error: Error) -> Error {
     let left = match &error {
         Error::Failed { on, .. } => vec![Leftover::new(on, error.clone())],
@@ -170,7 +170,7 @@ fn directory(path: &Path) -> &Path {
     }
 }
 
-/// A name in the same directory that nobody else draws.
+/// Returns a random path in the same directory.
 fn beside<H: Host>(host: &H, path: &Path) -> Result<PathBuf> {
     let random = ask(Step::Random, path, || host.random())?;
     Ok(directory(path).join(format!(".dmsnap-{random:032x}")))

@@ -1,4 +1,4 @@
-//! A snapshot that another program made, taken over.
+//! Takes over a snapshot that another program made.
 
 use super::list::{LoopFacts, SnapshotInfo, State, loop_facts, status_of};
 use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
@@ -7,16 +7,18 @@ use crate::dm::Target;
 use crate::error::{Error, Refusal, Result, Step};
 use crate::kernel::{DevId, Host, MACHINE};
 
-/// Whole handles of a live snapshot, so that a control plane that has saved nothing, or only a name, can go on.
+/// Returns complete handles of a live snapshot, read from the kernel: for a control plane that has lost them, or kept
+/// only a name.
 ///
-/// A snapshot that another program made over two loop devices, and that has no uuid, is taken over: its loop devices
-/// are set to detach themselves with it, and it is given one of our uuids. From then on it is ours like any other.
+/// A snapshot that another program (`dmsetup`) made over two loop devices, and that has no uuid, is taken over: it gets
+/// a uuid of dmsnap's, and its loop devices are set to detach when it is removed. From then on it is listed, reaped and
+/// cleaned up like any other.
 ///
 /// # Errors
 ///
-/// As [`status`](crate::status). [`Refusal::NotOurs`] for a device that has another program's uuid, [`Refusal::NotAdoptable`]
-/// with the reason for one that is no snapshot over two loop devices, [`Refusal::NotLive`] for one of ours that is half-made or
-/// suspended. None of them is touched.
+/// Those of [`status`](crate::status); [`Refusal::NotOurs`] for a device that has another program's uuid,
+/// [`Refusal::NotAdoptable`] with the reason for one that is no snapshot over two loop devices, [`Refusal::NotLive`]
+/// for one of dmsnap's that is half-made or suspended. No device is changed on an error of these.
 pub fn adopt(device: impl Into<DeviceId>) -> Result<Handles> {
     adopt_on(&MACHINE, &device.into())
 }
@@ -35,7 +37,7 @@ pub(crate) fn adopt_on<H: Host>(host: &H, device: &DeviceId) -> Result<Handles> 
     Ok(info.handles())
 }
 
-/// Gives the device its uuid. Nothing of it is touched before the step that can fail.
+/// Gives the device a uuid of dmsnap's. Everything is checked before the device is changed.
 fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
     let path = name.mapper_path();
     let refused = |why: String| Refusal::NotAdoptable {
@@ -60,7 +62,7 @@ fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
     let Some(Ok(cow_loop)) = number.strip_prefix("/dev/loop").map(str::parse) else {
         return Err(refused(format!("its COW device is {number}")).into());
     };
-    // Open, they cannot be bound to anything else; what was looked at before is looked at again.
+    // While they are open, no other file can be attached to them. What was read before is read again.
     let _open = [&origin, &cow].map(|facts| host.open_loop(&facts.device, false));
     let now = [params.origin, params.cow].map(|number| loop_facts(host, number));
     if table()?.as_ref() != Some(&line) || now != [Some(origin.clone()), Some(cow)] {
@@ -77,8 +79,8 @@ fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
     status_of(host, &DeviceId::from(&uuid))
 }
 
-/// Has the loop devices of a snapshot detach themselves with it. While the dm table holds them, `LOOP_CLR_FD` only sets
-/// autoclear. A process killed before it leaves a snapshot of ours without; the next one that adopts it mends that.
+/// Sets autoclear on a snapshot's loop devices, so that they detach when it is removed: `LOOP_CLR_FD` on a device that
+/// the dm table holds does just that. If the process is killed before this, the next [`adopt`] of the snapshot does it.
 fn detach_with<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
     for facts in [&info.origin, &info.cow].into_iter().flatten() {
         if facts.autoclear != Some(false) {
@@ -99,7 +101,7 @@ fn detach_with<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
     Ok(())
 }
 
-/// What the origin image is now, if it still is where the kernel says it was.
+/// Returns the origin image's present size and time, if it still is at the path that the kernel has for it.
 fn origin_identity<H: Host>(host: &H, origin: &LoopFacts) -> Option<OriginIdentity> {
     let file = host.open_file(origin.path.as_deref()?, false).ok()?;
     let facts = host.inspect_file(&file).ok()?;

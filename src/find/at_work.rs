@@ -1,5 +1,5 @@
-//! Whether a process is at work on a device: it holds a lock on the COW file's loop device, which the kernel frees with
-//! its holder.
+//! Tells whether a process is at work on a snapshot: it then holds a lock (`flock`) on the COW file's loop device,
+//! which the kernel frees when the process ends.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,15 +10,16 @@ use crate::call::{absent, ask, patiently};
 use crate::error::{Result, Retry, Step, Verdict};
 use crate::kernel::Host;
 
-/// Beside a busy udevd, exclusive locks for a moment were seen that were no maker's: systemd takes one around a new
-/// look at a partition table (`REREADPT_BSD_LOCK`). A maker at work is not waited for longer.
+/// How long a lock must be held to count as that of a process at work. Beside a busy udevd, others' exclusive locks
+/// were seen for a moment: systemd takes one while it reads a partition table again (`REREADPT_BSD_LOCK`).
 pub(crate) const MAKER_RETRY: Retry = Retry::until(Duration::from_millis(500));
 
-/// Whether somebody is at work on the snapshot: its maker holds a lock on the COW file's loop device, an exclusive one,
-/// or one beside a probe's (udev's, say) and a mark.
+/// True if a process is at work on the snapshot: the COW file's loop device is locked exclusively, or has a shared lock
+/// and dmsnap's mark (where a probe, such as udev's, had locked it first).
 ///
-/// The device that the uuid names may serve somebody else by now, whose lock is taken for the maker's: then the
-/// snapshot stays until the next sweep. The one that the table has is looked at too, where that is another.
+/// It looks at the loop device that the uuid names, and at the table's if that is another one. The first may be
+/// attached to somebody else's file by now, whose lock is then mistaken for this snapshot's: a sweep leaves the
+/// snapshot for the next one.
 pub(crate) fn in_progress<H: Host>(host: &H, info: &SnapshotInfo, retry: &Retry) -> Result<bool> {
     let made_with = info.uuid.cow_loop().map(loop_node);
     let has = info.cow.as_ref().map(|cow| cow.device.clone());
@@ -46,10 +47,10 @@ pub(crate) fn is_locked<H: Host>(host: &H, path: &Path, retry: &Retry) -> Result
     }
 }
 
-/// Takes the lock of an operation on a loop device; `None` when somebody else is at work with it. The kernel frees it
-/// with its holder.
+/// Locks a loop device for an operation on its snapshot; `None` if another process is at work on it. The kernel frees
+/// the lock when the process ends.
 pub(crate) fn lock<H: Host>(host: &H, path: &Path) -> Result<Option<H::Loop>> {
-    // For reading: its close wakes no udev watch.
+    // Opened for reading, so that its close does not wake udev's watch.
     let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
     let Some(device) = absent(opened)? else {
         return Ok(None);

@@ -1,4 +1,4 @@
-//! What there is: our snapshots, read from the kernel's state alone.
+//! Lists dmsnap's snapshots from the kernel's state alone.
 
 use std::path::{Path, PathBuf};
 
@@ -13,43 +13,43 @@ use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
 
-/// One of our snapshots, as the kernel has it now.
+/// The state of one of dmsnap's snapshots, as the kernel has it now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct SnapshotInfo {
     /// The dm device's name.
     pub name: String,
-    /// Its uuid.
+    /// The dm device's uuid.
     pub uuid: DeviceUuid,
-    /// Its number.
+    /// The dm device's number (major and minor).
     pub dev: DeviceNumber,
-    /// `/dev/dm-N`, which nobody renames.
+    /// The dm device's node, `/dev/dm-N`, which stays the same when the device is renamed.
     pub device: PathBuf,
-    /// How far it got.
+    /// How far its making got, or that it is suspended.
     pub state: State,
-    /// Whether it merges its COW file into its image: [`MergeOptions`](crate::merge::MergeOptions) made it, and the kernel
-    /// goes on even if the process that did is dead.
+    /// True if the device merges its COW file into its image. [`MergeOptions`](crate::merge::MergeOptions) made it; the
+    /// kernel goes on even if the process that asked for it is dead.
     pub merging: bool,
-    /// Whether it goes at its last close.
+    /// True if the kernel removes the device when its last user closes it.
     pub deferred_remove: bool,
-    /// Whether a killed process left it half-way, suspended for example, so that its guest hangs:
-    /// [`repair`](crate::repair()) it.
+    /// True if a killed process left the device in the middle of an operation, for example suspended, so that its guest
+    /// hangs. [`repair`](crate::repair()) lets it go on.
     #[cfg_attr(feature = "serde", serde(default))]
     pub interrupted: bool,
     /// How many users have it open.
     pub open_count: u32,
-    /// Store and chunk size; `None` without a table, or with one that is no snapshot's.
+    /// The parameters of its snapshot table (store, chunk size, devices); `None` if it has no table or another one.
     pub params: Option<SnapshotParams>,
-    /// What the loop device of the origin is bound to.
+    /// The origin's loop device; `None` if the origin is another device, or there is no table.
     pub origin: Option<LoopFacts>,
-    /// What the loop device of the COW file is bound to.
+    /// The COW file's loop device; `None` if the COW device is another one, or there is no table.
     pub cow: Option<LoopFacts>,
-    /// What the kernel says of it; `None` without a live table, and in the moment in which a checkpoint swaps the table.
+    /// The snapshot's status line; `None` without a live table, and while a checkpoint swaps the table.
     pub status: Option<SnapshotStatus>,
 }
 
-/// How far a snapshot got.
+/// The state of a snapshot's dm device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -58,13 +58,13 @@ pub struct SnapshotInfo {
 )]
 #[non_exhaustive]
 pub enum State {
-    /// Created, and never given a table: left by a process that died.
+    /// The device was created and never got a table: the process that made it died, or is still at it.
     NoTable,
-    /// Given a table, and never resumed: left by a process that died.
+    /// The device got a table and was never resumed: the process that made it died, or is still at it.
     Loaded,
-    /// Working.
+    /// The disk works.
     Live,
-    /// Holding back all I/O.
+    /// The device holds back all I/O.
     Suspended,
 }
 
@@ -76,21 +76,21 @@ pub struct LoopFacts {
     /// `/dev/loopN`.
     #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::path"))]
     pub device: PathBuf,
-    /// The backing file's path, as the kernel has it: with ` (deleted)` behind it once it is unlinked.
+    /// The backing file's path, as the kernel has it, with ` (deleted)` at its end if the file has been unlinked.
     #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::known"))]
     pub path: Option<PathBuf>,
-    /// The backing file's identity.
+    /// The backing file's identity: its file system's device and its inode.
     pub backing: Option<FileId>,
-    /// The number of this binding (Linux 5.15 and later).
+    /// The device's `diskseq`, a number that is new each time a file is attached (Linux 5.15 and later).
     pub diskseq: Option<u64>,
-    /// Where in the backing file the device begins, and how much of it it shows at most (0: all); both 0 for ours.
+    /// The device's offset in the backing file and its size limit (0: none), in bytes; both are 0 for dmsnap's own.
     pub part_bytes: Option<[u64; 2]>,
-    /// Whether it detaches itself when nobody uses it any more.
+    /// True if the kernel detaches the file when nobody has the device open any more.
     pub autoclear: Option<bool>,
 }
 
 impl SnapshotInfo {
-    /// Whole handles, with the identity of everything, from the kernel's state alone.
+    /// Returns complete handles, with the identity of each device and file, from what was read here.
     #[must_use]
     pub fn handles(&self) -> Handles {
         let name = DeviceName::new(self.name.as_str()).ok();
@@ -108,7 +108,8 @@ impl SnapshotInfo {
 }
 
 impl LoopFacts {
-    /// `None` when the device could not be read: a handle that is a number alone would be taken at its word.
+    /// Returns the loop device's handle; `None` if its file's identity could not be read. A handle without that would
+    /// match whatever file the device is attached to later.
     fn handle(&self) -> Option<LoopHandle> {
         let (path, diskseq) = (self.device.clone(), self.diskseq);
         self.backing.map(|backing| LoopHandle {
@@ -119,35 +120,52 @@ impl LoopFacts {
     }
 }
 
-/// Every snapshot of ours, half-built ones included, in the order of their names.
+/// Lists all of dmsnap's dm devices on the host, sorted by name: snapshots, also half-made ones, layers, and what pools
+/// have ready.
 ///
-/// A snapshot that cannot be read is an `Err` in the list and hides no other. One that goes away meanwhile is
-/// left out.
+/// They are those whose uuid begins with `DMSNAP-`, whichever process made them. A device that cannot be read is an
+/// `Err` in the list and hides no other. One that goes away meanwhile is left out.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] when device-mapper cannot be asked at all.
+/// [`Error::Failed`] if device-mapper cannot be asked at all.
 pub fn list() -> Result<Vec<Result<SnapshotInfo>>> {
     Ok(ours(&MACHINE)?.into_iter().map(|(_, info)| info).collect())
 }
 
-/// What there is of one snapshot.
+/// Returns the state of one of dmsnap's devices.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) when there is no such device, [`Error::Refused`] when it is none of ours.
+/// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) if there is no such device; [`Error::Refused`] if another
+/// program made it.
 pub fn status(device: impl Into<DeviceId>) -> Result<SnapshotInfo> {
     status_of(&MACHINE, &device.into())
 }
 
-/// As [`status`].
+/// Does what [`status`] does, on a host.
 pub(crate) fn status_of<H: Host>(host: &H, device: &DeviceId) -> Result<SnapshotInfo> {
     let (device, uuid) = lookup::find(host, device)?;
-    read(host, device, uuid)
+    read(host, device, uuid).map(|read| read.info)
 }
 
-/// Our devices by name, each with what could be read of it.
+/// Returns dmsnap's devices by name, each with its state or why that could not be read.
 pub(crate) fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<SnapshotInfo>)>> {
+    let all = read_all(host)?.into_iter();
+    Ok(all
+        .map(|(name, read)| (name, read.map(|read| read.info)))
+        .collect())
+}
+
+/// A device of ours as it was read.
+pub(super) struct Read {
+    pub(super) info: SnapshotInfo,
+    /// What its table stands on.
+    pub(super) origin: Option<DeviceNumber>,
+}
+
+/// As [`ours`], with what each stands on.
+pub(super) fn read_all<H: Host>(host: &H) -> Result<Vec<(String, Result<Read>)>> {
     let control = Path::new(MAPPER_CONTROL);
     ask(Step::OpenMapper, control, || host.open_mapper())?;
     let mut devices = ask(Step::List, control, || host.list())?;
@@ -167,13 +185,13 @@ pub(crate) fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<SnapshotInfo
     Ok(known.collect())
 }
 
-fn look<H: Host>(host: &H, address: Address<'_>, name: &str) -> Result<SnapshotInfo> {
+fn look<H: Host>(host: &H, address: Address<'_>, name: &str) -> Result<Read> {
     let path = Path::new(MAPPER_DIR).join(name);
     let (device, uuid) = lookup::ours(host, address, &path)?;
     read(host, device, uuid)
 }
 
-fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotInfo> {
+fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
     let path = Path::new(MAPPER_DIR).join(&device.name);
     let state = match (device.live_table, device.inactive_table) {
         (false, false) => State::NoTable,
@@ -216,23 +234,24 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<SnapshotI
         params,
         status: status.and_then(|(_, text)| {
             let Ok(status) = text.parse();
-            // A checkpoint takes the old table's exceptions away before the new one is swapped in.
+            // A checkpoint takes the old table's exceptions away before it swaps in the new table.
             let swapping = device.inactive_table && status == SnapshotStatus::Invalid;
             (!swapping).then_some(status)
         }),
     };
     if half_way && !at_work::in_progress(host, &info, &Retry::ONCE)? {
-        // Whoever was at work may just have come to the end.
+        // The process that was at work may just have finished.
         let query = || host.query(Address::Uuid(info.uuid.as_str()));
         let now = absent(ask(Step::Query, &path, query))?;
         let tables = |device: &Device| (device.suspended, device.live_table, device.inactive_table);
         info.interrupted = now.is_some_and(|now| tables(&now) == tables(&device));
     }
-    Ok(info)
+    let origin = devices.map(|[origin, _]| origin);
+    Ok(Read { info, origin })
 }
 
-/// Whether the device is between two steps of something: a snapshot that is suspended or has a second table, a layer
-/// that is suspended or has none yet.
+/// True if the device is in the middle of an operation: a snapshot that is suspended or has a second table, or a layer
+/// that is suspended or has no table yet.
 fn is_half_way<H: Host>(host: &H, device: &Device, uuid: &DeviceUuid, path: &Path) -> Result<bool> {
     if uuid.kind() == Kind::Layer {
         return Ok(device.suspended || !device.live_table);
@@ -244,7 +263,7 @@ fn is_half_way<H: Host>(host: &H, device: &Device, uuid: &DeviceUuid, path: &Pat
     Ok(next.is_some_and(|(kind, _)| kind == "snapshot"))
 }
 
-/// `None` when the device is no loop device.
+/// Reads what a loop device is attached to; `None` if the device is no loop device.
 pub(super) fn loop_facts<H: Host>(host: &H, number: DeviceNumber) -> Option<LoopFacts> {
     let device = host.loop_node_of(number).ok()?;
     let path = host.backing_path(number).ok();

@@ -1,5 +1,5 @@
-//! The lock of an operation on a live snapshot: a `flock` on the node of its COW file's loop device, as its maker has
-//! one. The kernel frees it with its holder.
+//! Locks a live snapshot for an operation: a `flock` on the node of its COW file's loop device, like the lock of a
+//! `create`. The kernel frees it when the process ends.
 
 use super::at_work;
 use super::lookup::{Live, live};
@@ -7,12 +7,12 @@ use crate::base::DeviceId;
 use crate::error::{Refusal, Result, Retry};
 use crate::kernel::Host;
 
-/// The live snapshot that `id` means, locked for as long as its COW file's loop device is open here. Whoever else is at
-/// work on it is waited for.
+/// Finds and locks the live snapshot that `id` means, until the loop device in the result is closed. If another process
+/// is at work on it, this waits.
 ///
 /// # Errors
 ///
-/// As [`live`]; [`Refusal::AtWork`] at the deadline.
+/// Those of [`live`]; [`Refusal::AtWork`] if the other process is not done by the deadline.
 pub(crate) fn locked<H: Host>(host: &H, id: &DeviceId, retry: &Retry) -> Result<Live<H::Loop>> {
     loop {
         let found = live(host, id)?;
@@ -21,7 +21,7 @@ pub(crate) fn locked<H: Host>(host: &H, id: &DeviceId, retry: &Retry) -> Result<
             let name = found.device.name;
             return Err(Refusal::AtWork { name }.into());
         }
-        // Whoever had the lock may have given it another COW file.
+        // The process that had the lock may have given the snapshot another COW file.
         let mut now = live(host, id)?;
         if now.uuid == found.uuid && now.params.cow == found.params.cow {
             now.cow = found.cow;

@@ -1,4 +1,4 @@
-//! Finding one of our dm devices by what a caller calls it, and a live snapshot with the files behind it.
+//! Finds one of dmsnap's dm devices by name, uuid, number or path, and the files behind a live snapshot.
 
 use std::path::{Path, PathBuf};
 
@@ -9,11 +9,11 @@ use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target};
 use crate::error::{Error, Refusal, Result, Step, Verdict, policy};
 use crate::kernel::{DevId, Device, FileFacts, Host, LoopStatus, MAPPER_CONTROL};
 
-/// Our device that `id` means.
+/// Finds the device of dmsnap's that `id` means.
 ///
 /// # Errors
 ///
-/// [`Verdict::Gone`] when there is none, [`Refusal::NotOurs`] when it is another program's device.
+/// [`Verdict::Gone`] if there is none, [`Refusal::NotOurs`] if another program made it.
 pub(crate) fn find<H: Host>(host: &H, id: &DeviceId) -> Result<(Device, DeviceUuid)> {
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()
@@ -28,7 +28,8 @@ pub(crate) fn find<H: Host>(host: &H, id: &DeviceId) -> Result<(Device, DeviceUu
     }
 }
 
-/// Our device that serves the snapshot which `id` means: as [`find`], but a pool's uuid means no snapshot.
+/// Finds the device like [`find`], but refuses a pool's uuid: the pool's device keeps it while it serves one snapshot
+/// after another, so it names none of them.
 pub(crate) fn find_snapshot<H: Host>(host: &H, id: &DeviceId) -> Result<(Device, DeviceUuid)> {
     let (device, uuid) = find(host, id)?;
     match id {
@@ -40,7 +41,7 @@ pub(crate) fn find_snapshot<H: Host>(host: &H, id: &DeviceId) -> Result<(Device,
     }
 }
 
-/// Fails unless the device still is the snapshot that had that name: a pool's gets another name with each.
+/// Fails unless the device of that uuid still has that name: a pool's device has another name for each snapshot.
 pub(crate) fn still<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<()> {
     let path = Path::new(MAPPER_DIR).join(name);
     ask(Step::Query, &path, || {
@@ -50,7 +51,7 @@ pub(crate) fn still<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<
     })
 }
 
-/// The device at `address`, which `path` stands for in messages, if it is ours.
+/// Returns the device at `address` if dmsnap made it. Messages name it by `path`.
 pub(crate) fn ours<H: Host>(
     host: &H,
     address: Address<'_>,
@@ -67,7 +68,7 @@ pub(crate) fn ours<H: Host>(
     }
 }
 
-/// A live snapshot, with the loop device of its COW file open: from here on the binding cannot change hands.
+/// A live snapshot, with the loop device of its COW file open: while it is, no other file can be attached to it.
 pub(crate) struct Live<L> {
     pub(crate) device: Device,
     pub(crate) uuid: DeviceUuid,
@@ -76,7 +77,7 @@ pub(crate) struct Live<L> {
     pub(crate) cow: Bound<L>,
 }
 
-/// A loop device, open, and what it is bound to.
+/// An open loop device and the file that is attached to it.
 pub(crate) struct Bound<L> {
     pub(crate) node: PathBuf,
     /// The backing file's path, as the kernel has it.
@@ -85,7 +86,7 @@ pub(crate) struct Bound<L> {
     pub(crate) status: LoopStatus,
 }
 
-/// The live snapshot that `id` means.
+/// Finds the live snapshot that `id` means, and opens its COW file's loop device.
 pub(crate) fn live<H: Host>(host: &H, id: &DeviceId) -> Result<Live<H::Loop>> {
     let (device, uuid) = find_snapshot(host, id)?;
     let path = Path::new(MAPPER_DIR).join(&device.name);
@@ -103,7 +104,7 @@ pub(crate) fn live<H: Host>(host: &H, id: &DeviceId) -> Result<Live<H::Loop>> {
     if uuid.kind() == Kind::Pooled {
         still(host, &uuid, &device.name)?;
     }
-    // The uuid still has a live table now, so the loop device was held by it when it was opened, and is the one meant.
+    // The uuid still has a live table, so that table held the loop device when it was opened: it is the right one.
     let status = ask(Step::Status, &path, || host.status(&uuid))?;
     let (_, text) = status.ok_or_else(not_live)?;
     let Ok(status) = text.parse();
@@ -121,7 +122,7 @@ pub(crate) fn bound<H: Host>(host: &H, number: DeviceNumber) -> Result<Bound<H::
     let sysfs = PathBuf::from(format!("/sys/dev/block/{number}"));
     let node = ask(Step::InspectLoop, &sysfs, || host.loop_node_of(number))?;
     let path = ask(Step::InspectLoop, &sysfs, || host.backing_path(number))?;
-    // For reading: its close wakes no udev watch.
+    // Opened for reading, so that its close does not wake udev's watch.
     let device = ask(Step::InspectLoop, &node, || host.open_loop(&node, false))?;
     let status = ask(Step::InspectLoop, &node, || host.loop_status(&device))?;
     Ok(Bound {
@@ -132,7 +133,8 @@ pub(crate) fn bound<H: Host>(host: &H, number: DeviceNumber) -> Result<Bound<H::
     })
 }
 
-/// Refuses a loop device that shows a part of its file: what is read, written or made longer is the file.
+/// Refuses a loop device that shows only a part of its file (an offset or a size limit), as callers read, write and
+/// lengthen the file itself.
 pub(crate) fn whole<L>(bound: &Bound<L>) -> Result<()> {
     let status = &bound.status;
     whole_file(
@@ -142,7 +144,7 @@ pub(crate) fn whole<L>(bound: &Bound<L>) -> Result<()> {
     )
 }
 
-/// As [`whole`], of an offset and a size limit.
+/// Does what [`whole`] does, for an offset and a size limit in bytes.
 pub(crate) fn whole_file(device: &Path, path: &Path, part: [u64; 2]) -> Result<()> {
     match part {
         [0, 0] => Ok(()),
@@ -156,7 +158,7 @@ pub(crate) fn whole_file(device: &Path, path: &Path, part: [u64; 2]) -> Result<(
     }
 }
 
-/// Opens the file behind a loop device by the path that the kernel has for it, and makes sure that it is the one.
+/// Opens the file behind a loop device by the path that the kernel has for it, and checks that it is the same file.
 pub(crate) fn reach<H: Host>(
     host: &H,
     bound: &Bound<H::Loop>,

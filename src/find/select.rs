@@ -1,4 +1,4 @@
-//! From what a caller calls a device to what the kernel finds it by.
+//! Turns a [`DeviceId`] into what the kernel finds a device by.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use crate::dm::Address;
 use crate::error::{Refusal, Result, Step};
 use crate::kernel::Host;
 
-/// What the kernel finds a dm device by.
+/// The name, uuid or number by which the kernel finds a dm device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Key {
     Name(DeviceName),
@@ -25,7 +25,7 @@ impl Key {
         }
     }
 
-    /// The path that stands for the device in messages.
+    /// Returns the path that messages name the device by.
     pub(crate) fn path(&self) -> PathBuf {
         match self {
             Self::Name(name) => name.mapper_path(),
@@ -35,14 +35,14 @@ impl Key {
     }
 }
 
-/// The key of the device that `id` means; `None` for a path that leads nowhere.
+/// Returns the key of the device that `id` means; `None` for a path that leads nowhere.
 pub(crate) fn select<H: Host>(host: &H, id: &DeviceId) -> Result<Option<Key>> {
     match id {
         DeviceId::Name(name) => Ok(Some(Key::Name(DeviceName::new(name.as_str())?))),
         DeviceId::Number(number) => Ok(Some(Key::Number(*number))),
         DeviceId::Path(path) => at(host, path),
         DeviceId::Uuid(uuid) => {
-            // A device may be called as a uuid begins.
+            // A name may begin like a uuid.
             let named = DeviceName::new(uuid.as_str()).ok();
             let path = Path::new(MAPPER_DIR).join(uuid);
             let asked = |address| absent(ask(Step::Query, &path, || host.query(address)));
@@ -59,13 +59,13 @@ pub(crate) fn select<H: Host>(host: &H, id: &DeviceId) -> Result<Option<Key>> {
     }
 }
 
-/// A path below /dev/mapper is a name; any other leads to a device's node.
+/// Returns the key for a path: the name, for one below /dev/mapper, or the number of the device node that it leads to.
 fn at<H: Host>(host: &H, path: &Path) -> Result<Option<Key>> {
     let below = path.strip_prefix(MAPPER_DIR).ok();
     let name = below.filter(|rest| rest.components().count() == 1);
     let refusal = match name.map(|name| DeviceName::new(name.to_string_lossy())) {
         Some(Ok(name)) => return Ok(Some(Key::Name(name))),
-        // udev and libdm spell other names' paths their own way; the node knows which device it is.
+        // udev and libdm encode some names in paths; the node still has the device's number.
         Some(Err(refusal)) => Some(refusal),
         None => None,
     };

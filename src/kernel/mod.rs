@@ -1,5 +1,5 @@
-//! The one way to the kernel: the unsafe calls, the seam that stories talk to, the real machine behind it, and in tests
-//! a fake one.
+//! All calls to the kernel: the unsafe ones, the seam (traits) through which operations make them, the real machine
+//! that implements the seam, and a fake one for tests.
 
 #[cfg(test)]
 pub(crate) mod fake;

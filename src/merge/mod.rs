@@ -1,8 +1,8 @@
-//! The story of a merge: a COW file's changes are folded into its origin image by the kernel's snapshot-merge target.
+//! Merges a COW file's changes into its origin image, by the kernel's snapshot-merge target.
 //!
-//! The kernel merges by itself once the device is resumed: it copies a stretch of chunks to the image, flushes that,
-//! and only then takes their exceptions out of the store. So whatever is cut off, and when, the pair still makes the
-//! same disk. What is ours to keep is that the pair is known for one: the mark in the COW file.
+//! The kernel merges by itself once the device is resumed: it copies some chunks to the image, flushes the image, and
+//! only then takes their exceptions out of the store. So image and COW file make the same disk at any moment, also if
+//! the merge is cut off. A mark in the COW file keeps the two known as a pair meanwhile.
 
 #[cfg(test)]
 mod tests;
@@ -27,7 +27,7 @@ use crate::snapshot::{MappedDevice, make_device, undone};
 use crate::store::{ExceptionStore, MARK_AT};
 use crate::{store, teardown};
 
-/// How a COW file's changes are to be merged into the image that it was made over.
+/// Options for merging a COW file's changes into the image that it was made over, and the call that does it.
 ///
 /// ```no_run
 /// use std::ops::ControlFlow;
@@ -46,7 +46,7 @@ pub struct MergeOptions {
     deadline: Option<Duration>,
 }
 
-/// How a merge ended. Lengths count the changed chunks only, in bytes.
+/// How a merge ended. The numbers count the changed chunks only, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -56,38 +56,40 @@ pub struct MergeOptions {
 #[must_use = "a merge that was stopped is still to be finished"]
 #[non_exhaustive]
 pub enum MergeOutcome {
-    /// All of it is in the image. The store is empty and tied to the image as it is now: the COW file may be used for a
-    /// new snapshot over it, or be deleted.
+    /// All changes are in the image. The store is empty and belongs to the image as it is now: use the COW file for a
+    /// new snapshot over the image, or delete it.
     Complete {
-        /// What this call merged.
+        /// How many bytes this call merged.
         merged_bytes: u64,
     },
-    /// It was stopped. The COW file has the rest: a later merge goes on, and a snapshot over the two shows the same
-    /// disk as before.
+    /// The callback stopped the merge. The COW file has the rest: a later merge goes on, and a snapshot over the two
+    /// files shows the same disk as before.
     Stopped {
-        /// What this call merged.
+        /// How many bytes this call merged.
         merged_bytes: u64,
-        /// What is left.
+        /// How many bytes are still in the COW file.
         left_bytes: u64,
     },
 }
 
 impl MergeOptions {
-    /// Into the image that the COW file is marked with, by a dm device named after the COW file's device and inode.
+    /// Makes the default options: only the image that the COW file was made over is taken, and the dm device is named
+    /// after the COW file's device and inode.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
     /// Takes the image as it is, whatever the COW file was made over, as
-    /// [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does. Into a changed image it merges
-    /// garbage.
+    /// [`SnapshotOptions::any_origin`](crate::SnapshotOptions::any_origin) does. If the image has been changed, the
+    /// result is garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.any_origin = any_origin;
         self
     }
 
-    /// Names the dm device that exists while the kernel merges: `dmsnap-merge-<major>:<minor>-<inode>` otherwise.
+    /// Names the dm device that exists while the kernel merges. The default is `dmsnap-merge-<major>:<minor>-<inode>`,
+    /// of the COW file.
     pub fn name(&mut self, name: impl Into<String>) -> &mut Self {
         self.name = Some(name.into());
         self
@@ -105,36 +107,38 @@ impl MergeOptions {
         self.deadline.map_or_else(Retry::default, Retry::until)
     }
 
-    /// Merges the changes that `cow` holds into `origin`, and returns when all are there or `progress` breaks off.
+    /// Merges the changes in the COW file `cow` into the image `origin`; returns when all are there or `progress`
+    /// breaks off.
     ///
-    /// Offline: nobody may use either file. Both are locked exclusively, and every snapshot of ours keeps a lock on its
-    /// image, so that one that is live, on this COW file or on any other over this image, refuses the merge. A live
-    /// snapshot cannot be merged, as its image is attached read-only: clean it up first.
+    /// Nobody may use either file meanwhile: both are locked exclusively. While any of dmsnap's snapshots over the
+    /// image is live, on this COW file or another, the merge is refused: clean them up first.
     ///
     /// The image changes, so every other COW file made over it is refused from then on, whether the merge ends or not
     /// (an image that is a block device has no modification time to know that by).
     ///
-    /// `progress` is called at first and then every 50 ms or more often. When it breaks off, the device is removed as
-    /// soon as the kernel has finished the stretch that it is at, of at most a metadata area.
+    /// `progress` is called at the beginning and then at least every 50 ms. When it returns `Break`, the device is
+    /// removed as soon as the kernel has finished the chunks that it is at (at most one metadata area).
     ///
-    /// Cut off by a kill, the kernel goes on by itself: the device stays, [`list`](crate::list) shows it as
-    /// [`merging`](crate::find::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it at any
-    /// moment without loss. Then, as after a power cut, a merge of the same two files goes on, and a snapshot over them
-    /// shows the disk as it was. They are known by the image's inode and size, and by its modification time, which must
-    /// be no earlier than the merge and at most a minute later than the COW file's. Handles from before the merge name
-    /// the image as it was: [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) refuses it by
-    /// them.
+    /// If the process is killed, the kernel goes on by itself: the device stays, [`list`](crate::list) shows it as
+    /// [`merging`](crate::find::SnapshotInfo::merging), and [`ReapOptions::reap`](crate::ReapOptions::reap) removes it
+    /// at any moment without loss. Afterwards, as after a power cut, a merge of the same two files goes on, and a
+    /// snapshot over them shows the disk as it was. The pair is recognised by the image's inode and size, and by its
+    /// modification time, which must be no earlier than the merge's beginning and at most a minute later than the COW
+    /// file's.
+    ///
+    /// Handles from before the merge have the image's old size and time:
+    /// [`SnapshotOptions::expect_origin`](crate::SnapshotOptions::expect_origin) with those refuses the merged image.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`], before anything is touched: [`Refusal::OriginInUse`] for an image with live snapshots,
+    /// [`Error::Refused`] before anything is touched: [`Refusal::OriginInUse`] for an image with live snapshots,
     /// [`Refusal::CowInUse`], [`Refusal::OriginChanged`], [`Refusal::OriginReadOnly`], [`Refusal::OriginUnknown`] for a
     /// store that dmsnap has not marked (it may have been made over a part of the image), and for
     /// a COW file that has no valid store [`Refusal::CowBlank`], [`Refusal::CowForeign`], [`Refusal::CowInvalid`],
     /// [`Refusal::CowDamaged`] or [`Refusal::CowUnsound`].
-    /// [`Error::Failed`] names the first step that failed; no device is left, and what was merged stays merged.
-    /// [`Step::Merge`] is the kernel's own: the image or the COW file could not be written, for lack of space perhaps.
-    /// [`Error::Debris`] says what is left, when undoing failed too.
+    /// [`Error::Failed`] names the first step that failed; no device is left, and what was merged stays merged. With
+    /// [`Step::Merge`] the kernel could not write the image or the COW file, perhaps for lack of space.
+    /// [`Error::Debris`] lists what is left, if undoing failed too.
     pub fn merge(
         &self,
         origin: impl AsRef<Path>,
@@ -181,7 +185,7 @@ pub(crate) fn merge<H: Host>(
         chunk: header.chunk,
     };
     let (total, end) = pair.left()?;
-    if header.origin.is_none() && !options.any_origin {
+    if header.origin.is_none() && !options.any_origin && end > 0 {
         return Err(Refusal::OriginUnknown {
             origin: pair.origin.path.to_owned(),
             bytes: pair.origin.facts.size_bytes,
@@ -220,9 +224,9 @@ pub(crate) fn merge<H: Host>(
     })
 }
 
-/// What of a merge lasts beyond its devices.
+/// How far a merge has changed the two files, which outlast its devices.
 enum Stage {
-    /// Nothing yet.
+    /// Nothing has been changed.
     Untouched,
     /// The mark says that a merge has begun, and the image has another modification time.
     Announced,
@@ -238,7 +242,7 @@ fn name_after<F>(cow: &Backing<'_, F>) -> Result<DeviceName> {
     ))?)
 }
 
-/// The two files of a merge, open and locked from its beginning to its end.
+/// The two files of a merge, which are open and locked as long as it takes.
 struct Pair<'a, H: Host> {
     host: &'a H,
     origin: Backing<'a, H::File>,
@@ -247,8 +251,9 @@ struct Pair<'a, H: Host> {
 }
 
 impl<H: Host> Pair<'_, H> {
-    /// What the store holds, and the byte of the image where the last of it ends. In a store that is not sound, or reaches behind the image, the kernel would fail half-way,
-    /// or write behind the image's last chunk (`snapshot_merge_next_chunks` lets the length of the rest wrap).
+    /// Reads how much the store holds, and at which byte of the image the last of it ends. With a store that has
+    /// faults, or reaches behind the image, the kernel would fail half-way or write behind the image's last chunk
+    /// (`snapshot_merge_next_chunks` lets the length of the rest wrap).
     fn left(&self) -> Result<(Sectors, u64)> {
         let unsound = |error| unsound(self.cow.path, error);
         let origin = Sectors::from_bytes_floor(self.origin.facts.size_bytes);
@@ -261,8 +266,8 @@ impl<H: Host> Pair<'_, H> {
         Ok((Sectors::new(exceptions.saturating_mul(chunk)), end))
     }
 
-    /// From inspected files to the end of the merge. The loop devices are open until this returns: until then `reap`
-    /// takes the merge for one in progress, and leaves it alone.
+    /// Merges the inspected files. The loop devices are open until this returns, so that `reap` sees a merge in
+    /// progress until then, and leaves it alone.
     fn run(
         &self,
         name: &DeviceName,
@@ -312,10 +317,10 @@ impl<H: Host> Pair<'_, H> {
         self.watch(&made, total, progress)
     }
 
-    /// Says in the COW file that the image is about to change, then changes its modification time, each on stable
-    /// storage before the next: no power cut leaves a changed image that another COW file takes for its own, nor one
-    /// that this one does not know. The time that it was given then counts as the earliest: from the second mark on, an
-    /// older copy of the image is refused, for it lacks what the store no longer holds.
+    /// Marks the COW file: a merge begins. Then it changes the image's modification time, and marks the COW file with
+    /// that. Each is on stable storage before the next, so that after a power cut no other COW file takes the changed
+    /// image for its own, and this one still knows it. From the second mark on, a copy of the image with an earlier
+    /// time is refused, as it lacks what the store no longer holds.
     fn announce(&self) -> Result<()> {
         let inode = Some(self.origin.facts.id.inode);
         self.mark(self.origin.identity(), inode)?;
@@ -326,7 +331,7 @@ impl<H: Host> Pair<'_, H> {
         self.mark(self.identity_now()?, inode)
     }
 
-    /// Undoes [`Self::announce`], as far as it got.
+    /// Undoes what [`Self::announce`] did, as far as it got.
     fn take_back(&self) -> Result<Sectors> {
         if self.origin.facts.kind == FileKind::Regular {
             self.date_origin(Some(self.origin.facts.mtime_ns))?;
@@ -334,7 +339,8 @@ impl<H: Host> Pair<'_, H> {
         self.settle()
     }
 
-    /// With the devices gone, ties the store to the image as it is now. Returns what the store still holds.
+    /// Marks the store as made over the image as it is now, when the devices are gone. Returns how much the store still
+    /// holds.
     fn settle(&self) -> Result<Sectors> {
         self.sync(&self.origin)?;
         let (left, _) = self.left()?;
@@ -369,7 +375,8 @@ impl<H: Host> Pair<'_, H> {
         Ok(facts.identity())
     }
 
-    /// Looks until nothing is left, or `progress` has seen enough. The kernel raises no event at the end of a merge.
+    /// Polls the status until nothing is left or `progress` breaks off: the kernel raises no event at the end of a
+    /// merge.
     fn watch(&self, made: &MappedDevice, total: Sectors, progress: &mut Tell<'_>) -> Result<()> {
         let mut pause = FIRST_PAUSE;
         loop {
@@ -406,8 +413,9 @@ fn bytes(sectors: u64) -> u64 {
     Sectors::new(sectors).to_bytes().unwrap_or(u64::MAX)
 }
 
-/// A small merge is over by then.
+/// The first pause between two looks at the status; a small merge is over by then.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// Each look takes the snapshot's lock for a moment; twenty in a second do not slow the merge down.
+/// The longest pause between two looks. Each takes the kernel's lock of the snapshot for a moment; twenty in a second
+/// do not slow the merge down.
 const LONGEST_PAUSE: Duration = Duration::from_millis(50);

@@ -1,4 +1,4 @@
-//! The one dm device that a pool keeps for itself.
+//! A pool's keeper: the dm device that marks the pool as alive.
 
 use std::fmt;
 use std::path::Path;
@@ -13,14 +13,15 @@ use crate::kernel::LO_AUTOCLEAR;
 use crate::snapshot::{Base, MappedDevice, link, load, make_device, undone};
 use crate::teardown;
 
-/// Enough for a chunk of a transient store, in which nothing is ever kept.
+/// The size in bytes of the keeper's COW file, in which nothing is ever written.
 const COW_BYTES: u64 = 64 << 10;
 
-/// Live, it has an `error` table, and loaded, a snapshot's that is never resumed. From Linux 6.12 on, removing the last
-/// device with tables of a kind frees the slab of their bios, and waits for a grace period or two meanwhile
-/// (`bio_put_slab`, `block/bio.c`): with this device there is none that is the last.
+/// A dm device without data that the pool's process has open as long as it lives: by that, others know that the pool is
+/// alive.
 ///
-/// It is open for as long as the pool's process lives, which is how others know that it does.
+/// It also makes removals on the host faster. From Linux 6.12 on, removing the last device with tables of a kind frees
+/// the slab of their bios, and waits for a grace period or two (`bio_put_slab`, `block/bio.c`). The keeper has an
+/// `error` table live and a snapshot's table loaded, which is never resumed, so that no other device is ever the last.
 pub(crate) struct Keeper<H: Host> {
     pub(crate) made: MappedDevice,
     handles: Handles,
@@ -58,9 +59,9 @@ fn build<H: Host>(
         path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
-    // Its lock says that the maker is at work, until the node is open and says so.
+    // Its lock tells sweeps that the pool is alive, until the keeper's node is open.
     let cow_loop = attach(
         host,
         &cow,

@@ -1,4 +1,4 @@
-//! Snapshots made ready beforehand, so that a boot path pays for a rename only.
+//! Pools: snapshots that are made ready beforehand, so that giving one to a VM takes a rename only.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -27,79 +27,82 @@ mod tests;
 
 pub use options::{PoolOptions, WhenEmpty};
 
-/// What becomes of the COW file of a snapshot that is released.
+/// What becomes of the COW file when its snapshot is released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CowFate {
-    /// It is deleted.
+    /// The COW file is deleted.
     Delete,
-    /// It stays where it is.
+    /// The COW file stays where it is, and is the caller's.
     Keep,
-    /// As `Keep`, and it is handed back open, for reading and writing.
+    /// The COW file stays, and is returned open for reading and writing ([`Released::file`]).
     HandBack,
 }
 
-/// A snapshot that is the caller's from now on, like any other: same handles, same cleanup, from any process.
+/// A snapshot that was claimed. It is the caller's like any other: with the same handles, and taken down by the same
+/// calls from any process.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Claimed {
     /// The snapshot.
     pub snapshot: Snapshot,
-    /// Its COW file, under a name in the pool's directory that no other ever has.
+    /// The path of its COW file, in the pool's directory. No other COW file ever gets that name.
     pub cow: PathBuf,
-    /// Whether it was ready. Otherwise it was made just now, as the pool was empty.
+    /// True if it was ready. False for a cold claim: the pool was empty, and the snapshot was made just now, which
+    /// takes as long as a `create`.
     pub warm: bool,
 }
 
-/// What became of a snapshot that was released.
+/// The result of a release.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Released {
-    /// Whether the pool has the dm device back, for another snapshot. Otherwise it was removed, or was gone already.
+    /// True if the pool has the dm device back and uses it for another snapshot. Otherwise the device was removed, or
+    /// was gone already.
     pub taken_back: bool,
-    /// The COW file, unless it was deleted or is nowhere to be found any more.
+    /// The COW file's path, unless the file was deleted or cannot be found any more.
     pub cow: Option<PathBuf>,
-    /// The COW file, if it was to be handed back.
+    /// The open COW file, with [`CowFate::HandBack`].
     pub file: Option<File>,
 }
 
-/// What a pool has, and what failed last.
+/// The state of a pool, and its last failures.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct PoolStatus {
-    /// Snapshots to be claimed.
+    /// How many snapshots are ready to be claimed.
     pub ready: usize,
-    /// dm devices that wait for their next COW file.
+    /// How many spare dm devices it has: they are without a snapshot, and get the next COW file.
     pub spare: usize,
-    /// dm devices that were taken back, and still have the table or the loop device of their last snapshot.
+    /// How many dm devices were taken back and still have the table or the loop device of their last snapshot.
     pub recycling: usize,
-    /// How many snapshots are to be ready.
+    /// How many snapshots it keeps ready ([`PoolOptions::size`]).
     pub size: usize,
-    /// How many attempts to make one have failed since the last that did not.
+    /// How many attempts to make a snapshot ready have failed since the last success.
     pub failures: u32,
-    /// Why the last attempt failed; `None` after one that did not.
+    /// Why the last attempt failed; `None` after a success.
     pub last_error: Option<Error>,
-    /// What is left of the pause before the next attempt, after a failure.
+    /// After a failure: how long it still takes until the next attempt.
     pub retry_in: Option<Duration>,
-    /// Why the last device that was taken back could not be recycled; `None` if it could. What
-    /// [`Error::left`] lists is still there; the rest of it was removed.
+    /// Why the last device that was taken back could not be recycled; `None` after a success. What [`Error::left`]
+    /// lists is still there; the rest was removed.
     pub recycle_error: Option<Error>,
 }
 
-/// Snapshots of one origin, COW files included, that wait to be claimed.
+/// A stock of ready snapshots over one origin, with their COW files.
 ///
-/// A thread keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) renames one: that rename, which is one
-/// ioctl, is the moment at which it becomes the caller's, so that by its name alone a device is known as claimed or
-/// not, also after a kill. [`release`](Self::release) renames it back and deletes its COW file; another thread then
-/// swaps its table instead of removing it, and the device serves another snapshot later.
+/// A thread of the pool keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) gives one to the caller by
+/// renaming its dm device, which is one ioctl: so the name alone says whether a device is claimed, also after a kill.
+/// [`release`](Self::release) renames it back and deletes its COW file. A second thread then takes the device's table
+/// away, and the device, a spare one now, gets another snapshot later.
 ///
-/// Until then everything carries the pool's mark: names begin with `dmsnap-pool-`. One device of the pool, its keeper,
-/// is open for as long as the pool's process lives; once it is closed, the unclaimed devices are known to be a dead
-/// pool's: the next pool that is opened on the host takes them down, as any [`reap`](crate::ReapOptions::reap) does,
-/// and never touches what was claimed.
+/// Names of unclaimed devices begin with `dmsnap-pool-`. One of them is the pool's keeper: a dm device without data
+/// that the pool's process has open as long as it lives. When it is not open any more, the pool is known to be dead:
+/// the next pool that is opened on the host takes down the dead pool's unclaimed devices, as any
+/// [`reap`](crate::ReapOptions::reap) does. Neither touches what was claimed.
 ///
-/// Threads may share a pool. Dropping it drains it, and hides what could not be taken down; [`drain`](Self::drain)
-/// names it.
+/// Threads may share a pool. Dropping it does what [`drain`](Self::drain) does, but hides its errors: all that was not
+/// claimed is taken down, and claimed snapshots stay.
 #[derive(Debug)]
 pub struct Pool {
     shared: Arc<Shared>,
@@ -113,14 +116,18 @@ fn pool_name(id: u64, what: impl std::fmt::Display) -> Result<DeviceName> {
 }
 
 impl Pool {
-    /// Hands a snapshot over under the name `name`: a device's rename and an alias, if one is ready.
+    /// Gives a snapshot to the caller under the name `name`.
+    ///
+    /// If one is ready, this renames its device and makes the alias. Otherwise the claim is cold: it makes a snapshot,
+    /// which takes as long as a `create`, or waits for the refill, as [`PoolOptions::when_empty`] says. A snapshot that
+    /// a cold claim made is removed, and not recycled, when it is released.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] for a bad name. When none became ready in the time that it was to wait ([`WhenEmpty::Wait`]):
-    /// the refill's last error where refills fail, otherwise [`Refusal::PoolEmpty`](crate::error::Refusal::PoolEmpty).
-    /// [`ErrorKind::Conflict`](crate::ErrorKind::Conflict) when a device of that name exists; the pool keeps its
-    /// snapshot. When it has to make one, as [`SnapshotOptions::create_on`](crate::SnapshotOptions::create_on).
+    /// [`Error::Refused`] for a bad name. [`ErrorKind::Conflict`](crate::ErrorKind::Conflict) if a device of that name
+    /// exists; the pool keeps its snapshot. If it waited ([`WhenEmpty::Wait`]) and none became ready in time: the
+    /// refill's last error if refills fail, otherwise [`Refusal::PoolEmpty`](crate::error::Refusal::PoolEmpty). If it
+    /// had to make one, those of [`SnapshotOptions::create_on`](crate::SnapshotOptions::create_on).
     pub fn claim(&self, name: &str) -> Result<Claimed> {
         let name = DeviceName::given(name)?;
         loop {
@@ -139,14 +146,14 @@ impl Pool {
                         warm: true,
                     });
                 }
-                // Somebody else has removed it.
+                // Another program has removed the device.
                 Err(error) if error.verdict() == Some(Verdict::Gone) => {
                     let failed = ready::discard(&MACHINE, &ready, &self.shared.retry).err();
                     self.shared.lock().fail(failed.unwrap_or(error));
                     self.shared.came_to_nothing(None);
                 }
                 Err(error) => {
-                    // One that could not be renamed back has the caller's name, and the error says so.
+                    // If the device could not be renamed back, it has the caller's name, and the error says so.
                     let put_back = error.left().is_empty().then_some(ready);
                     self.shared.came_to_nothing(put_back);
                     return Err(error);
@@ -155,22 +162,25 @@ impl Pool {
         }
     }
 
-    /// Takes back a snapshot that nobody has open any more; waits to the deadline ([`PoolOptions::deadline`]) for that. Then its COW file is
-    /// deleted, or kept as asked.
+    /// Takes a snapshot back, and deletes or keeps its COW file as `fate` says. If somebody has the disk open, this
+    /// waits until the deadline ([`PoolOptions::deadline`]).
     ///
-    /// Its dm device is renamed, and from then on is the pool's, whose other thread takes its table away and keeps it
-    /// for another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. It is removed after all if somebody
-    /// has opened it meanwhile, as a page of it may be cached. A COW file that is kept is the caller's alone when this
-    /// returns.
+    /// The snapshot may be one that another pool over the same image made, of this or of a dead process: handles are
+    /// all that is needed.
     ///
-    /// A device is removed instead if no pool made it, if it is over another image, or if [`PoolOptions::size`] spare
-    /// ones exist already, as by [`cleanup`](crate::cleanup).
+    /// The dm device is renamed and is the pool's from then on. The pool's second thread takes its table away and keeps
+    /// it for another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. If somebody opens the device
+    /// meanwhile it is removed, as the page cache may have data of the old disk. A COW file that is kept is the
+    /// caller's alone when this returns.
+    ///
+    /// The device is removed instead, as by [`cleanup`](crate::cleanup), if it did not come ready from a pool, if it is
+    /// over another image, or if the pool has [`PoolOptions::size`] spare devices already.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] when it is still busy at the deadline: it stays as it is, and claimed.
-    /// [`Error::Debris`] names what remains otherwise. What fails in the thread is in
-    /// [`PoolStatus::recycle_error`].
+    /// [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) if somebody still has the disk open at the deadline:
+    /// it stays as it is, and claimed. [`Error::Debris`] lists what remains after another failure. What fails in the
+    /// thread is in [`PoolStatus::recycle_error`].
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let (host, site) = (&MACHINE, self.shared.site());
         let to = self.shared.reserve()?;
@@ -201,7 +211,7 @@ impl Pool {
         })
     }
 
-    /// Returns what the pool has, and what failed last.
+    /// Returns the pool's state and its last failures.
     #[must_use]
     pub fn status(&self) -> PoolStatus {
         let state = self.shared.lock();
@@ -218,29 +228,29 @@ impl Pool {
         }
     }
 
-    /// Waits for up to `deadline` until `count` snapshots, or [`PoolOptions::size`] if that is less, are ready. Returns
-    /// whether they are.
+    /// Waits until `count` snapshots, or [`PoolOptions::size`] if that is less, are ready; at most for `deadline`,
+    /// which is a duration. Returns true if they are.
     ///
-    /// Failed refills do not end the wait: [`PoolStatus::last_error`] has them.
+    /// Failed refills do not end the wait; [`PoolStatus::last_error`] has the last one.
     pub fn wait_ready(&self, count: usize, deadline: Duration) -> bool {
         let count = count.min(self.shared.size);
         self.shared
             .wait_until(deadline, |state| state.ready.len() >= count)
     }
 
-    /// Waits until nothing that was released is on its way any more: what held the COW files has let go of them, so
-    /// that their file system can be unmounted. Says whether it is so.
+    /// Waits until all that was released is recycled or removed, at most for `deadline`. No loop device has a released
+    /// COW file open then, so that the file system can be unmounted. Returns true if it is so.
     pub fn wait_recycled(&self, deadline: Duration) -> bool {
         self.shared
             .wait_until(deadline, |state| state.recycling == 0)
     }
 
-    /// Takes everything down that was not claimed, what earlier failures left included. A device that somebody has
-    /// opened goes at its last close.
+    /// Ends the pool: takes down all that was not claimed, also what earlier failures left. Claimed snapshots stay. A
+    /// device that somebody has open is removed at its last close.
     ///
     /// # Errors
     ///
-    /// [`Error::Debris`] names what remains.
+    /// [`Error::Debris`] lists what remains.
     pub fn drain(mut self) -> Result<()> {
         self.close()
     }
@@ -299,7 +309,7 @@ impl Pool {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        // What stays is found by the next pool, or by a reap: the keeper's descriptor is closed in any case.
+        // What remains is taken down by the next pool or a reap, as the keeper's descriptor is closed in any case.
         let _ = self.close();
     }
 }

@@ -1,4 +1,4 @@
-//! How a pool is to be kept, and its beginning.
+//! A pool's options, and opening it.
 
 use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex};
@@ -14,7 +14,7 @@ use crate::kernel::{Clock, MACHINE, MAPPER_CONTROL};
 use crate::snapshot;
 use crate::snapshot::{Origin, SnapshotOptions};
 
-/// How a [`Pool`] is to be kept.
+/// Options for a [`Pool`], and the call that opens it.
 ///
 /// ```no_run
 /// use dmsnap::{Origin, PoolOptions};
@@ -41,10 +41,10 @@ pub struct PoolOptions {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WhenEmpty {
-    /// It makes one, which takes as long as a create.
+    /// The claim makes one, which takes as long as a `create`.
     #[default]
     Create,
-    /// It waits so long for the refill.
+    /// The claim waits up to this long for the refill.
     Wait(Duration),
 }
 
@@ -55,8 +55,8 @@ impl Default for PoolOptions {
 }
 
 impl PoolOptions {
-    /// Eight snapshots as [`SnapshotOptions::new`] makes them, with COW files of the worst case's size; an empty pool
-    /// makes one at once.
+    /// Makes the default options: eight snapshots with the options of [`SnapshotOptions::new`] and COW files of the
+    /// worst case's size; a claim on an empty pool makes one.
     #[must_use]
     pub fn new() -> Self {
         Self {
@@ -74,35 +74,36 @@ impl PoolOptions {
         self
     }
 
-    /// Sets how many are kept ready. As many spare dm devices are kept besides, at most.
+    /// Sets how many snapshots are kept ready. At most as many spare dm devices are kept besides.
     pub fn size(&mut self, size: usize) -> &mut Self {
         self.size = size;
         self
     }
 
-    /// Sets what a claim does when none is ready.
+    /// Sets what a claim does when no snapshot is ready.
     pub fn when_empty(&mut self, when_empty: WhenEmpty) -> &mut Self {
         self.when_empty = when_empty;
         self
     }
 
-    /// Sets for how long [`Pool::release`], [`Pool::drain`] and the pool's threads wait for whoever has a device open: up to
-    /// 15 seconds unless set.
+    /// Sets how long [`Pool::release`], [`Pool::drain`] and the pool's threads wait while somebody has a device open:
+    /// 15 seconds by default.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.retry = Retry::until(deadline);
         self
     }
 
-    /// Opens a pool over `origin` that makes its COW files in `directory`, which must exist and which pools may share,
-    /// and begins to fill it.
+    /// Opens a pool over `origin` and begins to fill it. It makes its COW files in `directory`, which must exist; pools
+    /// may share one. The pool keeps a copy of `origin`, which need not live as long.
     ///
-    /// What pools left whose process was killed is taken down first, as far as it can be: their devices on this host,
-    /// and their COW files in `directory`.
+    /// First it takes down what dead pools left, those whose process was killed: their unclaimed devices on this host
+    /// with their COW files, and COW files in `directory` that they were making. What cannot be taken down now is left
+    /// to the next pool or `reap`.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] when device-mapper or loop devices cannot be had, or no thread. A failure to make snapshots
-    /// ready is in [`Pool::status`].
+    /// [`Error::Failed`] if device-mapper or loop devices are not available, or a thread cannot be started. A failure
+    /// to make snapshots ready is in [`Pool::status`].
     pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
         let host = &MACHINE;
         snapshot::open_controls(host)?;

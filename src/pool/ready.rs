@@ -1,4 +1,4 @@
-//! A snapshot that is ready: made, claimed, or taken down again.
+//! Makes a pool's ready snapshots, hands them over, and takes them down.
 
 use std::ffi::OsStr;
 use std::mem::take;
@@ -15,31 +15,31 @@ use crate::snapshot::{
 };
 use crate::teardown;
 
-/// Where a pool's snapshots are made, and how.
+/// The options, origin and directory with which a pool makes its snapshots.
 pub(crate) struct Site<'a, L> {
     pub(crate) options: &'a SnapshotOptions,
     pub(crate) base: &'a Base<L>,
     pub(crate) dir: &'a Path,
 }
 
-/// A live snapshot under a name of the pool's, without an alias.
+/// A ready snapshot: live, under a name of the pool's, without an alias.
 #[derive(Debug)]
 pub(crate) struct Ready {
     pub(crate) made: MappedDevice,
     pub(crate) cow: PathBuf,
-    /// The pool's. The claimant's differ in the names.
+    /// The handles with the pool's names; a claim replaces those.
     pub(crate) handles: Handles,
-    /// Where /dev has it: a claim need not look.
+    /// The device's node, kept so that a claim need not look for it.
     node: Option<PathBuf>,
     warnings: Vec<Warning>,
 }
 
-/// The COW file of a snapshot that is ready or claimed; `number` is unlike any other's.
+/// Returns the path of a ready or claimed snapshot's COW file. No two get the same `number`.
 pub(crate) fn lasting_cow(dir: &Path, number: &str) -> PathBuf {
     dir.join(format!("dmsnap-{number}.cow"))
 }
 
-/// Where the COW file is that was made at `path`.
+/// Returns the final path of the COW file that was made at `path`.
 pub(crate) fn moved_to(path: &Path) -> PathBuf {
     let name = path.file_name().and_then(OsStr::to_str);
     let number = name.and_then(|name| name.strip_prefix(POOLED)?.strip_suffix(".cow"));
@@ -49,11 +49,23 @@ pub(crate) fn moved_to(path: &Path) -> PathBuf {
     }
 }
 
-/// Makes one ready: on a dm device of the name `name`, or on a spare one, which is asked for when the COW file is
-/// there.
+/// Where the COW file was made that is at `path` in the pool's directory; `None` for any other.
+pub(crate) fn made_at(dir: &Path, path: &Path) -> Option<PathBuf> {
+    let name = path.file_name().and_then(OsStr::to_str)?;
+    let number = name.strip_prefix("dmsnap-")?.strip_suffix(".cow")?;
+    if name.starts_with(POOLED) {
+        return None;
+    }
+    let made = dir.join(format!("{POOLED}{number}.cow"));
+    (moved_to(&made) == path).then_some(made)
+}
+
+/// Makes a snapshot ready, on a new dm device of the name `name` or on a spare one, which is asked for when the COW
+/// file is there.
 ///
-/// Until there is a device, the COW file's name has the pool's mark too, and a later pool deletes it if this process
-/// dies. From then on it is found through the device while that is unclaimed, and has a name that the caller can keep.
+/// Until the device uses it, the COW file's name begins with `dmsnap-pool-`, and a later pool deletes it if this
+/// process dies. Then it gets its final name, which the caller can keep; while the device is unclaimed, a sweep finds
+/// the file through it.
 pub(crate) fn make<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -87,8 +99,7 @@ pub(crate) fn make<H: Host>(
     }
 }
 
-/// Hands it over, with all that `ready` says of it but the COW file's path. The rename is the moment: before it the
-/// device is the pool's, whoever asks, and from then on the caller's.
+/// Hands a ready snapshot over to the caller. The device is the pool's until its rename, and the caller's from then on.
 pub(crate) fn claim<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -118,7 +129,8 @@ pub(crate) fn claim<H: Host>(
     Ok(Snapshot::of(handles, take(&mut ready.warnings)))
 }
 
-/// Takes it down, and its COW file, in which nobody has written. Whoever has renamed the device has both.
+/// Takes a ready snapshot down and deletes its COW file, which nobody has written to. If the device has been renamed
+/// meanwhile, both stay.
 pub(crate) fn discard<H: Host>(host: &H, ready: &Ready, retry: &Retry) -> Result<()> {
     teardown::clean(host, &ready.handles, retry)?;
     let address = Address::Uuid(ready.made.uuid.as_str());

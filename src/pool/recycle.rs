@@ -1,6 +1,6 @@
-//! A dm device between two snapshots.
+//! Releases snapshots to a pool, and makes their dm devices ready for another one.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::CowFate;
 use super::ready::{self, Site};
@@ -15,17 +15,17 @@ use crate::snapshot::{MappedDevice, load};
 use crate::teardown::{Subject, When};
 use crate::{find, teardown};
 
-/// What became of a released snapshot.
+/// How a release ended.
 pub(crate) enum Ending<F> {
-    /// Its device is the pool's again; its table is to follow ([`empty`]).
+    /// The device is the pool's again, and still has its table, which [`empty`] takes away.
     TakenBack(TakenBack),
-    /// Its device is a spare one already, and its COW file the caller's.
+    /// The device is a spare one already, and the COW file is the caller's.
     Spare(MappedDevice, Option<CowFile<F>>),
-    /// It was removed, or was gone already, or goes at its last close.
+    /// The device was removed, was gone already, or will be removed at its last close.
     Gone(Option<CowFile<F>>),
 }
 
-/// A dm device that has a name of the pool's, and still the table of a snapshot that was released.
+/// A dm device that was taken back: it has a name of the pool's, and still the table of the released snapshot.
 #[derive(Debug)]
 pub(crate) struct TakenBack {
     pub(crate) made: MappedDevice,
@@ -40,14 +40,14 @@ impl TakenBack {
     }
 }
 
-/// The COW file of a released snapshot, open, where the kernel's path leads to it.
+/// The open COW file of a released snapshot, and the kernel's path for it.
 pub(crate) struct CowFile<F> {
     pub(crate) path: PathBuf,
     pub(crate) file: F,
 }
 
-/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it; and deletes its COW file if
-/// that is to go. One whose COW file is to stay is rid of it before this returns.
+/// Gives the handles' dm device the name `to`, by which it is the pool's, or removes it, and deletes its COW file if
+/// `fate` says so. If the COW file is to stay, the device does not use it any more when this returns.
 pub(crate) fn release<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -63,18 +63,34 @@ pub(crate) fn release<H: Host>(
     let idle = patiently(host, retry, Verdict::Busy, || idle(host, &subject))?;
     let cow = match &idle {
         Some(device) => find_cow(host, &subject, device, handles.cow_loop.as_ref())?,
-        // Its loop device may be another snapshot's by now.
+        // The loop device of the handles may be another snapshot's by now.
         None => None,
     };
     let fitting = idle.as_ref().and_then(|device| fitting(site, device));
     let doomed = cow.as_ref().filter(|_| fate == CowFate::Delete);
     let (Some(to), Some(made)) = (to, fitting) else {
-        // The file goes last: whoever has opened the device meanwhile still has its writes there.
-        teardown::clean(host, handles, retry)?;
-        delete(host, doomed)?;
+        // The file is deleted last: if somebody has opened the device meanwhile, writes still go there. With the pool's mark
+        // in its name, the next pool deletes it if this process dies in between.
+        let marked = match doomed {
+            Some(cow) => mark(host, site, cow)?,
+            None => None,
+        };
+        let cleaned = teardown::clean(host, handles, retry);
+        if let (Err(error), Some(path), Some(cow)) = (&cleaned, &marked, doomed) {
+            let back = || host.move_file(path, &cow.path);
+            return Err(match ask(Step::MoveFile, &cow.path, back) {
+                Ok(()) => error.clone(),
+                Err(why) => error.clone().leaving(vec![Leftover::new(path, why)]),
+            });
+        }
+        cleaned?;
+        match &marked {
+            Some(path) => unlink(host, path)?,
+            None => delete(host, doomed)?,
+        }
         return Ok(Ending::Gone(cow));
     };
-    // A leftover that has a COW file to be kept has a name that says so.
+    // The name says whether the COW file is to be kept, for sweeps after a kill.
     let way = match fate {
         CowFate::Delete => to.clone(),
         CowFate::Keep | CowFate::HandBack => DeviceName::new(format!("{to}{KEPT}"))?,
@@ -86,7 +102,7 @@ pub(crate) fn release<H: Host>(
     let cow_loop = handles.cow_loop.clone();
     let taken = TakenBack { made, cow_loop };
     let rest = || match fate {
-        // Its device goes, and with it what a sweep would find it by.
+        // The device will be gone, and with it the way by which a sweep finds the file.
         CowFate::Delete => delete(host, doomed).map(|()| true).map_err(|error| {
             let left = doomed.map(|cow| Leftover::new(&cow.path, error.clone()));
             error.leaving(left.into_iter().collect())
@@ -101,8 +117,8 @@ pub(crate) fn release<H: Host>(
     }
 }
 
-/// Takes its table away, waits for the COW file, and gives the device the name `to`, unless somebody has it open: then
-/// it goes at its last close.
+/// Takes the device's table away, waits until its loop device does not use the COW file any more, and names the device
+/// `to`. If somebody has the device open, it is removed at its last close instead.
 fn rid<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -119,8 +135,8 @@ fn rid<H: Host>(
     Ok(is_idle)
 }
 
-/// Takes the table away from a device that was taken back. Says whether it may serve again, once its old COW file's
-/// loop device is [`unbound`]. Otherwise it goes at its last close, or is gone.
+/// Takes the table away from a device that was taken back. Returns true if it can be used again, once its old COW
+/// file's loop device is [`unbound`]; false if it is gone, or will be removed at its last close.
 pub(crate) fn empty<H: Host>(
     host: &H,
     site: &Site<'_, H::Loop>,
@@ -146,7 +162,7 @@ fn idle<H: Host>(host: &H, subject: &Subject) -> Result<Option<Device>> {
     }
 }
 
-/// The device, if it is one that may serve again over the pool's image.
+/// Returns the device if it can be used again: it came ready from a pool, and is over this pool's image.
 fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<MappedDevice> {
     let uuid = DeviceUuid::new(device.uuid.as_str()).ok()?;
     let name = DeviceName::new(device.name.as_str()).ok()?;
@@ -160,8 +176,7 @@ fn fitting<L>(site: &Site<'_, L>, device: &Device) -> Option<MappedDevice> {
     })
 }
 
-/// From the rename on it is the pool's again, and a leftover of it if the process dies. `None` when it is gone
-/// meanwhile.
+/// Renames the device: from then on it is the pool's, and a dead pool's if the process dies. `None` if it is gone.
 fn take_back<H: Host>(
     host: &H,
     made: MappedDevice,
@@ -172,14 +187,14 @@ fn take_back<H: Host>(
     })?;
     let renamed = ask(Step::Rename, &made.mapper, || host.rename(&made.name, to));
     let renamed = absent(renamed).inspect_err(|_| {
-        // It stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads there.
+        // The device stays, so it gets its alias back. If that fails, /dev/dm-N still leads to it.
         let node = host.find_node(made.dev);
         let _ = host.make_alias(&made.mapper, made.dev, node.as_deref());
     });
     Ok(renamed?.map(|()| made.named(to)))
 }
 
-/// The failure, with what removing the device leaves.
+/// Removes the device after a failure; returns the failure, with what could not be removed.
 pub(crate) fn removed<H: Host>(host: &H, taken: &TakenBack, error: Error, retry: &Retry) -> Error {
     match remove(host, taken, retry) {
         Err(Error::Debris { left, .. }) => error.leaving(left),
@@ -192,20 +207,38 @@ pub(crate) fn remove<H: Host>(host: &H, taken: &TakenBack, retry: &Retry) -> Res
     teardown::clean(host, &taken.handles(), retry).map(drop)
 }
 
-/// While the device is there: a sweep after a kill finds the file by the table alone.
+/// Deletes the COW file. This happens while the device is there: after a kill, a sweep finds the file only by its
+/// table.
 fn delete<H: Host>(host: &H, cow: Option<&CowFile<H::File>>) -> Result<()> {
-    let unlink = |cow: &CowFile<_>| {
-        absent(ask(Step::Unlink, &cow.path, || host.unlink(&cow.path))).map(drop)
-    };
-    cow.map_or(Ok(()), unlink)
+    cow.map_or(Ok(()), |cow| unlink(host, &cow.path))
 }
 
-/// Puts an `error` table in the snapshot's place. Says whether nobody had the device open; otherwise has it removed at
-/// its last close.
+fn unlink<H: Host>(host: &H, path: &Path) -> Result<()> {
+    absent(ask(Step::Unlink, path, || host.unlink(path))).map(drop)
+}
+
+/// Gives a COW file that is to be deleted the name of one that a dead pool was making, if it is in the pool's directory
+/// and has a name of the pool's. Its lock keeps it from being swept for as long as it is attached.
+fn mark<H: Host>(
+    host: &H,
+    site: &Site<'_, H::Loop>,
+    cow: &CowFile<H::File>,
+) -> Result<Option<PathBuf>> {
+    let Some(marked) = ready::made_at(site.dir, &cow.path) else {
+        return Ok(None);
+    };
+    let moved = ask(Step::MoveFile, &marked, || {
+        host.move_file(&cow.path, &marked)
+    });
+    Ok(absent(moved)?.map(|()| marked))
+}
+
+/// Replaces the snapshot's table with an `error` table. Returns true if nobody had the device open; otherwise the
+/// kernel removes it at its last close.
 ///
-/// The kernel drops what it has cached of a block device at its last close, so a device that nobody has open while its
-/// table is `error` has nothing of the old snapshot any more, and whoever opens it from then on can read nothing into
-/// the cache: that nobody has it open is asked for in the answer to the swap itself.
+/// The kernel drops the page cache of a block device at its last close. So a device that nobody has open while its
+/// table is `error` has nothing of the old snapshot in the cache, and nothing can be read into it any more. The open
+/// count is taken from the answer to the very ioctl that swaps the table.
 fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &MappedDevice) -> Result<bool> {
     let line = TargetLine {
         start: Sectors::default(),
@@ -221,9 +254,8 @@ fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &MappedDevice) ->
     Ok(open_count == 0)
 }
 
-/// [`Verdict::Busy`] until the COW file's loop device has let go of it. It clears itself as the table goes, or when
-/// udevd has closed it. Before that the old handles would take the device for theirs under its next name, if that is
-/// the same.
+/// Fails with [`Verdict::Busy`] until the loop device is detached from the COW file: autoclear does that when the table
+/// is gone, and udevd has closed it. Until then old handles would match the device if its next name were the same.
 pub(crate) fn unbound<H: Host>(host: &H, taken: &TakenBack) -> Result<()> {
     let handle = taken.cow_loop.as_ref().filter(|it| it.has_identity());
     match handle.filter(|handle| host.shows_backing(&handle.path)) {
@@ -234,8 +266,8 @@ pub(crate) fn unbound<H: Host>(host: &H, taken: &TakenBack) -> Result<()> {
     }
 }
 
-/// Opens the COW file that the device's table has; `None` when its path leads to it no more, or the device is gone
-/// meanwhile. What a handle says of a loop device would not do: the file is about to be deleted.
+/// Opens the COW file that the device's table has; `None` if its path does not lead to it any more, or the device is
+/// gone. The handles' loop device is not trusted for this, as the file is about to be deleted.
 fn find_cow<H: Host>(
     host: &H,
     subject: &Subject,
@@ -255,7 +287,7 @@ fn find_cow<H: Host>(
         return Ok(None);
     };
     let open = |bound: Bound<H::Loop>| {
-        // It is there now, so the loop device was held by it when it was opened, and is the one meant.
+        // The device is still there, so its table held the loop device when it was opened: it is the right one.
         if subject.query(host)?.is_none() {
             return Ok(None);
         }
@@ -275,9 +307,9 @@ fn find_cow<H: Host>(
     absent(find::bound(host, params.cow))?.map_or(Ok(None), open)
 }
 
-/// The COW file's loop device, with the path that the pool has given to the file. The kernel makes a loop device's
-/// entries in sysfs anew at each binding: asking there for the path took 1 of a release's 5.5 ms (ftrace in the guest,
-/// 6.12).
+/// Opens the COW file's loop device, with the path that the pool gave to the file. Asking sysfs for the path takes
+/// longer, as the kernel makes a loop device's entries there anew each time: 1 of a release's 5.5 ms (ftrace in the
+/// guest, 6.12).
 fn expected<H: Host>(
     host: &H,
     handle: &LoopHandle,

@@ -1,4 +1,4 @@
-//! What a pool's callers and its two threads share, and the threads' lives.
+//! The state that a pool's callers and its two threads share, and what the threads do.
 
 use std::collections::VecDeque;
 use std::mem::take;
@@ -26,11 +26,11 @@ pub(super) struct Shared {
     pub(super) dir: PathBuf,
     pub(super) id: u64,
     pub(super) state: Mutex<State>,
-    /// Something was claimed.
+    /// Notified when a snapshot was claimed.
     pub(super) claimed: Condvar,
-    /// Something was released.
+    /// Notified when a snapshot was released.
     pub(super) released: Condvar,
-    /// Something became ready, spare, or worse.
+    /// Notified when a snapshot became ready, a device spare, or either failed.
     pub(super) changed: Condvar,
 }
 
@@ -39,36 +39,36 @@ pub(super) struct State {
     pub(super) ready: VecDeque<Ready>,
     pub(super) taken_back: Vec<TakenBack>,
     pub(super) spares: Vec<MappedDevice>,
-    /// Popped from `ready`, and neither claimed nor back yet.
+    /// How many were popped from `ready`, and are neither claimed nor put back yet.
     pub(super) leaving: usize,
-    /// Releases under way that may end with one more spare.
+    /// How many releases are under way that may each add a spare device.
     pub(super) reserved: usize,
-    /// Those of `taken_back`, and those that the thread has taken from there and not settled.
+    /// How many devices are in `taken_back`, or were taken from there by the thread and are not done yet.
     pub(super) recycling: usize,
-    /// The number of the next name.
+    /// The number in the last name that was given.
     pub(super) next: u64,
     pub(super) failures: u32,
     pub(super) last_error: Option<Error>,
     pub(super) retry_at: Option<Instant>,
     pub(super) recycle_error: Option<Error>,
-    /// What failures left behind.
+    /// The devices and files that failures left.
     pub(super) left: Vec<Leftover>,
     pub(super) closing: bool,
 }
 
-/// How often a loop device is asked whether it has let go of its COW file.
+/// The pause between two looks whether a loop device is detached from its COW file.
 const UNBINDING: Duration = Duration::from_millis(2);
 
-/// After the first failure, and at most.
+/// The pause before the next attempt: after the first failure, and at most.
 const BACK_OFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
 
 impl Shared {
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        // Nothing that holds the lock leaves the state half-changed.
+        // A thread that panics with the lock held leaves no half-changed state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Until `what` is told of, or some time later.
+    /// Waits until `what` is notified, at most for the given time.
     pub(super) fn wait<'a>(
         &self,
         what: &Condvar,
@@ -104,7 +104,7 @@ impl Shared {
         }
     }
 
-    /// A name for one more spare, if there is to be one.
+    /// Reserves a name for one more spare device; `None` if there are enough.
     pub(super) fn reserve(&self) -> Result<Option<DeviceName>> {
         let mut state = self.lock();
         let coming = state.reserved + state.recycling;
@@ -119,7 +119,7 @@ impl Shared {
         pool_name(self.id, state.next)
     }
 
-    /// The one that has been ready for longest; `None` when one is to be made instead.
+    /// Takes the snapshot that has been ready for longest; `None` if the claim is to make one instead.
     pub(super) fn take(&self) -> Result<Option<Ready>> {
         let mut state = self.lock();
         let mut begin = None;
@@ -140,7 +140,7 @@ impl Shared {
         }
     }
 
-    /// A claim has failed: the one that it had is ready again, or lost.
+    /// Ends a failed claim: the snapshot that it took is ready again, or lost.
     pub(super) fn came_to_nothing(&self, put_back: Option<Ready>) {
         let mut state = self.lock();
         state.leaving -= 1;
@@ -164,9 +164,9 @@ impl Shared {
         })
     }
 
-    /// The life of the thread that keeps the pool full: one snapshot at a time.
+    /// Runs the thread that keeps the pool full; it makes one snapshot at a time.
     pub(super) fn refill(&self) {
-        // A claim that wakes it does not lose its core to it. Without that it only costs the claim some time.
+        // As a batch thread it does not take the core from the claim that wakes it. If that fails, claims take longer.
         let _ = MACHINE.stand_back();
         let mut state = self.lock();
         while !state.closing {
@@ -193,9 +193,9 @@ impl Shared {
         }
     }
 
-    /// The life of the thread that recycles devices. Those that were released meanwhile lose their tables side by side,
-    /// and are spares once their loop devices are gone, for which none keeps another waiting. What it has when the pool
-    /// closes it returns.
+    /// Runs the thread that recycles devices. All that were released meanwhile lose their tables side by side, and each
+    /// becomes a spare when its loop device is detached, without waiting for the others. When the pool closes, it
+    /// returns those that are not done.
     pub(super) fn recycle(&self) -> Vec<TakenBack> {
         let _ = MACHINE.stand_back();
         let (site, retry) = (self.site(), self.retry);
@@ -244,7 +244,7 @@ impl Shared {
 }
 
 impl State {
-    /// Devices that were taken back are spares, or gone, or neither.
+    /// Notes what became of devices that were taken back: spare, gone, or failed.
     fn settle(&mut self, devices: Vec<Result<Option<MappedDevice>>>) {
         self.recycling -= devices.len();
         for device in devices {

@@ -1,4 +1,4 @@
-//! What pools leave whose process was killed: unclaimed devices, and COW files that nobody has written to.
+//! Takes down what dead pools left: unclaimed devices, and COW files that nobody has written to.
 
 use std::path::Path;
 
@@ -9,8 +9,8 @@ use crate::error::{Leftover, Result, Step, Verdict};
 use crate::kernel::Host;
 use crate::teardown::{ReapOptions, is_alive};
 
-/// Takes down what dead pools left on this host, and in `dir`. Whatever cannot be taken down now is so by the next
-/// pool, or by a reap that says why.
+/// Takes down what dead pools left on this host and in `dir`. Failures are ignored: the next pool tries again, and a
+/// reap says why.
 pub(crate) fn sweep<H: Host + Sync>(host: &H, dir: &Path) -> Result<()> {
     ReapOptions::new().reap_on(host, |info| !info.name.starts_with(POOLED))?;
     for path in host.entries(dir) {
@@ -19,7 +19,7 @@ pub(crate) fn sweep<H: Host + Sync>(host: &H, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Sweeps once more for what failures of a pool, which is closed by now, have left. Says what still is there.
+/// Sweeps once more for what the failures of a closed pool have left; returns what is still there.
 pub(crate) fn sweep_again<H: Host + Sync>(
     host: &H,
     dir: &Path,
@@ -34,15 +34,15 @@ pub(crate) fn sweep_again<H: Host + Sync>(
             });
             !matches!(absent(found), Ok(None))
         }
-        // Loop devices go with what they are used by.
+        // Loop devices are detached with their last user.
         Err(_) => leftover.object.starts_with(dir) && leftover.object.exists(),
     };
     left.into_iter().filter(remains).collect()
 }
 
-/// Deletes a COW file that a dead pool was making: known by its name, and by its lock, which no loop device has. A live
-/// pool's may have no lock yet.
-fn delete_leftover<H: Host>(host: &H, path: &Path) -> Result<()> {
+/// Deletes a COW file that a dead pool was making. It is known by its name, by the dead pool's number in it, and by not
+/// being locked, as a file in use is.
+pub(super) fn delete_leftover<H: Host>(host: &H, path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if !name.starts_with(POOLED) || !name.ends_with(".cow") || is_alive(host, &name)? {
         return Ok(());

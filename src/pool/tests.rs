@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::{CowFate, keeper, ready, recycle};
+use super::{CowFate, keeper, ready, recycle, sweep};
 use crate::backing::{CowOptions, CowSize};
 use crate::base::{ChunkSize, DeviceName, DeviceNumber, Handles, LoopHandle, Store};
 use crate::dm::{Address, Discard, SnapshotParams};
@@ -374,6 +374,52 @@ fn a_cow_file_that_is_to_be_kept_is_never_a_leftover_of_the_pools() {
             assert!(stage.residue().contains(&cow), "call {call}");
         }
     }
+}
+
+/// Killed between the removal of a device that is not to serve again and the deletion of its COW file, nothing named the
+/// file any more.
+#[test]
+fn a_kill_in_a_release_without_use_for_the_device_leaves_no_cow_file_for_good() {
+    let release = |stage: &Stage, handles: &Handles| {
+        let (site, retry) = (stage.site(), Retry::default());
+        recycle::release(&stage.script, &site, handles, None, CowFate::Delete, &retry).map(drop)
+    };
+    let calls = Stage::calls(|stage| release(stage, &stage.claimed(1)).expect("nothing fails"));
+    let lasting = PathBuf::from("/pool/dmsnap-1-1.cow");
+    let mut marked = 0;
+    for call in 1..=calls {
+        let stage = Stage::new();
+        let handles = stage.claimed(1);
+        // From this call on nothing is done any more.
+        let dead = move |_, nth| (nth >= call).then_some(Errno::EIO);
+        stage.script.restart(dead);
+        drop(release(&stage, &handles));
+        stage.script.restart(never);
+        let uuid = handles.uuid.as_ref().expect("a uuid");
+        let is_there = stage.script.query(Address::Uuid(uuid.as_str())).is_ok();
+        let file = |stage: &Stage| {
+            let mut found = stage.residue().into_iter();
+            found.find(|path| path.extension().is_some())
+        };
+        let left = file(&stage);
+        if is_there {
+            assert!(left.is_some(), "call {call}: the device has it");
+            continue;
+        }
+        // What the next pool does.
+        left.iter().for_each(|path| {
+            sweep::delete_leftover(&stage.script, path).expect("a sweep");
+        });
+        let after = file(&stage);
+        marked += usize::from(left.is_some());
+        assert_ne!(
+            left.as_ref(),
+            Some(&lasting),
+            "call {call}: nobody finds it"
+        );
+        assert_eq!(after, None, "call {call}");
+    }
+    assert!(marked > 0, "no call was cut off in between");
 }
 
 fn info_of(made: &MappedDevice, cow_loop: u32) -> SnapshotInfo {

@@ -9,10 +9,10 @@ use std::time::Duration;
 use super::build::{MappedDevice, load};
 use super::create::{link, open_controls};
 use super::layer::{Layer, attach_layer, base, facts, hold};
-use super::{Base, Origin, Snapshot};
+use super::{Base, Origin, Snapshot, fingerprint};
 use crate::backing::{
-    Attached, Backing, Cow, CowOptions, CowSize, Sample, attach, open_cow, probe_store, unmake,
-    valid,
+    Attached, Backing, Cow, CowOptions, CowSize, DEEPEST, Sample, attach, open_cow, probe_store,
+    unmake, valid,
 };
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
@@ -45,9 +45,6 @@ pub struct CheckpointOptions {
     pub(super) keep: bool,
     pub(super) retry: Retry,
 }
-
-/// How many layers a stack may have.
-const DEEPEST: u32 = 32;
 
 /// Nobody knows the layer yet, so only a probe can hold it, and not for long.
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
@@ -178,7 +175,7 @@ pub(crate) fn checkpoint<H: Host>(
         path: &live.cow.path,
         file,
         facts: c0_facts,
-        layer: None,
+        above: None,
     };
     let header = probe_store(host, &c0)?.ok_or_else(|| refused("its store has no header"))?;
     let header = valid(&c0, header)?;
@@ -187,6 +184,11 @@ pub(crate) fn checkpoint<H: Host>(
         return Err(refused("it stands on as many layers as a stack may have").into());
     }
 
+    // Over an image, the first time: by it a copy with another modification time is known.
+    let sample = match (header.sample, header.origin) {
+        (None, Some(image)) if below.parent == 0 => fingerprint::of_image(host, &live, image),
+        (sample, _) => sample,
+    };
     let id = ask(Step::Random, &v.mapper, || host.random())?;
     let origin = Backing {
         path: &v.mapper,
@@ -194,7 +196,11 @@ pub(crate) fn checkpoint<H: Host>(
         facts: facts(&v.uuid, v.dev)
             .filter(|facts| facts.size_bytes > 0)
             .ok_or_else(|| refused("its image is not known"))?,
-        layer: Some(id),
+        above: Some(Chain {
+            parent: id,
+            depth: below.depth + 1,
+            ..Chain::default()
+        }),
     };
     let mut cow_options = options.cow.clone();
     (cow_options.store, cow_options.chunk) = (live.params.store, live.params.chunk);
@@ -223,6 +229,7 @@ pub(crate) fn checkpoint<H: Host>(
         length: Sectors::from_bytes_floor(origin.facts.size_bytes),
         c0: &c0,
         header: &header,
+        sample,
         held: (&node, &held),
         c1: (&c1, &c1_loop),
         named: Chain { id, ..below },
@@ -290,6 +297,8 @@ struct Parts<'a, H: Host> {
     c0: &'a Backing<'a, H::File>,
     /// C0's, as it was.
     header: &'a Header,
+    /// The image's fingerprint.
+    sample: Option<u128>,
     held: (&'a Path, &'a H::File),
     c1: (&'a Cow<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
@@ -339,14 +348,18 @@ impl<H: Host> Parts<'_, H> {
         next.lengthen(*host, cow_loop)?;
         // A power cut must not leave a layer whose upper store is not known to be over it.
         done.marked = true;
-        self.write(self.c0, &store::chain(self.named), CHAIN_AT)?;
+        let image = self.header.origin;
+        let content = image
+            .zip(self.sample)
+            .map(|(image, sample)| store::content(image, sample));
+        let (marks, length) = store::marks([0; 64], Some(store::chain(self.named)), content);
+        self.write(self.c0, &marks[CHAIN_AT - MARK_AT..length], CHAIN_AT)?;
         let above = Chain {
             parent: self.named.id,
             depth: self.named.depth + 1,
             ..Chain::default()
         };
         let content = self
-            .header
             .sample
             .map(|sample| store::content(self.identity, sample));
         let first = store::mark(self.identity, None);

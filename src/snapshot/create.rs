@@ -1,4 +1,4 @@
-//! The story of a snapshot: the order of its steps, and their undoing.
+//! Makes a snapshot: the steps in their order, and how they are undone.
 //!
 //! Undoing is short by construction. Loop devices are attached with autoclear in the same call that binds them,
 //! so closing a descriptor detaches them, and so does a SIGKILL; only the dm device has to be removed.
@@ -34,7 +34,7 @@ impl SnapshotOptions {
     /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched. A file that somebody else
     /// has locked is tried again for a second: a lock that is being dropped may take that long.
     /// [`Error::Failed`](crate::Error::Failed) names the first step that failed; nothing is left behind.
-    /// [`Error::Debris`](crate::Error::Debris) says what is, when undoing failed too.
+    /// [`Error::Debris`](crate::Error::Debris) lists what is left, if undoing failed too.
     pub fn create(
         &self,
         origin: impl AsRef<Path>,
@@ -45,12 +45,12 @@ impl SnapshotOptions {
         create(&MACHINE, self, origin.as_ref(), cow.as_ref(), &name)
     }
 
-    /// As [`create`](Self::create), over an image that is attached already: for a boot path that makes one disk after
-    /// the other. The origin's loop device is nobody's to detach; [`cleanup`](crate::cleanup) leaves it to the kernel.
+    /// Does what [`create`](Self::create) does, over an image that is attached already, for control planes that make
+    /// many disks over one image. [`cleanup`](crate::cleanup) leaves the origin's loop device to its other users.
     ///
     /// # Errors
     ///
-    /// As [`create`](Self::create).
+    /// Those of [`create`](Self::create).
     pub fn create_on(
         &self,
         origin: &Origin,

@@ -1,4 +1,4 @@
-//! A live snapshot, as the caller has it.
+//! The value that stands for a live snapshot.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::dm::SnapshotStatus;
 use crate::error::Result;
 use crate::teardown;
 
-/// A live snapshot.
+/// A live snapshot: one VM's disk.
 ///
 /// It belongs to the kernel, not to this process: dropping this value leaves it alone, so that a restarted control
 /// plane finds its VMs' disks as they were. Take it down with [`Snapshot::cleanup`], or from any process with
@@ -25,8 +25,8 @@ impl Snapshot {
         Self { handles, warnings }
     }
 
-    /// The path for the hypervisor: `/dev/dm-N`, or where /dev is no devtmpfs, `/dev/mapper/<name>`. It can be
-    /// opened at once.
+    /// Returns the path to give to the hypervisor: `/dev/dm-N`, or `/dev/mapper/<name>` where /dev is no devtmpfs. It
+    /// can be opened at once.
     #[must_use]
     pub fn device(&self) -> &Path {
         self.handles.device.as_deref().unwrap_or(Path::new(""))
@@ -44,7 +44,7 @@ impl Snapshot {
         self.handles
     }
 
-    /// Returns what was done or could not be had, though the snapshot was made.
+    /// Returns the warnings about the snapshot, which works all the same.
     #[must_use]
     pub fn warnings(&self) -> &[Warning] {
         &self.warnings
@@ -54,16 +54,16 @@ impl Snapshot {
     ///
     /// # Errors
     ///
-    /// As [`grow`](crate::snapshot::grow()).
+    /// Those of [`grow`](crate::snapshot::grow()).
     pub fn grow(&self, bytes: u64) -> Result<SnapshotStatus> {
         crate::snapshot::grow(&self.handles, bytes)
     }
 
-    /// Takes it down, as [`cleanup`](crate::cleanup) does. The COW file stays.
+    /// Takes the snapshot down, as [`cleanup`](crate::cleanup) does. The COW file stays.
     ///
     /// # Errors
     ///
-    /// [`Error::Debris`](crate::Error::Debris) names everything that remains.
+    /// [`Error::Debris`](crate::Error::Debris) lists what remains.
     pub fn cleanup(self) -> Result<()> {
         teardown::cleanup(&self.handles)
     }

@@ -5,11 +5,12 @@ use std::sync::Arc;
 
 use super::build::{MappedDevice, load, undone};
 use super::create::{link, open_controls};
+use super::origin::MadeNode;
 use super::{Base, CheckpointOptions, Origin};
 use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
-    DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR, SectorSize,
-    Sectors, Store,
+    ChunkSize, DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR,
+    SectorSize, Sectors, Store,
 };
 use crate::call::ask;
 use crate::dm::{Address, Discard, SnapshotParams, Target, TargetLine};
@@ -71,6 +72,14 @@ impl From<(Base<LoopDevice>, Handles)> for Layer {
 
 /// Opens the layer that `id` means, which keeps it there.
 pub(super) fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, Handles)> {
+    open_with_file(host, id).map(|(base, handles, _)| (base, handles))
+}
+
+/// The same, and which file it has.
+pub(super) fn open_with_file<H: Host>(
+    host: &H,
+    id: &DeviceId,
+) -> Result<(Base<H::Loop>, Handles, FileId)> {
     let (device, uuid) = find(host, id)?;
     let name = device.name.clone();
     let path = Path::new(MAPPER_DIR).join(&name);
@@ -93,7 +102,7 @@ pub(super) fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, H
         path: &cow.path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     let chain = probe_store(host, &store)?.and_then(|header| header.chain);
     let depth = chain.ok_or_else(no_layer)?.depth;
@@ -106,10 +115,8 @@ pub(super) fn open<H: Host>(host: &H, id: &DeviceId) -> Result<(Base<H::Loop>, H
         uuid: Some(uuid.clone()),
         ..Handles::default()
     };
-    Ok((
-        base(host, node, &uuid, device.number, depth, open)?,
-        handles,
-    ))
+    let base = base(host, node, &uuid, device.number, depth, open)?;
+    Ok((base, handles, store.facts.id))
 }
 
 /// Makes the layer of that COW file once more.
@@ -127,6 +134,20 @@ pub(super) fn attach_layer<H: Host>(
         marks: false,
     };
     let (cow, header, chain) = open_layer_cow(host, cow, &image, sample, &options.cow)?;
+    attach_file(host, below, &cow, header.chunk, chain, name, options.keep)
+}
+
+/// Attaches a layer's COW file, which was looked at, and makes its device.
+pub(super) fn attach_file<H: Host>(
+    host: &H,
+    below: &Base<H::Loop>,
+    cow: &Backing<'_, H::File>,
+    chunk: ChunkSize,
+    chain: Chain,
+    name: &DeviceName,
+    keep: bool,
+) -> Result<(Base<H::Loop>, Handles)> {
+    let image = below.image();
     let mut handles = Handles {
         origin: Some(image.identity()),
         ..Handles::default()
@@ -135,7 +156,7 @@ pub(super) fn attach_layer<H: Host>(
         let flags = LO_AUTOCLEAR;
         let sectors = SectorSize::default();
         // Open, and with it locked, to the end.
-        let cow_loop = attach(host, &cow, flags, sectors, cow.path, &mut handles.cow_loop)?;
+        let cow_loop = attach(host, cow, flags, sectors, cow.path, &mut handles.cow_loop)?;
         let origin = below.over();
         let line = TargetLine {
             start: Sectors::default(),
@@ -144,7 +165,7 @@ pub(super) fn attach_layer<H: Host>(
                 origin: origin.device,
                 cow: cow_loop.dev,
                 store: Store::Persistent,
-                chunk: header.chunk,
+                chunk,
                 discard: Discard::Unsupported,
             }),
         };
@@ -172,12 +193,14 @@ pub(super) fn attach_layer<H: Host>(
         }
         ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
         let device = match host.find_node(made.dev) {
-            Some(node) if !options.keep => node,
+            Some(node) if !keep => node,
             _ => link(host, &made)?,
         };
         let open = hold(host, &device)?;
-        let made_base = base(host, device.clone(), &made.uuid, dev, chain.depth, open)?;
-        if !options.keep {
+        // Its mark says how many were below it once: some may be one by now.
+        let depth = below.above.map_or(0, |above| above.depth);
+        let made_base = base(host, device.clone(), &made.uuid, dev, depth, open)?;
+        if !keep {
             // It is open here, so this is for later.
             let address = Address::Uuid(made.uuid.as_str());
             ask(Step::Remove, &made.mapper, || host.remove(address, true))?;
@@ -221,6 +244,7 @@ pub(super) fn base<H: Host>(
         facts,
         sample: None,
         device,
+        _node: MadeNode,
         handle: None,
         above: Some(Chain {
             parent: id,

@@ -5,6 +5,7 @@ mod checkpoint;
 #[cfg(test)]
 mod checkpoint_tests;
 mod create;
+mod fingerprint;
 mod grow;
 #[cfg(test)]
 mod grow_tests;
@@ -14,6 +15,9 @@ mod options;
 mod origin;
 mod recover;
 mod rollback;
+mod stack;
+#[cfg(test)]
+mod stack_tests;
 #[cfg(test)]
 mod tests;
 
@@ -31,3 +35,4 @@ pub(crate) use origin::Base;
 #[cfg(test)]
 pub(crate) use origin::open as open_origin;
 pub use origin::{Origin, OriginOptions};
+pub use stack::StackOptions;

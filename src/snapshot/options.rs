@@ -1,4 +1,4 @@
-//! How a snapshot is to be made.
+//! Options for making a snapshot.
 
 use std::time::Duration;
 
@@ -31,7 +31,8 @@ pub struct SnapshotOptions {
 }
 
 impl SnapshotOptions {
-    /// A persistent store (`P`) with chunks of 8 sectors (4 KiB), buffered, without discard.
+    /// Makes the default options: a persistent store (`P`) with chunks of 8 sectors (4 KiB), through the page cache,
+    /// without discard, on a COW file that exists.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -64,7 +65,7 @@ impl SnapshotOptions {
         self
     }
 
-    /// Sets the unit of copying.
+    /// Sets the chunk size, the unit of copying.
     pub fn chunk_size(&mut self, chunk: ChunkSize) -> &mut Self {
         self.cow.chunk = chunk;
         self
@@ -142,15 +143,18 @@ impl SnapshotOptions {
     }
 
     /// Takes the image as it is, whatever the COW file was made over. Right when the image is the same and only its
-    /// modification time is not, as after a copy to another host; over a changed image the snapshot is garbage.
+    /// modification time is not, as after a copy to another host, and for a COW file that another program has written to,
+    /// which does not say what it was made over; over a changed image, or over all of an image of which the store was made
+    /// over a part, the snapshot is garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.cow.any_origin = any_origin;
         self
     }
 
-    /// Makes the COW file too: mode 0600, sparse, and never over an existing one unless
-    /// [`replace_cow`](Self::replace_cow) says so. One longer than the process may make files (RLIMIT_FSIZE) is an error
-    /// (EFBIG), and no SIGXFSZ. If the snapshot then fails, the file is removed again.
+    /// Makes the COW file too, with that size: mode 0600 and sparse. If the file exists, that is a
+    /// [`Conflict`](crate::ErrorKind::Conflict) unless [`replace_cow`](Self::replace_cow) says otherwise. A size above
+    /// the process's limit (RLIMIT_FSIZE) is an error (EFBIG), and raises no SIGXFSZ. If `create` fails afterwards, the
+    /// file is removed again.
     pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
         self.cow.make = Some(size);
         self
@@ -168,16 +172,15 @@ impl SnapshotOptions {
         self
     }
 
-    /// Has [`make_cow`](Self::make_cow) take a file that is there in place of a new one, and everything out of it,
-    /// whatever it is. A file that a snapshot has, the image itself, a symbolic link and a block device
-    /// are refused.
+    /// Sets whether [`make_cow`](Self::make_cow) empties and uses a file that exists, whatever it holds. A file that a
+    /// snapshot uses, the image itself, a symbolic link and a block device are refused.
     pub fn replace_cow(&mut self, replace_cow: bool) -> &mut Self {
         self.cow.replace = replace_cow;
         self
     }
 
-    /// Has the COW file's space set aside when it is made (`fallocate`), so that a file system that has not enough says
-    /// so now, and the snapshot does not die of it later.
+    /// Sets whether the made COW file's space is allocated at once (`fallocate`). If the file system has not enough,
+    /// `create` fails now, instead of the snapshot later.
     pub fn reserve(&mut self, reserve: bool) -> &mut Self {
         self.cow.reserve = reserve;
         self

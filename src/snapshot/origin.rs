@@ -1,4 +1,4 @@
-//! An origin image that is attached once for many snapshots.
+//! Attaches an origin image once for many snapshots.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,16 +11,16 @@ use crate::backing::{
 use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node};
 use crate::call::ask;
 use crate::error::{Result, Step, Verdict};
-use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, MACHINE, SHARED_ORIGIN};
+use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, Loops, MACHINE, SHARED_ORIGIN};
 use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
 use crate::store::Chain;
 
-/// An origin image on a loop device that any number of snapshots share.
+/// An origin image that is attached to a loop device, which any number of snapshots share.
 ///
-/// Open it before the boot path: attaching the image, and on Linux 6.17 and later an `fsync` of it, are then done
-/// once and not for each VM. The loop device belongs to the kernel: it goes with its last user, be that a snapshot or a
-/// value of this type, also when the process is killed. Another process that opens the same image, by whatever path,
-/// shares it.
+/// Open it before the boot path: attaching the image, and on Linux 6.17 and later an `fsync` of it, are then done once
+/// and not for each VM. The loop device belongs to the kernel, which detaches it when its last user is gone: a
+/// snapshot, a pool or a value of this type. So dropping this value, or a killed process, harms no snapshot. Another
+/// process that opens the same image, by whatever path, shares the loop device.
 ///
 /// ```no_run
 /// use dmsnap::{Origin, SnapshotOptions};
@@ -42,10 +42,23 @@ pub(crate) struct Base<L> {
     pub(super) sample: Option<u128>,
     pub(super) length: Sectors,
     pub(super) device: Attached<L>,
+    /// Behind the device, so that it is dropped once that is closed.
+    pub(super) _node: MadeNode,
     /// The loop device's; a layer has none.
     pub(crate) handle: Option<LoopHandle>,
     /// The place of what is made over it, if it is a layer.
     pub(super) above: Option<Chain>,
+}
+
+/// The node of an origin's loop device where /dev does not get the kernel's: nobody cleans an origin up, so it goes with
+/// this value, if the loop device is free by then.
+#[derive(Debug)]
+pub(super) struct MadeNode;
+
+impl Drop for MadeNode {
+    fn drop(&mut self) {
+        MACHINE.sweep_nodes();
+    }
 }
 
 impl<L> Base<L> {
@@ -55,7 +68,7 @@ impl<L> Base<L> {
             path: &self.path,
             file: (),
             facts: self.facts,
-            layer: self.above.map(|above| above.parent),
+            above: self.above,
         }
     }
 
@@ -74,61 +87,61 @@ impl<L> Base<L> {
 }
 
 impl Origin {
-    /// Attaches the image read-only, or joins whoever has: a loop device that this function attached, in any process,
-    /// to the same file in the same size. Two who do so at the same instant may get a loop device each.
+    /// Attaches the image read-only, or uses the loop device that this function attached before, in any process, to the
+    /// same file of the same size. Two calls at the same instant may make a loop device each, which does no harm.
     ///
-    /// The image is written out first (`fsync`).
+    /// The image is synced first (`fsync`).
     ///
     /// # Errors
     ///
-    /// As [`SnapshotOptions::create`](crate::SnapshotOptions::create), for what concerns the image.
+    /// Those of [`SnapshotOptions::create`](crate::SnapshotOptions::create) that concern the image.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         OriginOptions::new().open(path)
     }
 
-    /// The image, as it was opened.
+    /// Returns the image's path, as it was given.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0.path
     }
 
-    /// `/dev/loopN`.
+    /// Returns the loop device, `/dev/loopN`.
     #[must_use]
     pub fn device(&self) -> &Path {
         &self.0.device.path
     }
 
-    /// What the image was when it was opened.
+    /// Returns the image's size and modification time when it was opened.
     #[must_use]
     pub fn identity(&self) -> OriginIdentity {
         self.0.facts.identity()
     }
 }
 
-/// How an image is to be opened for many snapshots.
+/// Options for opening an [`Origin`].
 #[derive(Clone, Debug, Default)]
 pub struct OriginOptions {
     lock: CowOptions,
 }
 
 impl OriginOptions {
-    /// As [`Origin::open`].
+    /// Makes the options that [`Origin::open`] uses.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets for how long whoever has an exclusive lock on the image, as a merge has, is waited for: a second unless set.
+    /// Sets how long to wait for a program that has locked the image exclusively, as a merge does: a second by default.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.lock.deadline = Some(deadline);
         self
     }
 
-    /// As [`Origin::open`].
+    /// Does what [`Origin::open`] does.
     ///
     /// # Errors
     ///
-    /// As [`Origin::open`].
+    /// Those of [`Origin::open`].
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Origin> {
         let base = open(&MACHINE, path.as_ref(), &self.lock)?;
         Ok(Origin(Arc::new(base)))
@@ -174,6 +187,7 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path, options: &CowOptions) -> Resu
         path: path.to_owned(),
         facts: origin.facts,
         device,
+        _node: MadeNode,
         handle: Some(handle),
     })
 }

@@ -38,6 +38,7 @@ pub(crate) fn recover_on<H: Host>(
         anew.sector_size(SectorSize::Bytes4096);
     }
     anew.cow.expected_origin = live.uuid.origin();
+    anew.cow.known_origin = true;
     check_target(host, &anew)?;
     let origin = bound(host, live.params.origin)?;
     whole(&origin)?;

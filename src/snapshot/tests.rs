@@ -131,6 +131,54 @@ fn an_image_whose_file_system_cannot_sync_is_an_origin_all_the_same() {
     }
 }
 
+/// How often a file that stays locked is asked for.
+fn attempts(open: impl Fn(&Script) -> Result<()>) -> usize {
+    let script = Script::new(|step, _| (step == Step::LockFile).then_some(Errno::EWOULDBLOCK));
+    let error = open(&script).expect_err("it is locked");
+    assert!(
+        matches!(error, Error::Refused(Refusal::OriginInUse { .. })),
+        "{error}"
+    );
+    let calls = script.calls.borrow();
+    calls.iter().filter(|step| **step == Step::LockFile).count()
+}
+
+#[test]
+fn a_file_that_stays_locked_is_asked_for_to_the_callers_deadline() {
+    let opened = |deadline: Option<Duration>| {
+        attempts(move |script| {
+            let options = CowOptions {
+                deadline,
+                ..CowOptions::default()
+            };
+            super::open_origin(script, Path::new("/image"), &options).map(drop)
+        })
+    };
+    let made = |deadline: Option<Duration>| {
+        attempts(move |script| {
+            let mut options = SnapshotOptions::new();
+            if let Some(deadline) = deadline {
+                options.deadline(deadline);
+            }
+            let name = DeviceName::new("vm").expect("a name");
+            create(
+                script,
+                &options,
+                Path::new("/image"),
+                Path::new("/cow"),
+                &name,
+            )
+            .map(drop)
+        })
+    };
+    for counted in [&opened as &dyn Fn(Option<Duration>) -> usize, &made] {
+        assert_eq!(counted(Some(Duration::ZERO)), 1);
+        let unset = counted(None);
+        assert!(unset > 1);
+        assert!(counted(Some(Duration::from_secs(2))) > unset);
+    }
+}
+
 /// It may be another snapshot's by then.
 #[test]
 fn another_file_in_the_place_of_the_made_one_is_left_alone() {

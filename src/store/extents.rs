@@ -1,4 +1,4 @@
-//! Exceptions joined into extents, and put in the order of the origin.
+//! Joins exceptions into extents, and sorts them by their place in the origin.
 
 use std::io::{Read, Seek};
 
@@ -6,15 +6,15 @@ use super::fault::{StoreError, StoreFault};
 use super::reader::{Exception, Exceptions};
 use crate::base::{ChunkSize, Sectors};
 
-/// A piece of the origin that was changed, and where the COW file has it. All in bytes.
+/// A range of the origin that was changed, and where the COW file has its content. All three are in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub struct Extent {
-    /// Where it begins in the origin.
+    /// The range's offset in the origin.
     pub origin_offset: u64,
-    /// How long it is.
+    /// The range's length.
     pub length: u64,
-    /// Where its content begins in the COW file.
+    /// The offset of its content in the COW file.
     pub cow_offset: u64,
 }
 
@@ -27,7 +27,7 @@ impl Extent {
         self.cow_offset.saturating_add(self.length)
     }
 
-    /// Takes up an extent that follows this one in the origin and in the COW file; says whether it did.
+    /// Appends `next` if it follows this extent in the origin and in the COW file; returns true if it did.
     fn join(&mut self, next: &Self) -> bool {
         let follows = self.origin_end() == next.origin_offset && self.cow_end() == next.cow_offset;
         if follows {
@@ -37,7 +37,8 @@ impl Extent {
     }
 }
 
-/// The extents of a store in its own order: see [`ExceptionStore::extents`](crate::store::ExceptionStore::extents).
+/// An iterator over a store's extents in the order of the store: see
+/// [`ExceptionStore::extents`](crate::store::ExceptionStore::extents).
 #[derive(Debug)]
 pub struct Extents<'a, R> {
     exceptions: Exceptions<'a, R>,
@@ -45,7 +46,7 @@ pub struct Extents<'a, R> {
     origin_bytes: u64,
     /// The extent that may still grow.
     open: Option<Extent>,
-    /// What ended the scan, to be told after the last extent.
+    /// The error that ended the scan; it is returned after the last extent.
     failure: Option<StoreError>,
 }
 
@@ -98,7 +99,7 @@ impl<R: Read + Seek> Iterator for Extents<'_, R> {
     }
 }
 
-/// A chunk that two exceptions claim, by its offset in bytes.
+/// A chunk that two exceptions have, by its offset in bytes.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Twice {
     InCow(u64),
@@ -127,7 +128,7 @@ impl Twice {
     }
 }
 
-/// Sorts and joins extents; fails on a chunk that is in two of them.
+/// Sorts extents by their place in the origin and joins them; fails if a chunk is in two of them.
 pub(super) fn in_origin_order(mut extents: Vec<Extent>) -> Result<Vec<Extent>, Twice> {
     extents.sort_unstable_by_key(|extent| extent.cow_offset);
     let overlap = |pair: &&[Extent]| pair[0].cow_end() > pair[1].cow_offset;

@@ -1,4 +1,4 @@
-//! What can be wrong with a COW file.
+//! The faults that a COW file can have.
 
 use std::io;
 
@@ -10,45 +10,51 @@ pub enum StoreError {
     #[error("cannot read at byte {offset}")]
     #[non_exhaustive]
     Read {
-        /// Where, in bytes.
+        /// The offset of the read, in bytes.
         offset: u64,
-        /// What the reader answered.
+        /// The reader's error.
         source: io::Error,
     },
-    /// The file was read, and is no sound store.
+    /// The file was read, and its store has a fault.
     #[error(transparent)]
     Fault(#[from] StoreFault),
 }
 
-/// What is wrong with a COW file's exception store. Offsets are in bytes from the start of the file.
+/// A fault of a COW file's exception store. Offsets are in bytes from the start of the file.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreFault {
     /// The file begins with zeroes: no snapshot with a persistent store was ever made on it.
     #[error("at byte 0: blank, no persistent snapshot was made on it")]
     Blank,
+    /// The file begins with zeroes, and has something further on: no file for a new snapshot, nor a store.
+    #[error("at byte {offset}: data behind zeroes, and no header of an exception store before it")]
+    Headless {
+        /// The first block of 4 KiB that is not zeroes.
+        offset: u64,
+    },
     /// The file begins with something else than a store.
     #[error("at byte 0: no exception store")]
     Foreign,
     /// A field of the header has a value that no kernel writes.
     #[error("at byte {offset}: {field} is {value}")]
     Header {
-        /// Where the field is.
+        /// The field's offset.
         offset: u64,
-        /// Its name in the kernel's `struct disk_header`.
+        /// The field's name in the kernel's `struct disk_header`.
         field: &'static str,
-        /// What it says.
+        /// The field's value.
         value: u32,
     },
     /// The kernel would read a metadata area there, and the file ends before the area does.
     #[error("at byte {offset}: a metadata area is missing, the file has {bytes} bytes")]
     CutShort {
-        /// Where the area begins.
+        /// The offset at which the area begins.
         offset: u64,
-        /// The file's length.
+        /// The file's length in bytes.
         bytes: u64,
     },
-    /// An exception leads to a chunk that is not wholly within the file.
+    /// An exception points to a chunk that is not wholly within the file.
     #[error("at byte {offset}: COW chunk {chunk} is outside of the file")]
     CowChunk {
         /// Where the exception is.
@@ -56,7 +62,7 @@ pub enum StoreFault {
         /// The chunk's number in the COW file.
         chunk: u64,
     },
-    /// An exception leads to a metadata area.
+    /// An exception points to a chunk that is a metadata area.
     #[error("at byte {offset}: COW chunk {chunk} is a metadata area")]
     MetadataChunk {
         /// Where the exception is.
@@ -72,7 +78,7 @@ pub enum StoreFault {
         /// The chunk's number in the origin.
         chunk: u64,
     },
-    /// Two exceptions lead to one chunk of the COW file.
+    /// Two exceptions point to one chunk of the COW file.
     #[error("at byte {offset}: COW chunk {chunk} is used twice")]
     CowChunkTwice {
         /// Where the second exception is.
@@ -91,12 +97,13 @@ pub enum StoreFault {
 }
 
 impl StoreFault {
-    /// Where the fault is, in bytes from the start of the file.
+    /// Returns where the fault is, in bytes from the start of the file.
     #[must_use]
     pub fn offset(&self) -> u64 {
         match self {
             Self::Blank | Self::Foreign => 0,
-            Self::Header { offset, .. }
+            Self::Headless { offset }
+            | Self::Header { offset, .. }
             | Self::CutShort { offset, .. }
             | Self::CowChunk { offset, .. }
             | Self::MetadataChunk { offset, .. }

@@ -1,71 +1,75 @@
-//! The persistent store's header, in chunk 0 (`struct disk_header`, `drivers/md/dm-snap-persistent.c`).
+//! Reads the persistent store's header in chunk 0 (`struct disk_header`, `drivers/md/dm-snap-persistent.c`), and reads
+//! and writes the marks that dmsnap keeps behind it.
 
 use crate::base::{ChunkSize, OriginIdentity};
 
-/// How much of a COW file is read before it is used. The header needs 16 bytes; the rest tells a blank file from
-/// a disk image whose boot block happens to be zero.
+/// How many bytes of a COW file are read before it is used. The header has 16 bytes; the rest tells a blank file from a
+/// disk image whose boot block happens to be zero.
 pub(crate) const PROBE_BYTES: usize = 4096;
 
-/// `SnAp`, little-endian.
-const MAGIC: u32 = 0x7041_6e53;
+/// How many bytes at its beginning have to be zero for a COW file to count as blank.
+pub(crate) const BLANK_BYTES: usize = (64 << 10) + PROBE_BYTES;
 
-/// The one version there is.
-const VERSION: u32 = 1;
+/// The header's magic number: `SnAp`, little-endian.
+pub(super) const MAGIC: u32 = 0x7041_6e53;
+
+/// The only version of the format.
+pub(super) const VERSION: u32 = 1;
 
 /// What a COW file begins with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Probe {
-    /// Zeroes: the kernel will write a new store.
+    /// The file begins with zeroes: the kernel will write a new store.
     Blank,
-    /// A store.
+    /// The file has a store.
     Store(Header),
-    /// A store whose header no kernel writes.
+    /// The file has a store whose header no kernel writes.
     Damaged(HeaderFault),
-    /// Something else.
+    /// The file has something else.
     Foreign,
 }
 
 /// A well-formed header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// Cleared by the kernel when the snapshot overflows or its writes fail.
+    /// The valid flag, which the kernel clears when a `P` store overflows or a write to the COW file fails.
     pub(crate) valid: bool,
-    /// The chunk size it was made with, which wins over the table's.
+    /// The chunk size that the store was made with; the kernel uses it instead of the table's.
     pub(crate) chunk: ChunkSize,
-    /// What the origin was, if we made the store.
+    /// The origin's size and time when the store was made, if dmsnap made it.
     pub(crate) origin: Option<OriginIdentity>,
-    /// The inode of the image that it is being merged into, or was when a merge was cut off.
+    /// The inode of the image into which the store is being merged, or was when a merge was cut off.
     pub(crate) merging_into: Option<u64>,
-    /// A fingerprint of what the origin held ([`content`]).
+    /// The fingerprint of the origin's content ([`content`]), if the store has one.
     pub(crate) sample: Option<u128>,
-    /// Its place in a stack of layers; `None` for a store over an image that was never frozen.
+    /// The store's place in a stack of layers; `None` for one over an image that was never checkpointed.
     pub(crate) chain: Option<Chain>,
 }
 
 /// A store's place in a stack of layers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Chain {
-    /// The id that it was frozen under; 0 before.
+    /// The id of the layer that it became by a checkpoint; 0 before.
     pub(crate) id: u128,
     /// The id of the layer that it was made over; 0 for an image.
     pub(crate) parent: u128,
-    /// How many layers are below it.
+    /// The number of layers below it.
     pub(crate) depth: u32,
-    /// Whether it is a layer's, and never to be written again.
+    /// True if it is a layer's, which is never written again.
     pub(crate) frozen: bool,
 }
 
-/// Where the mark of a store in a stack stands, between the other two.
+/// The offset in bytes of the mark about a store's place in a stack, between the other two marks.
 pub(crate) const CHAIN_AT: usize = 128;
 
-/// What that mark begins with. Its id and its parent's follow, 24 bytes that are zeroes, its depth, its flags, 8 bytes
-/// that are zeroes, and a checksum.
+/// What that mark begins with. The store's id and its parent's follow, 24 bytes of zeroes, its depth, its flags, 8
+/// bytes of zeroes, and a checksum.
 const CHAIN: [u8; 16] = *b"dmsnap chain 1\0\0";
 
-/// The length of that mark.
+/// The length of that mark in bytes.
 pub(crate) const CHAIN_BYTES: usize = 96;
 
-/// The mark that says what a store stands on, and who may stand on it.
+/// Makes the mark that says over which layer a store was made, and whether it is a layer's itself.
 pub(crate) fn chain(chain: Chain) -> [u8; CHAIN_BYTES] {
     let mut mark = [0; CHAIN_BYTES];
     mark[..16].copy_from_slice(&CHAIN);
@@ -78,7 +82,7 @@ pub(crate) fn chain(chain: Chain) -> [u8; CHAIN_BYTES] {
     mark
 }
 
-/// All marks of a new store in one piece, from [`MARK_AT`] on, and how many bytes of it count.
+/// Makes all marks of a new store in one piece, to be written at [`MARK_AT`]; returns also how many bytes of it count.
 pub(crate) fn marks(
     first: [u8; 64],
     chain: Option<[u8; CHAIN_BYTES]>,
@@ -103,7 +107,7 @@ pub(crate) fn marks(
 
 const ALL_BYTES: usize = CONTENT_AT - MARK_AT + CONTENT_BYTES;
 
-/// `Err` for a mark that is not as it was written.
+/// Reads that mark; fails if its checksum is wrong.
 fn chained(start: &[u8]) -> Result<Option<Chain>, HeaderFault> {
     let found = start.get(CHAIN_AT..CHAIN_AT + CHAIN_BYTES);
     let Some(found) = found.filter(|mark| mark.starts_with(&CHAIN)) else {
@@ -126,21 +130,21 @@ fn chained(start: &[u8]) -> Result<Option<Chain>, HeaderFault> {
     }
 }
 
-/// Where our mark stands: in the part of the header's sector that the kernel zeroes when it writes a new header and
-/// never reads.
+/// The offset in bytes of the first mark: in the part of the header's sector that the kernel zeroes when it writes a
+/// new header, and never reads.
 pub(crate) const MARK_AT: usize = 64;
 
-/// What our mark begins with; the origin's size and modification time follow, 64 bits each.
+/// What the first mark begins with. The origin's size and modification time follow, 64 bits each.
 const MARK: [u8; 16] = *b"dmsnap origin 1\0";
 
-/// What the second half of the mark begins with while the store is merged; the image's inode follows, 64 bits.
+/// What the second half of the first mark begins with while the store is merged. The image's inode follows, 64 bits.
 const MERGING: [u8; 16] = *b"dmsnap merging 1";
 
-/// The mark that ties a store to its origin: over any other image its exceptions are garbage, and nothing that the
-/// kernel writes could tell.
+/// Makes the mark that ties a store to its origin. Over any other image its exceptions are garbage, and the kernel
+/// writes nothing that would tell.
 ///
-/// A merge changes the image's modification time until its last write, so that nothing which is written before can name
-/// it: `merging_into` says that such a merge has begun, and into which file. Every mark without it takes that back.
+/// A merge changes the image's modification time with each write, so the final one is not known while it runs.
+/// `merging_into` says that a merge has begun, and into which file (by its inode); a later mark without it ends that.
 pub(crate) fn mark(origin: OriginIdentity, merging_into: Option<u64>) -> [u8; 64] {
     let mut mark = [0; 64];
     mark[..16].copy_from_slice(&MARK);
@@ -153,18 +157,19 @@ pub(crate) fn mark(origin: OriginIdentity, merging_into: Option<u64>) -> [u8; 64
     mark
 }
 
-/// Where the second mark stands, which says what the origin held. What is between the two is zeroes, and free.
+/// The offset in bytes of the second mark, which has the fingerprint of the origin's content.
 pub(crate) const CONTENT_AT: usize = 256;
 
-/// What the second mark begins with. The fingerprint follows, 128 bits; then 72 bytes that are zeroes, for digests of
-/// other kinds; then a checksum.
+/// What the second mark begins with. The fingerprint follows, 128 bits; then 72 bytes of zeroes, reserved for other
+/// digests; then a checksum.
 const CONTENT: [u8; 16] = *b"dmsnap content 1";
 
-/// The length of the second mark.
+/// The length of the second mark in bytes.
 pub(crate) const CONTENT_BYTES: usize = 112;
 
-/// The mark that says what the origin held, for when its modification time says nothing. It counts for the origin of
-/// the first mark alone: once that names another, as a merge has it, this one is void.
+/// Makes the mark with the fingerprint of the origin's content, for origins whose modification time is no evidence. It
+/// is valid only together with the first mark: once that names another origin, as after a merge, this one counts no
+/// more.
 pub(crate) fn content(origin: OriginIdentity, sample: u128) -> [u8; CONTENT_BYTES] {
     let mut mark = [0; CONTENT_BYTES];
     mark[..16].copy_from_slice(&CONTENT);
@@ -174,7 +179,7 @@ pub(crate) fn content(origin: OriginIdentity, sample: u128) -> [u8; CONTENT_BYTE
     mark
 }
 
-/// A checksum of a mark, and of the origin that it counts for: FNV-1a, 64 bits.
+/// Computes the checksum of a mark and of the origin that it is valid for: FNV-1a, 64 bits.
 fn sum(mark: &[u8], origin: OriginIdentity) -> u64 {
     let (size, mtime) = (
         origin.size_bytes.to_le_bytes(),
@@ -220,7 +225,7 @@ pub(crate) struct HeaderFault {
 }
 
 impl HeaderFault {
-    /// Where the field is, in bytes.
+    /// Returns the field's offset in bytes.
     pub(crate) fn offset(&self) -> u64 {
         match self.field {
             "valid" => 4,
@@ -231,7 +236,7 @@ impl HeaderFault {
     }
 }
 
-/// Judges the first bytes of a COW file, up to [`PROBE_BYTES`] of them.
+/// Tells what a COW file holds by its first bytes, up to [`PROBE_BYTES`] of them.
 ///
 /// The kernel itself looks at the magic alone: zero there means "write a new store", whatever follows.
 pub(crate) fn probe(start: &[u8]) -> Probe {

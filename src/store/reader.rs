@@ -1,23 +1,24 @@
-//! Reading a persistent store as the kernel does (`read_exceptions`, `drivers/md/dm-snap-persistent.c`).
+//! Reads a persistent store as the kernel does (`read_exceptions`, `drivers/md/dm-snap-persistent.c`).
 
 use std::io::{self, Read, Seek, SeekFrom};
 
 use super::extents::{Extent, Extents, in_origin_order};
 use super::fault::{StoreError, StoreFault};
-use super::header::{Header, PROBE_BYTES, Probe, probe};
+use super::header::{BLANK_BYTES, Header, PROBE_BYTES, Probe, probe};
 use super::sizing::{EXCEPTION_BYTES, least_bytes};
 use crate::base::{ChunkSize, OriginIdentity, Sectors, Store};
 
-/// How much of a metadata area is in memory at a time: a header may claim areas of 1 GiB.
+/// How many bytes of a metadata area are in memory at a time, as a header may claim areas of 1 GiB.
 const WINDOW_BYTES: u64 = 64 << 10;
 
 /// The exception store in a COW file: which chunks of the origin a snapshot has changed, and where they are.
 ///
 /// It reads any `Read + Seek`, needs no device-mapper and no privilege, and trusts nothing that it reads: every chunk
-/// number is held against the file's length, and what no kernel would write is a [`StoreFault`]. Apart from
+/// number is checked against the file's length, and what no kernel would write is a [`StoreFault`]. Except for
 /// [`changed_extents`](Self::changed_extents) it takes 64 KiB of memory, however long the file is.
 ///
-/// A COW file that a snapshot is running on changes while it is read: [`ExportOptions::export_live`] knows how to.
+/// Do not use it on the COW file of a live snapshot, which changes while it is read; [`ExportOptions::export_live`] can
+/// read that.
 ///
 /// ```
 /// use std::io::Cursor;
@@ -41,11 +42,12 @@ pub struct ExceptionStore<R> {
     header: Header,
     bytes: u64,
     origin: Option<Sectors>,
-    /// The COW chunk at which the scan ends, if not at the end of the store.
+    /// The COW chunk at which the scan ends; `None`: at the end of the store.
     end: Option<u64>,
 }
 
-/// Where a chunk of the origin was written to. Both are chunk numbers, not sectors.
+/// One entry of the store: a chunk of the origin, and the chunk of the COW file that has its new content. Both are
+/// chunk numbers, not sectors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exception {
     /// The chunk's number in the origin.
@@ -54,26 +56,40 @@ pub struct Exception {
     pub cow_chunk: u64,
 }
 
-/// What a store is and holds, counted.
+/// A summary of a store: its parameters and counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub struct StoreSummary {
     /// The COW file's length.
     pub file_bytes: u64,
-    /// The unit of copying.
+    /// The chunk size that the store was made with.
     #[cfg_attr(feature = "serde", serde(rename = "chunk_sectors"))]
     pub chunk: ChunkSize,
-    /// Whether it never overflowed and no write to it failed.
+    /// True if the kernel takes the store: no `P` store that overflowed, and no write to it failed.
     pub valid: bool,
-    /// The image that it was made over, if it is marked with one.
+    /// The size and time of the image that it was made over, if dmsnap made it.
     pub origin: Option<OriginIdentity>,
     /// How many chunks of the origin have been written to.
     pub exceptions: u64,
     /// How many metadata areas the kernel reads.
     pub areas: u64,
-    /// As [`ExceptionStore::used_bytes`] has it.
+    /// How much of the file must be copied to move it, in bytes: see [`ExceptionStore::used_bytes`].
     pub used_bytes: u64,
+}
+
+/// What a file is whose first bytes are zeroes, by as much of it as has to be zeroes for it to be blank.
+fn blank_or_headless<R: Read + Seek>(reader: &mut R) -> io::Result<StoreFault> {
+    reader.seek(SeekFrom::Start(0))?;
+    let mut start = Vec::new();
+    let limit = u64::try_from(BLANK_BYTES).unwrap_or(u64::MAX);
+    reader.by_ref().take(limit).read_to_end(&mut start)?;
+    let blocks = start.chunks(PROBE_BYTES).zip((0..).step_by(PROBE_BYTES));
+    let mut data = blocks.filter(|(block, _)| !block.iter().all(|byte| *byte == 0));
+    Ok(match data.next() {
+        Some((_, offset)) => StoreFault::Headless { offset },
+        None => StoreFault::Blank,
+    })
 }
 
 impl<R: Read + Seek> ExceptionStore<R> {
@@ -81,8 +97,8 @@ impl<R: Read + Seek> ExceptionStore<R> {
     ///
     /// # Errors
     ///
-    /// [`StoreFault::Blank`], [`StoreFault::Foreign`] or [`StoreFault::Header`] for a file that holds no store.
-    /// [`StoreError::Read`] when the file cannot be read.
+    /// [`StoreFault::Blank`], [`StoreFault::Headless`], [`StoreFault::Foreign`] or [`StoreFault::Header`] for a file that holds no store.
+    /// [`StoreError::Read`] if the file cannot be read.
     pub fn open(mut reader: R) -> Result<Self, StoreError> {
         let read = |source| StoreError::Read { offset: 0, source };
         let bytes = reader.seek(SeekFrom::End(0)).map_err(read)?;
@@ -93,7 +109,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
         limited.read_to_end(&mut start).map_err(read)?;
         let header = match probe(&start) {
             Probe::Store(header) => header,
-            Probe::Blank => return Err(StoreFault::Blank.into()),
+            Probe::Blank => return Err(blank_or_headless(&mut reader).map_err(read)?.into()),
             Probe::Foreign => return Err(StoreFault::Foreign.into()),
             Probe::Damaged(fault) => {
                 return Err(StoreFault::Header {
@@ -113,29 +129,29 @@ impl<R: Read + Seek> ExceptionStore<R> {
         })
     }
 
-    /// Tells the origin's length, in whole sectors: from then on, exceptions behind it are faults, and the extent of a
-    /// last chunk that the origin does not fill ends where the origin does.
+    /// Sets the origin's length, in whole sectors: exceptions behind it are then faults, and the extent of a last chunk
+    /// that the origin does not fill ends where the origin does.
     #[must_use]
     pub fn over(mut self, origin: Sectors) -> Self {
         self.origin = Some(origin);
         self
     }
 
-    /// Takes the first exception into this COW chunk, or into one behind it, for the end of the store.
+    /// Ends the scan at the first exception that points to this COW chunk or to one behind it.
     #[must_use]
     pub(crate) fn ending_at(mut self, chunk: u64) -> Self {
         self.end = Some(chunk);
         self
     }
 
-    /// The unit of copying that the store was made with.
+    /// Returns the chunk size that the store was made with.
     #[must_use]
     pub fn chunk_size(&self) -> ChunkSize {
         self.header.chunk
     }
 
-    /// Whether the kernel takes the store. It clears this when a `P` store overflows or a write to the COW file fails,
-    /// and never sets it again. The exceptions are still there; see [`ExportOptions::invalid_store`].
+    /// True if the kernel takes the store. It clears this flag when a `P` store overflows or a write to the COW file
+    /// fails, and never sets it again. The exceptions are still there; see [`ExportOptions::invalid_store`].
     ///
     /// [`ExportOptions::invalid_store`]: crate::export::ExportOptions::invalid_store
     #[must_use]
@@ -143,7 +159,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
         self.header.valid
     }
 
-    /// What the origin was, if dmsnap made the store.
+    /// Returns the size and time of the image that the store was made over, if dmsnap made it.
     #[must_use]
     pub fn origin(&self) -> Option<OriginIdentity> {
         self.header.origin
@@ -153,14 +169,14 @@ impl<R: Read + Seek> ExceptionStore<R> {
         &self.header
     }
 
-    /// The COW file's length in bytes, when it was opened.
+    /// Returns the COW file's length in bytes when it was opened.
     #[must_use]
     pub fn file_bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The exceptions in the order in which the kernel committed them, read as the iterator goes. It ends after the
-    /// first error.
+    /// Returns an iterator over the exceptions, in the order in which the kernel committed them. It reads the file as
+    /// it goes, and ends after the first error.
     pub fn exceptions(&mut self) -> Exceptions<'_, R> {
         let window = self.header.chunk.bytes().min(WINDOW_BYTES);
         Exceptions {
@@ -172,21 +188,21 @@ impl<R: Read + Seek> ExceptionStore<R> {
         }
     }
 
-    /// The same with neighbours joined, where they are neighbours in the origin and in the COW file: still in the order
-    /// of the store, and in constant memory.
+    /// Returns an iterator over the changes as extents: exceptions that follow each other in the origin and in the COW
+    /// file are joined. They come in the order of the store, and it takes constant memory.
     pub fn extents(&mut self) -> Extents<'_, R> {
         let (chunk, origin) = (self.header.chunk, self.origin);
         Extents::new(self.exceptions(), chunk, origin)
     }
 
-    /// What has changed, in the order of the origin, with neighbours joined.
+    /// Returns what has changed as extents, sorted by their place in the origin.
     ///
-    /// This alone needs memory that grows with the store: at most 24 bytes for an exception of 16, so 1.5 times the
-    /// metadata that is really in the file, 6 MiB for 1 GiB of changes in scattered chunks of 4 KiB.
+    /// This method alone needs memory in proportion to the store: at most 24 bytes for an exception of 16, so 1.5 times
+    /// the metadata that is really in the file; that is 6 MiB for 1 GiB of changes in scattered chunks of 4 KiB.
     ///
     /// # Errors
     ///
-    /// [`StoreFault`]; only here, two exceptions for one origin chunk or for one COW chunk are found.
+    /// [`StoreError`]. Only this method finds two exceptions for one origin chunk or for one COW chunk.
     pub fn changed_extents(&mut self) -> Result<Vec<Extent>, StoreError> {
         let extents = self.extents().collect::<Result<Vec<_>, _>>()?;
         let chunk = self.header.chunk.bytes();
@@ -203,7 +219,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
     ///
     /// # Errors
     ///
-    /// [`StoreError`] as it comes up.
+    /// [`StoreError`] if the file cannot be read or the store has a fault.
     pub fn summary(&mut self) -> Result<StoreSummary, StoreError> {
         let chunk = self.header.chunk;
         let mut scan = self.exceptions();
@@ -212,7 +228,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
             highest = highest.max(exception?.cow_chunk);
             exceptions += 1;
         }
-        // An area that is full is followed by one that is empty, and the kernel reads that too.
+        // Behind a full area there is an empty one, which the kernel reads too.
         let last_area = scan.metadata_chunk();
         let areas = scan.area + 1;
         let used = (highest.max(last_area) + 1).saturating_mul(chunk.bytes());
@@ -228,24 +244,25 @@ impl<R: Read + Seek> ExceptionStore<R> {
         })
     }
 
-    /// How much of the file must travel, in bytes: a file cut to it can still be attached, and is exported the same. It
-    /// ends behind the last chunk in use, or behind the metadata area that the kernel reads after a full one.
+    /// Returns how much of the file must be copied to move it to another host, in bytes: a file cut to this length can
+    /// be attached, and is exported the same. It ends behind the last chunk in use, or behind the metadata area that
+    /// the kernel reads after a full one.
     ///
-    /// A file that was cut has no room: make it longer (`truncate`) before a snapshot writes to it.
+    /// A file that was cut has no room left: make it longer (`truncate -s`) before a snapshot writes to it.
     ///
     /// # Errors
     ///
-    /// As [`summary`](Self::summary).
+    /// Those of [`summary`](Self::summary).
     pub fn used_bytes(&mut self) -> Result<u64, StoreError> {
         Ok(self.summary()?.used_bytes)
     }
 
-    /// The reader, wherever its position is.
+    /// Returns the reader, at whatever position it is.
     pub fn into_inner(self) -> R {
         self.reader
     }
 
-    /// The offset of the second exception that fits.
+    /// Returns the offset of the second exception for which `fits` is true.
     fn second(&mut self, fits: impl Fn(Exception) -> bool) -> Result<u64, StoreError> {
         let mut scan = self.exceptions();
         let (mut seen, mut offset) = (0, 0);
@@ -261,7 +278,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
         Ok(offset)
     }
 
-    /// Whole chunks in the file: the kernel neither reads nor allocates others.
+    /// Returns the number of whole chunks in the file: the kernel neither reads nor allocates others.
     fn chunks(&self) -> u64 {
         self.bytes / self.header.chunk.bytes()
     }
@@ -272,15 +289,15 @@ impl<R: Read + Seek> ExceptionStore<R> {
     }
 }
 
-/// The exceptions of a store, one by one: see [`ExceptionStore::exceptions`].
+/// An iterator over a store's exceptions: see [`ExceptionStore::exceptions`].
 ///
-/// It ends: every area lies behind the one before, and the file has an end.
+/// It ends with any file: every area lies behind the one before, and the file has an end.
 #[derive(Debug)]
 pub struct Exceptions<'a, R> {
     store: &'a mut ExceptionStore<R>,
-    /// The metadata area that is being read.
+    /// The number of the metadata area that is being read.
     area: u64,
-    /// The next exception in it.
+    /// The number of the next exception in it.
     nth: u64,
     window: Vec<u8>,
     over: bool,
@@ -291,14 +308,14 @@ impl<R: Read + Seek> Exceptions<'_, R> {
         self.store.header.chunk.bytes() / EXCEPTION_BYTES
     }
 
-    /// Where the area is that is being read. `area_location`, `drivers/md/dm-snap-persistent.c`.
+    /// Returns the COW chunk of the area that is being read (`area_location`, `drivers/md/dm-snap-persistent.c`).
     fn metadata_chunk(&self) -> u64 {
         self.area
             .saturating_mul(self.per_area() + 1)
             .saturating_add(1)
     }
 
-    /// Where the exception before the next one is.
+    /// Returns the offset of the exception that was read last.
     fn last_offset(&self) -> u64 {
         self.offset_of(self.nth.saturating_sub(1))
     }

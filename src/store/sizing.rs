@@ -1,27 +1,28 @@
-//! How long a COW file must be.
+//! Computes how long a COW file must be.
 //!
-//! A persistent store of chunks of B bytes is a header chunk, then areas: one metadata chunk of E = B / 16
-//! exceptions and up to E data chunks each (`drivers/md/dm-snap-persistent.c`, `area_location`).
+//! A persistent store with chunks of B bytes has a header chunk and then areas: each is one metadata chunk of E = B /
+//! 16 exceptions and up to E data chunks (`drivers/md/dm-snap-persistent.c`, `area_location`).
 
 use crate::base::{ChunkSize, Sectors, Store};
 
-/// Bytes of one exception on disk: two 64-bit chunk numbers.
+/// The size in bytes of one exception on disk: two 64-bit chunk numbers.
 pub(super) const EXCEPTION_BYTES: u64 = 16;
 
-/// The least COW size that takes one write: for a persistent store its header, its first metadata area and a
-/// chunk of data. With two chunks the kernel builds the snapshot, and the first write overflows it.
+/// Returns the smallest COW size in bytes that takes one write: for a persistent store its header, its first metadata
+/// area and a chunk of data. With two chunks the kernel makes the snapshot, and the first write overflows it.
 #[must_use]
 pub fn least_bytes(store: Store, chunk: ChunkSize) -> u64 {
     let chunks = if store.is_persistent() { 3 } else { 1 };
     chunks * chunk.bytes()
 }
 
-/// The COW size at which every chunk of the origin can be overwritten: what lvm2's `_cow_max_size` gives too.
+/// Returns the COW size in bytes at which every chunk of the origin can be overwritten; lvm2's `_cow_max_size` gives
+/// the same.
 ///
-/// The chunk behind the last full metadata area is needed: the kernel zeroes the next area before it commits the
-/// last exception of the current one, and a store that cannot is invalid, even as `PO`.
+/// It includes a chunk behind the last full metadata area: the kernel zeroes the next area before it commits the last
+/// exception of the current one, and invalidates the store, even a `PO` one, if there is no room for it.
 ///
-/// In bytes; `None` where that does not fit 64 bits.
+/// `None` if the size does not fit 64 bits.
 ///
 /// ```
 /// use dmsnap::{ChunkSize, Store};
@@ -40,15 +41,18 @@ pub fn worst_case(origin: Sectors, store: Store, chunk: ChunkSize) -> Option<u64
     } else {
         0
     };
-    data.checked_add(metadata)?.checked_mul(chunk.bytes())
+    let bytes = data.checked_add(metadata)?.checked_mul(chunk.bytes())?;
+    // Of no origin at all.
+    Some(bytes.max(least_bytes(store, chunk)))
 }
 
-/// The least size from `bytes` on that is whole chunks, takes a write, and is no trap.
+/// Returns the smallest COW size in bytes, from `bytes` on, that is whole chunks, takes a write, and at which a full
+/// `PO` store stays valid.
 ///
-/// A persistent store is invalid instead of full, even as `PO`, when its last chunk is the last data chunk of a
-/// metadata area: the kernel finds no room to zero the next one. One chunk more, and it is full as it should be.
+/// If a persistent store's last chunk is the last data chunk of a metadata area, the kernel finds no room to zero the
+/// next area when the store fills, and invalidates even a `PO` store. With one chunk more that does not happen.
 ///
-/// In bytes; `None` where that does not fit 64 bits.
+/// `None` if the size does not fit 64 bits.
 #[must_use]
 pub fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     let chunks = bytes.max(least_bytes(store, chunk)).div_ceil(chunk.bytes());
@@ -57,8 +61,8 @@ pub fn sound(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     (chunks + u64::from(trapped)).checked_mul(chunk.bytes())
 }
 
-/// What a file of `bytes` that a store is or will be in has to be made: itself where that is sound, and longer
-/// otherwise. A last, partial chunk is never used (`persistent_prepare_exception`), so it does not count.
+/// Returns the length that a COW file of `bytes` needs: the same if that is sound, a longer one otherwise. A last,
+/// partial chunk is never used by the kernel (`persistent_prepare_exception`), so it does not count.
 pub(crate) fn sound_from(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     let whole = bytes - bytes % chunk.bytes();
     match sound(whole, store, chunk)? {
@@ -67,7 +71,7 @@ pub(crate) fn sound_from(bytes: u64, store: Store, chunk: ChunkSize) -> Option<u
     }
 }
 
-/// What a file of `bytes` has to be made to be sound and no shorter than `asked`.
+/// Returns the sound length, no shorter than `asked`, to which a COW file of `bytes` is grown.
 pub(crate) fn grown(bytes: u64, asked: u64, store: Store, chunk: ChunkSize) -> Option<u64> {
     if asked <= bytes {
         sound_from(bytes, store, chunk)

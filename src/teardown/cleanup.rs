@@ -1,4 +1,4 @@
-//! Takes down what handles name: dm device, COW loop, origin loop, each only if it still is what it was.
+//! Takes down what handles name: the dm device and its loop devices, each only if it still is the same one.
 
 use std::path::{Path, PathBuf};
 
@@ -10,19 +10,20 @@ use crate::dm::Address;
 use crate::error::{Error, Leftover, Result, Retry, Step, Verdict, policy};
 use crate::kernel::{Host, MACHINE, MAPPER_CONTROL};
 
-/// Takes down what the handles name: the dm device, then the COW loop, then the origin loop.
+/// Takes down what the handles name: the dm device, then the COW file's loop device, then the origin's.
 ///
-/// What is already gone, or is by now something else, counts as success. When one of them cannot be removed, the others
-/// still are. Waits up to 15 seconds in all while something is busy. The image and the COW file stay.
+/// What is already gone, or is another device or file by now, counts as success. If one of them cannot be removed, the
+/// others still are. It waits up to 15 seconds in all while something is busy. A shared [`Origin`](crate::Origin)'s
+/// loop device stays for its other users. The image and the COW file stay; delete the COW file yourself.
 ///
 /// # Errors
 ///
-/// [`Error::Debris`] names everything that remains, each with its reason; its source is the first one.
+/// [`Error::Debris`] lists what remains, each with the reason; its source is the first one.
 pub fn cleanup(handles: &Handles) -> Result<()> {
     clean(&MACHINE, handles, &Retry::default()).map(drop)
 }
 
-/// As [`clean`], but a dm device that somebody has open is left to the kernel.
+/// Does what [`clean`] does, but leaves a dm device that somebody has open to the kernel (deferred removal).
 pub(crate) fn clean_deferred<H: Host>(
     host: &H,
     handles: &Handles,
@@ -42,7 +43,7 @@ pub(crate) fn clean_deferred<H: Host>(
     }
 }
 
-/// Has loop devices that do not clear themselves do so behind the dm device that still holds them.
+/// Sets autoclear on loop devices that lack it, so that they are detached when the dm device that holds them goes.
 fn defer_loops<H: Host>(host: &H, claims: &Claims<'_>) -> Result<()> {
     let mut left = Vec::new();
     for (handle, claim) in claims {
@@ -65,17 +66,18 @@ pub(crate) fn clean<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Resu
     clean_claimed(host, handles, &claims(host, handles), retry)
 }
 
-/// The loop devices that handles name, each with what it is known by from now on.
+/// The loop devices that handles name, each with what identifies it from now on.
 pub(crate) type Claims<'a> = Vec<(&'a LoopHandle, Result<Option<Claim>>)>;
 
-/// Loops without identity are taken at their word now: once the dm device is gone, their numbers may be others'.
+/// Looks up the loop devices that the handles name. One without an identity gets that of the file that it has now: once
+/// the dm device is gone, another process may have its number.
 pub(crate) fn claims<'a, H: Host>(host: &H, handles: &'a Handles) -> Claims<'a> {
     own_loops(handles)
         .map(|handle| (handle, claim(host, handle)))
         .collect()
 }
 
-/// [`clean`], of loop devices that were claimed before.
+/// Does what [`clean`] does, with loop devices that were looked up before.
 pub(crate) fn clean_claimed<H: Host>(
     host: &H,
     handles: &Handles,
@@ -91,7 +93,7 @@ pub(crate) fn clean_claimed<H: Host>(
     released
 }
 
-/// What follows a dm device's removal, or the failure of it.
+/// Detaches the loop devices after a dm device's removal, or after that failed.
 pub(crate) fn release_loops<H: Host>(
     host: &H,
     handles: &Handles,
@@ -124,7 +126,7 @@ pub(crate) fn release_loops<H: Host>(
             Retry::ONCE
         };
         let released = match claim {
-            // A device that is in use holds its loops: they are not touched, and remain for its reason.
+            // A dm device that is in use holds its loop devices: they are not touched, and remain for the same reason.
             Ok(Some(claim)) if holds(&claim.handle.path) => match binding(host, &claim.handle) {
                 Ok(Binding::Gone) => Ok(()),
                 Ok(_) => busy.clone().map_or(Ok(()), Err),
@@ -144,7 +146,7 @@ pub(crate) fn release_loops<H: Host>(
     }
 }
 
-/// The COW file's loop device, and the origin's unless that is shared: then it is its last user's to go with.
+/// Returns the COW file's loop device, and the origin's unless that is shared, as then its last user's end detaches it.
 fn own_loops(handles: &Handles) -> impl Iterator<Item = &LoopHandle> {
     let is_own = |uuid: &DeviceUuid| uuid.kind() == Kind::Own;
     let origin = handles.origin_loop.as_ref();
@@ -170,14 +172,14 @@ fn object_of(error: &Error) -> PathBuf {
     }
 }
 
-/// A loop device that is to be detached, by an identity that is never empty.
+/// A loop device that is to be detached, with the identity of its file.
 pub(crate) struct Claim {
     handle: LoopHandle,
-    /// Whether the handle had an identity: then the device was attached by us, with autoclear.
+    /// True if the handle had an identity: then dmsnap attached the device, with autoclear.
     is_ours: bool,
 }
 
-/// `None` for a loop device that is not there.
+/// Looks up a loop device; `None` if it is not there.
 fn claim<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<Claim>> {
     if handle.has_identity() {
         return Ok(Some(Claim {
@@ -197,10 +199,10 @@ fn claim<H: Host>(host: &H, handle: &LoopHandle) -> Result<Option<Claim>> {
     }))
 }
 
-/// Sees to it that the loop device is detached, if it still is the one that is claimed.
+/// Detaches the loop device if it still has the claimed file.
 ///
-/// With our dm device `gone`, other dm devices on it are other snapshots', as on a shared origin: autoclear detaches it
-/// behind the last of them.
+/// If other dm devices than `gone` use it, as with a shared origin, it is left to autoclear, which detaches it when the
+/// last of them is gone.
 fn release_loop<H: Host>(
     host: &H,
     claim: &Claim,
@@ -221,7 +223,7 @@ fn release_loop<H: Host>(
     })
 }
 
-/// Has the kernel detach it when nobody has it open any more, us included. Says whether there was anything to detach.
+/// Has the kernel detach it when nobody has it open any more; returns true if it was attached.
 fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     let path = &claim.handle.path;
     let (device, status) = match binding(host, &claim.handle)? {
@@ -230,15 +232,15 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
         Binding::Gone => return Ok(false),
     };
     if status.autoclear {
-        // A shared origin's may be open for as long as it likes; handles without a uuid do not say that it is one.
+        // A shared origin's stays attached for its other users. Handles without a uuid do not tell that it is one.
         return Ok(!status.label.is_shared());
     }
     if claim.is_ours {
-        // Attached to the same file, but not by us: ours clear themselves.
+        // Another program attached it to the same file: dmsnap's have autoclear.
         return Ok(false);
     }
-    // `device` keeps the binding from changing hands until `LOOP_CLR_FD` has been asked for. With two of us at it, it
-    // only marks the device, and the last close clears it: faster, before 6.11, than clearing it in the ioctl.
+    // While `device` is open no other file can be attached. As it is open twice, `LOOP_CLR_FD` only sets autoclear, and
+    // the last close detaches it, which before 6.11 is faster than detaching in the ioctl.
     let opened = ask(Step::InspectLoop, path, || host.open_loop(path, true));
     let Some(writable) = absent(opened)? else {
         return Ok(false);
@@ -248,11 +250,11 @@ fn detach<H: Host>(host: &H, claim: &Claim) -> Result<bool> {
     absent(detached).map(|found| found.is_some())
 }
 
-/// Whether other dm devices than the handles' own, which is gone by its name, stand on the loop device.
+/// True if other dm devices than the handles' own, which is gone, use the loop device.
 ///
 /// The kernel forgets a device's name before it destroys the table (`__dm_destroy`), so for a moment a removed device
-/// still holds its loop devices, under a number by which it can no longer be asked about. One that was released to a
-/// pool has another name by then, and its own uuid.
+/// still holds its loop devices, under a number that cannot be asked about any more. One that was released to a pool
+/// has another name by then, and its own uuid.
 fn is_shared<H: Host>(host: &H, gone: &Handles, path: &Path) -> Result<bool> {
     for number in host.stacked_on(path) {
         let address = Address::Number(number);
@@ -265,7 +267,7 @@ fn is_shared<H: Host>(host: &H, gone: &Handles, path: &Path) -> Result<bool> {
     Ok(false)
 }
 
-/// Waits until nothing of what the handles name is left. It removes nothing itself.
+/// Waits until nothing of what the handles name is left. It removes nothing.
 pub(super) fn wait_gone<H: Host>(host: &H, handles: &Handles, retry: &Retry) -> Result<()> {
     ask(Step::OpenMapper, Path::new(MAPPER_CONTROL), || {
         host.open_mapper()

@@ -11,7 +11,7 @@ use crate::kernel::Host;
 
 /// A snapshot that has not been taken down yet.
 struct Pending<'a> {
-    /// Its index among the handles given.
+    /// Its index among the given handles.
     nth: usize,
     handles: &'a Handles,
     claims: Claims<'a>,
@@ -72,7 +72,7 @@ pub(super) fn clean_all<H: Host + Sync>(
 }
 
 impl Pending<'_> {
-    /// `None` when somebody has the dm device open.
+    /// Takes it down; `None` if somebody has the dm device open.
     fn attempt<H: Host>(&self, host: &H, retry: &Retry) -> Option<Result<Outcome>> {
         let _span = spans::cleanup(self.handles);
         let removed = cleanup::remove_device(host, self.handles, &Retry::ONCE);
@@ -88,8 +88,8 @@ impl Pending<'_> {
         }
     }
 
-    /// Asks whether somebody has the device open. Done by the calling thread, as it takes a thousandth of a removal;
-    /// any other failure is left to the attempt to report.
+    /// True if somebody has the device open. The calling thread asks this, as it takes a thousandth of a removal's
+    /// time. Any failure shows in the removal.
     fn is_busy<H: Host>(&self, host: &H) -> bool {
         let device = remove::look(host, self.handles);
         device.is_some_and(|device| device.open_count > 0)

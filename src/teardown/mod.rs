@@ -1,4 +1,5 @@
-//! Taking down: one dm device, all that handles name, many at once, and what nobody claims.
+//! Takes snapshots down: one dm device, all that handles name, many at once, or all that nobody claims; and repairs
+//! what a killed process left half-way.
 
 mod cleanup;
 mod many;

@@ -1,4 +1,4 @@
-//! How things are to be taken down.
+//! Options for taking snapshots down.
 
 use std::time::Duration;
 
@@ -10,9 +10,11 @@ use crate::call::in_parallel;
 use crate::error::{Result, Retry};
 use crate::kernel::MACHINE;
 
-/// How to take snapshots down: for how long a busy device is waited for, and what becomes of it then.
+/// Options for taking snapshots down, and the calls that do it: how long to wait for a busy device, and what to do with
+/// it.
 ///
-/// [`cleanup`](crate::cleanup()) and [`remove`](crate::remove()) are this with 15 seconds, and fail at the end.
+/// [`cleanup`](crate::cleanup()) and [`remove`](crate::remove()) do the same with the default options: they wait 15
+/// seconds and then fail.
 ///
 /// ```no_run
 /// use std::time::Duration;
@@ -30,28 +32,28 @@ pub struct Teardown {
     when_busy: WhenBusy,
 }
 
-/// What becomes of a dm device that somebody has open.
+/// What to do with a dm device that somebody has open.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum WhenBusy {
-    /// It is waited for until the deadline; then the teardown fails with the holders' names, as
-    /// [`ErrorKind::Busy`](crate::ErrorKind::Busy).
+    /// The teardown waits until the deadline. Then it fails with [`ErrorKind::Busy`](crate::ErrorKind::Busy), and the
+    /// error names who has the device open.
     #[default]
     Fail,
-    /// The kernel removes it at its last close (`DM_DEFERRED_REMOVE`), and its loop devices then; its users are not waited
-    /// for. Until then it works on, and its name stays taken. `cleanup` of one that nobody has open still waits, to its
-    /// deadline, for a probe that has a loop device open.
+    /// The kernel removes the device at its last close (`DM_DEFERRED_REMOVE`), and detaches its loop devices then. The
+    /// teardown does not wait for that. Until then the disk works, and its name stays taken. If nobody has the dm
+    /// device open, `cleanup` still waits, up to its deadline, for a probe that has a loop device open.
     Defer,
 }
 
 impl Teardown {
-    /// Waits for up to 15 seconds, and fails then.
+    /// Makes the default options: wait for up to 15 seconds, then fail.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets for how long a busy device is waited for. Zero is one attempt, for event loops.
+    /// Sets how long to wait for a busy device. Zero makes one attempt, for event loops.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.retry = Retry::until(deadline);
         self
@@ -73,7 +75,7 @@ impl Teardown {
     ///
     /// # Errors
     ///
-    /// As [`remove`](crate::remove()).
+    /// Those of [`remove`](crate::remove()).
     pub fn remove(&self, device: impl Into<DeviceId>) -> Result<Outcome> {
         let (retry, when) = match self.when_busy {
             WhenBusy::Fail => (&self.retry, When::Now),
@@ -86,7 +88,7 @@ impl Teardown {
     ///
     /// # Errors
     ///
-    /// As [`cleanup`](crate::cleanup()).
+    /// Those of [`cleanup`](crate::cleanup()).
     pub fn cleanup(&self, handles: &Handles) -> Result<Outcome> {
         match self.when_busy {
             WhenBusy::Fail => cleanup::clean(&MACHINE, handles, &self.retry),
@@ -94,17 +96,16 @@ impl Teardown {
         }
     }
 
-    /// Takes down what each of the handles names, side by side; results in the order given.
+    /// Takes down what each of the handles names, side by side; the results have the order of the handles.
     ///
-    /// A removal mostly waits for the kernel, so many are waited for at once, by at most 16 threads, which end before
-    /// this returns. One busy device keeps no other waiting: what can be removed is, and then all busy ones together
-    /// are waited for. The deadline is one for all.
+    /// It uses at most 16 threads, which end before this returns. A busy device delays no other: first all that can be
+    /// removed is removed, then it waits for the busy ones together. There is one deadline for all.
     ///
     /// ```no_run
     /// # let fleet: Vec<dmsnap::Handles> = Vec::new();
     /// for (handles, result) in fleet.iter().zip(dmsnap::Teardown::new().cleanup_all(&fleet)) {
     ///     if let Err(error) = result {
-    ///         eprintln!("{:?}: {error}", handles.name);
+    ///         eprintln!("{:?}: {}", handles.name, error.one_line());
     ///     }
     /// }
     /// ```
@@ -121,10 +122,11 @@ impl Teardown {
         }
     }
 
-    /// Waits until nothing of what the handles name is left: for after a deferred removal, which takes the dm device
-    /// away at its last close and its loop devices a little later. It removes nothing itself.
+    /// Waits, at most to the deadline, until nothing of what the handles name is left, and removes nothing. Use it after a
+    /// deferred removal, in which the dm device goes at its last close and its loop devices a little later.
     ///
-    /// An origin loop device that other snapshots use as well is not waited for, nor is a loop device without identity.
+    /// It waits neither for an origin's loop device that other snapshots use too, nor for a loop device without
+    /// identity.
     ///
     /// # Errors
     ///

@@ -1,4 +1,4 @@
-//! The marks of a pool: which unclaimed devices and COW files are a live pool's, and which a dead one's.
+//! Tells by their names whether unclaimed devices and COW files are a live or a dead pool's.
 
 use std::path::Path;
 
@@ -9,8 +9,7 @@ use crate::error::{Error, Result, Step};
 use crate::find::{self, SnapshotInfo};
 use crate::kernel::Host;
 
-/// Whether the process of the pool that the unclaimed device or COW file `name` is of lives: it has the pool's keeper
-/// open.
+/// True if the pool of the unclaimed device or COW file `name` is alive: its process has the pool's keeper open.
 pub(crate) fn is_alive<H: Host>(host: &H, name: &str) -> Result<bool> {
     let Some(id) = name
         .strip_prefix(POOLED)
@@ -26,8 +25,8 @@ pub(crate) fn is_alive<H: Host>(host: &H, name: &str) -> Result<bool> {
     Ok(found.is_some_and(|device| device.open_count > 0))
 }
 
-/// Deletes the COW file of a dead pool's device that nobody has claimed, by the path that the kernel has for it. To be
-/// called while the device is there: it is how the file is known. One that a cut-off release was to keep stays.
+/// Deletes the COW file of a dead pool's unclaimed device, by the path that the kernel has for it. Call this while the
+/// device is there, by which the file is found. A file that a cut-off release was to keep stays.
 pub(crate) fn forget_cow<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
     let cow = info.params.as_ref().map(|params| params.cow);
     let unclaimed = info.name.starts_with(POOLED) && !info.name.ends_with(KEPT);
@@ -37,8 +36,8 @@ pub(crate) fn forget_cow<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
     let Some(bound) = absent(find::bound(host, number))? else {
         return Ok(());
     };
-    // Another sweep may have taken the device away, and the loop device may be another snapshot's. While it is open
-    // here it cannot change hands, and as the dm device is there now, it is the one meant.
+    // Another sweep may have removed the device, and the loop device may be another snapshot's. While it is open here,
+    // no other file can be attached to it; and as the dm device is still there, it is the right one.
     let path = Path::new(MAPPER_DIR).join(&info.name);
     let address = Address::Uuid(info.uuid.as_str());
     let now = absent(ask(Step::Query, &path, || host.query(address)))?;
@@ -47,7 +46,7 @@ pub(crate) fn forget_cow<H: Host>(host: &H, info: &SnapshotInfo) -> Result<()> {
     }
     match find::reach(host, &bound, &info.name, false) {
         Ok(_) => absent(ask(Step::Unlink, &bound.path, || host.unlink(&bound.path))).map(drop),
-        // It has no name any more, or never had one.
+        // The file has no name any more, or never had one.
         Err(Error::Refused(_)) => Ok(()),
         Err(error) => Err(error),
     }

@@ -1,4 +1,4 @@
-//! The story of a sweep: what of ours nobody claims any more is taken down, item by item.
+//! The sweep: takes down those of dmsnap's devices that nobody claims.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,22 +13,25 @@ use crate::error::{Result, Retry};
 use crate::find::{self, SnapshotInfo, State, at_work};
 use crate::kernel::{Host, MACHINE};
 
-/// How to reap: take down the snapshots that nobody claims, as a control plane that died leaves them, half-built ones
-/// included.
+/// Options for a reap (a sweep), and the call that does it: it takes down the snapshots that nobody claims, such as
+/// those that a dead control plane left, also half-made ones.
 ///
-/// A snapshot that is made and not yet opened by its VMM is taken down unless `keep` claims it. `keep` is asked about
-/// what a caller can have a use for, and not about what goes anyway: a half-made snapshot whose maker is dead, what a
-/// dead pool had ready (`dmsnap-pool-...`), a merge's device of a process that is dead (`dmsnap-merge-...`; nothing of it
-/// is lost). COW files stay, but for those of a dead pool that nobody had claimed.
+/// Call it when a control plane starts. It sees all dmsnap devices of the host, those of other control planes too, so
+/// `keep` has to claim theirs. It looks at no other program's devices.
 ///
-/// Only devices whose uuid is ours are looked at. A snapshot that another process is making at this moment is left
-/// alone: its maker holds a lock that the kernel frees when the maker is done or dead.
+/// A snapshot that was made and not yet opened by its VMM is taken down unless `keep` claims it. `keep` is not asked
+/// about what no caller can use: a half-made snapshot whose process is dead, what a dead pool had ready
+/// (`dmsnap-pool-...`), and the device of a merge whose process is dead (`dmsnap-merge-...`; the merge can be repeated,
+/// and nothing is lost). COW files stay, except those that a dead pool had ready.
+///
+/// A snapshot that another process is making at this moment is left alone: that process holds a lock, which the kernel
+/// frees when it is done or dead.
 ///
 /// ```no_run
 /// use dmsnap::ReapOptions;
 ///
 /// let living = ["acme-vm-1", "acme-vm-2"];
-/// // Claims what is not ours by its name: `reap` sees the snapshots of every control plane on the host.
+/// // Other prefixes are other control planes': claim them.
 /// let keep = |name: &str| !name.starts_with("acme-") || living.contains(&name);
 /// for item in ReapOptions::new().reap(|snapshot| keep(&snapshot.name))? {
 ///     println!("{}: {:?}", item.name, item.fate);
@@ -42,22 +45,22 @@ pub struct ReapOptions {
     deadline: Option<Duration>,
 }
 
-/// One thing that a sweep came by.
+/// A device that a sweep looked at, and what became of it.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct Reaped {
     /// The dm device's name.
     pub name: String,
-    /// What was known of it before; `None` when it could not be read (`keep` was not asked then, and it stays), or was
-    /// an alias alone.
+    /// Its state before the sweep; `None` if that could not be read (it stays then, and `keep` was not asked), or if it
+    /// was an alias alone.
     pub snapshot: Option<SnapshotInfo>,
-    /// What became of it, or why that failed. A failure does not stop the sweep.
+    /// What became of it, or why taking it down failed. A failure does not stop the sweep.
     #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
     pub fate: Result<Fate>,
 }
 
-/// A fate, or `failed` with its error.
+/// Serialises a fate, or `failed` with its error.
 #[cfg(feature = "serde")]
 fn flat<S: serde::Serializer>(fate: &Result<Fate>, serializer: S) -> Result<S::Ok, S::Error> {
     #[derive(serde::Serialize)]
@@ -71,7 +74,7 @@ fn flat<S: serde::Serializer>(fate: &Result<Fate>, serializer: S) -> Result<S::O
     }
 }
 
-/// What became of a snapshot in a sweep.
+/// What became of a device in a sweep.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -80,45 +83,46 @@ fn flat<S: serde::Serializer>(fate: &Result<Fate>, serializer: S) -> Result<S::O
 )]
 #[non_exhaustive]
 pub enum Fate {
-    /// The caller claims it.
+    /// The caller's `keep` claimed it; it stays.
     Kept,
-    /// Its maker is at work on it, or it became another snapshot during the sweep.
+    /// A live process is making it or at work on it, or it became another snapshot during the sweep. It was left alone:
+    /// look again later.
     InProgress,
     /// Somebody has it open; it was left alone.
     Busy {
         /// How many users have it open.
         open_count: u32,
     },
-    /// It would have been removed, or deferred, but this was a dry run.
+    /// It would have been removed, but this was a dry run.
     Due,
-    /// It is gone, and its loop devices too.
+    /// It was removed, and its loop devices were detached.
     Removed,
     /// The kernel removes it when its last user closes it.
     Deferred {
         /// How many users have it open.
         open_count: u32,
     },
-    /// It waits in a [`Pool`](crate::Pool) whose process is alive.
+    /// It belongs to a [`Pool`](crate::Pool) whose process is alive, and nobody has claimed it; it stays.
     Pooled,
-    /// It was an alias of ours below /dev/mapper whose device was gone; it is gone too.
+    /// It was an alias of dmsnap's below /dev/mapper whose device is gone; the alias was removed.
     AliasRemoved,
 }
 
 impl ReapOptions {
-    /// Removes what nobody has open, and leaves the rest.
+    /// Makes the default options: remove what nobody has open, and leave the rest.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Has the kernel remove open devices at their last close.
+    /// Sets whether the kernel removes devices that are open at their last close; by default they are left alone.
     pub fn defer(&mut self, defer: bool) -> &mut Self {
         self.defer = defer;
         self
     }
 
-    /// Sets for how long the loop devices behind a removed device are waited for, which a probe may have open for a moment:
-    /// 2 seconds for each unless set. Nobody is waited for who has a dm device open.
+    /// Sets how long to wait for the loop devices of a removed device, which a probe may have open for a moment: 2
+    /// seconds for each by default. Dm devices that are open are never waited for.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.deadline = Some(deadline);
         self
@@ -129,21 +133,23 @@ impl ReapOptions {
         Retry::until(self.deadline.unwrap_or(MOMENT))
     }
 
-    /// Says what would be removed; removes and repairs nothing.
+    /// Sets whether to return only what would be removed, and to remove and repair nothing.
     pub fn dry_run(&mut self, dry_run: bool) -> &mut Self {
         self.dry_run = dry_run;
         self
     }
 
-    /// Sweeps, keeping those that `keep` claims. What a killed process left half-way is [`repaired`](super::repair())
-    /// first, also of what is kept.
+    /// Takes down all of dmsnap's devices on the host for which `keep` is false; returns what became of each. Devices
+    /// that a killed process left in the middle of an operation are [`repaired`](super::repair()) first, also those
+    /// that are kept.
     ///
-    /// `keep` is asked about all of them before any is taken down; the others are taken down side by side, as [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) does.
+    /// `keep` is asked about all devices before any is taken down. The others are taken down side by side, as
+    /// [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) does.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`](crate::Error::Failed) when device-mapper cannot be asked for its devices at all. What fails
-    /// for one snapshot is in its [`Reaped::fate`].
+    /// [`Error::Failed`](crate::Error::Failed) if device-mapper cannot be asked for its devices at all. What fails for
+    /// one device is in its [`Reaped::fate`].
     pub fn reap(&self, mut keep: impl FnMut(&SnapshotInfo) -> bool) -> Result<Vec<Reaped>> {
         self.reap_on(&MACHINE, |info| is_a_callers(info) && keep(info))
     }
@@ -161,7 +167,7 @@ impl ReapOptions {
             unrepaired = repair::repair_every(host)?;
             found = find::all(host)?;
         }
-        // Before `keep` is asked: a snapshot whose maker is done by then is one that `keep` can know of.
+        // This comes before `keep` is asked: `keep` can know of a snapshot whose maker is done by then.
         let mut making: Vec<_> = found
             .iter()
             .map(|(_, info)| match info {
@@ -169,7 +175,7 @@ impl ReapOptions {
                 Err(_) => Ok(false),
             })
             .collect();
-        // What looks like a maker may be a probe, which is waited for, for all at once.
+        // A lock may be a probe's instead of a maker's. It waits for those, for all devices at once.
         let locked = found.iter().zip(&mut making);
         let (infos, locked): (Vec<_>, Vec<_>) = locked
             .filter(|(_, making)| **making == Ok(true))
@@ -210,16 +216,21 @@ impl ReapOptions {
                 },
             })
             .collect();
-        let due = reaped.iter_mut().filter(|item| item.fate == Ok(Fate::Due));
-        let (due, fates): (Vec<_>, Vec<_>) = due
-            .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
-            .unzip();
-        let became = in_parallel(&due, |info| self.reap_one(host, info));
-        for (fate, became) in fates.into_iter().zip(became) {
-            *fate = became;
+        self.reap_those(host, &mut reaped, |fate| *fate == Ok(Fate::Due));
+        // A snapshot of a snapshot goes from the top down: what stood on another is gone by now.
+        let removed = |reaped: &[Reaped]| {
+            let gone = reaped.iter().filter(|item| item.fate == Ok(Fate::Removed));
+            gone.count()
+        };
+        let mut before = 0;
+        while !self.dry_run && removed(&reaped) > before {
+            before = removed(&reaped);
+            self.reap_those(host, &mut reaped, |fate| {
+                matches!(fate, Ok(Fate::Busy { .. }))
+            });
         }
         reaped.extend(self.sweep_aliases(host));
-        // What is gone by now needs none.
+        // An alias whose device is gone is not needed any more.
         let is_there = |name: &str| {
             reaped
                 .iter()
@@ -238,12 +249,29 @@ impl ReapOptions {
         Ok(reaped)
     }
 
+    /// Takes down those of such a fate, and notes what became of them.
+    fn reap_those<H: Host + Sync>(
+        &self,
+        host: &H,
+        reaped: &mut [Reaped],
+        such: impl Fn(&Result<Fate>) -> bool,
+    ) {
+        let due = reaped.iter_mut().filter(|item| such(&item.fate));
+        let (due, fates): (Vec<_>, Vec<_>) = due
+            .filter_map(|item| Some((item.snapshot.as_ref()?, &mut item.fate)))
+            .unzip();
+        let became = in_parallel(&due, |info| self.reap_one(host, info));
+        for (fate, became) in fates.into_iter().zip(became) {
+            *fate = became;
+        }
+    }
+
     fn reap_one<H: Host>(&self, host: &H, info: &SnapshotInfo) -> Result<Fate> {
         if pool_mark::is_alive(host, &info.name)? {
             return Ok(Fate::Pooled);
         }
-        // Its maker may have finished since it was looked at, or a pool's device may have become another snapshot, as
-        // by a claim: then it is no longer what `keep` was asked about.
+        // Its maker may have finished meanwhile, or a pool's device may have become another snapshot by a claim: then
+        // it is not what `keep` was asked about.
         let Some(now) = absent(find::status_of(host, &(&info.uuid).into()))? else {
             return Ok(Fate::Removed);
         };
@@ -268,7 +296,7 @@ impl ReapOptions {
         }
     }
 
-    /// Links in our spelling whose device another program removed.
+    /// Removes aliases of dmsnap's whose device another program removed.
     fn sweep_aliases<H: Host>(&self, host: &H) -> Vec<Reaped> {
         let entries = host.entries(Path::new(MAPPER_DIR)).into_iter();
         entries
@@ -295,7 +323,7 @@ impl ReapOptions {
     }
 }
 
-/// Whether a caller can have a use for it: one that was made to its end, under a name that a caller gave.
+/// True if a caller can use it: it was made to its end, under a name that a caller gave.
 fn is_a_callers(info: &SnapshotInfo) -> bool {
     let made = !matches!(info.state, State::NoTable | State::Loaded);
     let named = ![POOLED, MERGING]

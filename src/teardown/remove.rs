@@ -10,7 +10,7 @@ use crate::error::{Error, Refusal, Result, Retry, Step, Verdict, policy};
 use crate::find;
 use crate::kernel::{Device, Host, MACHINE, MAPPER_CONTROL};
 
-/// What became of a dm device that was to be removed.
+/// The result of removing a dm device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -19,41 +19,41 @@ use crate::kernel::{Device, Host, MACHINE, MAPPER_CONTROL};
 )]
 #[non_exhaustive]
 pub enum Outcome {
-    /// It is gone, and with it its node and its alias.
+    /// The device was removed, with its node and its alias.
     Removed,
     /// There was no such device.
     AlreadyGone,
-    /// The kernel removes it when its last user closes it. Until then it works on and its name stays taken; its alias
-    /// below /dev/mapper is gone already.
+    /// The kernel removes the device when its last user closes it. Until then it works, and its name stays taken; its
+    /// alias below /dev/mapper is gone already.
     Deferred {
         /// How many users have it open.
         open_count: u32,
     },
 }
 
-/// Removes a dm device; waits up to 15 seconds while it is busy. [`Teardown`](crate::Teardown) has the choices.
+/// Removes a dm device; waits up to 15 seconds while it is busy. [`Teardown`](crate::Teardown) has the options.
 ///
-/// A device that is not there counts as success. Its loop devices go too if they were attached with autoclear, as
-/// dmsnap attaches them; the files stay. Any dm device can be removed so, not only a snapshot: the caller is taken at
-/// its word.
+/// A device that is not there counts as success. Loop devices that were attached with autoclear, as dmsnap's are, are
+/// detached with it; the files stay. Any dm device can be removed with this, also another program's: nothing is
+/// checked.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) at the deadline, with the open count and the holders, or
-/// at once on anything else. [`Error::Refused`] for a name or path that no dm device can have, and for a device of
-/// another driver.
+/// [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) if it is still open at the deadline, with the open count
+/// and who has it open; [`Error::Failed`] at once on any other failure. [`Error::Refused`] for a name or path that no
+/// dm device can have, and for a device of another driver.
 pub fn remove(device: impl Into<DeviceId>) -> Result<Outcome> {
     remove_id(&MACHINE, &device.into(), &Retry::default(), When::Now)
 }
 
-/// When a device is to go.
+/// When a device is to be removed.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum When {
     Now,
     LastClose,
 }
 
-/// Which dm device, and the path that stands for it in messages.
+/// The dm device to remove, and the path that messages name it by.
 pub(crate) struct Subject {
     key: Key,
     pub(crate) path: PathBuf,
@@ -61,13 +61,15 @@ pub(crate) struct Subject {
 
 enum Key {
     Plain(find::Key),
-    /// A pool's device, which serves one snapshot after another under one uuid: the handles' own one has their name.
+    /// A pool's device that was claimed. It keeps its uuid from one snapshot to the next, so it is checked to still
+    /// have the handles' name.
     Claimed(DeviceUuid, DeviceName),
 }
 
 impl Subject {
-    /// By uuid where there is one: then it is our device that is meant, or none. `None` when the handles name no
-    /// device, a path that leads nowhere any more, or a pool's device that has another COW file by now.
+    /// Returns the device that the handles name: by uuid if they have one, so that it is the right device or none.
+    /// `None` if the handles name no device, a path that leads nowhere any more, or a pool's device that has another
+    /// COW file by now.
     pub(crate) fn of<H: Host>(host: &H, handles: &Handles) -> Result<Option<Self>> {
         let path = handles.path();
         match (&handles.uuid, &handles.name) {
@@ -89,7 +91,7 @@ impl Subject {
         }
     }
 
-    /// Our device of that uuid, and a pool's only by that name, or none.
+    /// Names dmsnap's device of that uuid; for a pool's device, only while it has that name.
     pub(crate) fn ours(uuid: DeviceUuid, name: &DeviceName) -> Self {
         let key = match uuid.kind() {
             Kind::Pooled => Key::Claimed(uuid, name.clone()),
@@ -101,7 +103,8 @@ impl Subject {
         Self { key, path }
     }
 
-    /// The snapshot's COW file is bound for exactly as long as the device is that snapshot.
+    /// Returns a pool's device if it still is the handles' snapshot: the loop device has its COW file for exactly as
+    /// long.
     fn claimed<H: Host>(
         host: &H,
         uuid: &DeviceUuid,
@@ -112,8 +115,8 @@ impl Subject {
             Some(name) => Self::ours(uuid.clone(), name),
             None => find::Key::Uuid(uuid.to_string()).into(),
         };
-        // Under a name of the pool's the device is meant, whatever it has: such handles are the pool's own, and a
-        // sweep's.
+        // Handles with a name of the pool's are the pool's own, or a sweep's: they mean the device, whatever COW file
+        // it has.
         let changes = |handle: &&LoopHandle| {
             handle.has_identity() && !name.is_some_and(DeviceName::is_pooled)
         };
@@ -123,8 +126,8 @@ impl Subject {
         })
     }
 
-    /// The device that `id` means; `None` for a path that leads nowhere. A path that was given stands for it in
-    /// messages.
+    /// Returns the device that `id` means; `None` for a path that leads nowhere. Messages name it by a path that was
+    /// given.
     fn select<H: Host>(host: &H, id: &DeviceId) -> Result<Option<Self>> {
         let key = find::select(host, id)?;
         Ok(key.map(Self::from).map(|mut subject| {
@@ -142,7 +145,7 @@ impl Subject {
         }
     }
 
-    /// The device, if it is there.
+    /// Asks the kernel about the device; `None` if it is not there.
     pub(crate) fn query<H: Host>(&self, host: &H) -> Result<Option<Device>> {
         let found = absent(ask(Step::Query, &self.path, || host.query(self.address())))?;
         Ok(match &self.key {
@@ -160,7 +163,7 @@ impl From<find::Key> for Subject {
     }
 }
 
-/// The dm device that the handles name, if it can be found.
+/// Returns the dm device that the handles name, if it can be found.
 pub(crate) fn look<H: Host>(host: &H, handles: &Handles) -> Option<Device> {
     let subject = Subject::of(host, handles).ok().flatten()?;
     subject.query(host).ok().flatten()
@@ -199,8 +202,8 @@ pub(crate) fn remove_subject<H: Host>(
     let outcome = watchfully(host, retry, Verdict::Busy, node, attempt);
     host.sweep_nodes();
     match outcome {
-        // Looking for holders takes far longer than an attempt: worth it for who has waited in vain, not for who asks
-        // from an event loop.
+        // Looking for holders takes far longer than an attempt, so it is done only after a wait, and not for a caller
+        // that asks from an event loop.
         Err(error) if *retry != Retry::ONCE && error.verdict() == Some(Verdict::Busy) => {
             let device = subject.query(host).ok().flatten();
             let holders = device
@@ -212,10 +215,10 @@ pub(crate) fn remove_subject<H: Host>(
     }
 }
 
-/// One attempt.
+/// Makes one attempt.
 ///
-/// Our alias goes before the device: from the moment that removal begins, the kernel lets others have the name, and
-/// from then on the alias may be theirs. A foreign device's alias is udev's or libdm's to make, and goes after it.
+/// An alias of dmsnap's is removed before the device: from the moment that the removal begins, another process can have
+/// the name, and the alias may be its. Another program's device has an alias of udev's or libdm's, which goes after it.
 fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome> {
     let path = &subject.path;
     let Some(device) = subject.query(host)? else {
@@ -247,15 +250,14 @@ fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome>
             if !is_ours {
                 unlink()?;
             } else if alias != *path {
-                // Another program renamed it, and may have left the alias of its first name.
+                // Another program renamed the device, and may have left the alias of its first name.
                 sweep_alias(host, path)?;
             }
             Ok(gone.map_or(Outcome::AlreadyGone, |_| Outcome::Removed))
         }
         Err(error) => {
             if unlinked {
-                // The device stays, so it should be found; if the alias cannot be had back, /dev/dm-N still leads
-                // there.
+                // The device stays, so it gets its alias back. If that fails, /dev/dm-N still leads to it.
                 let node = host.find_node(device.number);
                 let _ = host.make_alias(&alias, device.number, node.as_deref());
             }
@@ -264,7 +266,7 @@ fn try_once<H: Host>(host: &H, subject: &Subject, when: When) -> Result<Outcome>
     }
 }
 
-/// Whether `path` is an alias of ours whose device is gone.
+/// True if `path` is an alias of dmsnap's whose device is gone.
 pub(crate) fn is_stale_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
     let Some(name) = path.strip_prefix(MAPPER_DIR).ok().and_then(Path::to_str) else {
         return Ok(false);
@@ -273,7 +275,8 @@ pub(crate) fn is_stale_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
     Ok(host.is_our_alias(path) && gone()?.is_none())
 }
 
-/// Removes an alias of ours whose device is gone, as another program's removal leaves it. Says whether there was one.
+/// Removes an alias of dmsnap's whose device is gone, as another program's removal leaves it; returns true if there was
+/// one.
 pub(crate) fn sweep_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
     if !is_stale_alias(host, path)? {
         return Ok(false);
@@ -281,8 +284,8 @@ pub(crate) fn sweep_alias<H: Host>(host: &H, path: &Path) -> Result<bool> {
     absent(ask(Step::Unlink, path, || host.unlink(path))).map(|unlinked| unlinked.is_some())
 }
 
-/// The address that the device keeps for longest, of those that say it exactly: its uuid, if it has one. A pool's
-/// device keeps that for more than one snapshot, and its name for this one.
+/// Returns what identifies the device for longest: its uuid, if it has one, and its name otherwise. For a pool's device
+/// it is the name, as the uuid stays from one snapshot to the next.
 fn unchanging(device: &Device) -> Address<'_> {
     let pooled = |uuid: &DeviceUuid| uuid.kind() == Kind::Pooled;
     if DeviceUuid::new(device.uuid.as_str()).is_ok_and(|uuid| pooled(&uuid)) {

@@ -1,8 +1,8 @@
-//! What a killed process left half-way, finished or undone.
+//! Repairs devices that a killed process left in the middle of an operation: it finishes the operation or undoes it.
 //!
-//! Everything is read from the kernel: which tables a device has, whether it is suspended, and whether somebody holds
-//! the lock of an operation. V is a snapshot, B the layer that a checkpoint of it was making (kernel order: load B, load
-//! V, suspend V, resume B, resume V).
+//! Everything is read from the kernel: which tables a device has, whether it is suspended, and whether a process holds
+//! the lock of an operation. V is a snapshot, B the layer that a checkpoint of it was making (the order of the calls:
+//! load B, load V, suspend V, resume B, resume V).
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,18 +16,18 @@ use crate::find::{self, at_work};
 use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
 use crate::store::{self, CHAIN_AT, Chain};
 
-/// One device that a repair found half-way.
+/// A device that a repair found in the middle of an operation, and what was done.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 pub struct Repaired {
     /// The dm device's name.
     pub name: String,
-    /// What was done for it, or why that failed. A failure does not stop the repair of others.
+    /// What was done, or why that failed. A failure does not stop the repair of other devices.
     #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
     pub outcome: Result<Repair>,
 }
 
-/// An outcome, or `failed` with its error.
+/// Serialises an outcome, or `failed` with its error.
 #[cfg(feature = "serde")]
 fn flat<S: serde::Serializer>(outcome: &Result<Repair>, serializer: S) -> Result<S::Ok, S::Error> {
     #[derive(serde::Serialize)]
@@ -41,7 +41,7 @@ fn flat<S: serde::Serializer>(outcome: &Result<Repair>, serializer: S) -> Result
     }
 }
 
-/// What a repair did for a device.
+/// What a repair did with a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(
     feature = "serde",
@@ -50,38 +50,38 @@ fn flat<S: serde::Serializer>(outcome: &Result<Repair>, serializer: S) -> Result
 )]
 #[non_exhaustive]
 pub enum Repair {
-    /// A living process is at work on it; nothing was touched.
+    /// A live process is at work on it; nothing was changed.
     InProgress,
-    /// It was suspended, and goes on.
+    /// It was suspended, and was resumed.
     Resumed,
-    /// What had been begun with it was undone; it goes on as it was before.
+    /// The operation was undone; the disk works as before it.
     Undone,
-    /// What had been begun with it was finished.
+    /// The operation was finished.
     Finished,
 }
 
-/// A probe may have a half-made layer open for a moment.
+/// How long to wait for a half-made layer, which a probe may have open for a moment.
 const LAYER_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
-/// Finishes or undoes what a killed process left half-way with a snapshot of ours, so that its guest's I/O goes on.
+/// Finishes or undoes an operation in the middle of which a process was killed, so that the guest's I/O goes on.
 ///
-/// `None` when there was nothing to do. It removes a half-made layer and nothing else, and touches nothing while a
-/// living process is at work on the device. A suspension by hand (`dmsetup suspend`) cannot be told from a killed
-/// process's: it is ended, which costs no data.
+/// It returns `None` if there was nothing to do. It removes nothing but a half-made layer, and changes nothing while a
+/// live process is at work on the device. A suspension by hand (`dmsetup suspend`) cannot be told from a killed
+/// process's: it is ended too, which loses no data.
 ///
 /// # Errors
 ///
-/// As [`status`](crate::status). [`Refusal::Irreparable`] says why it cannot be mended. [`Error::Failed`] names the call
-/// that failed: the next repair goes on from there.
+/// Those of [`status`](crate::status); [`Refusal::Irreparable`] with the reason why it cannot be repaired;
+/// [`Error::Failed`] names the call that failed, and the next repair goes on from there.
 pub fn repair(device: impl Into<DeviceId>) -> Result<Option<Repair>> {
     repair_one(&MACHINE, &device.into())
 }
 
-/// [`repair`]s all snapshots of ours that need it, and says which did.
+/// Does what [`repair`] does for all of dmsnap's devices on the host; returns those that needed it.
 ///
 /// # Errors
 ///
-/// [`Error::Failed`] when device-mapper cannot be asked for its devices at all. What fails for one of them is in its
+/// [`Error::Failed`] if device-mapper cannot be asked for its devices at all. What fails for one device is in its
 /// [`Repaired::outcome`].
 pub fn repair_all() -> Result<Vec<Repaired>> {
     repair_every(&MACHINE)
@@ -94,7 +94,7 @@ pub(crate) fn repair_one<H: Host>(host: &H, device: &DeviceId) -> Result<Option<
     if uuid.kind() != Kind::Layer {
         return mend(host, &uuid);
     }
-    // A layer's state is mended with the snapshot that it was made from.
+    // A layer is repaired with the snapshot that it was made from.
     let layer = all.iter().find(|found| of(found).as_ref() == Some(&uuid));
     let Some(layer) = layer.and_then(|(_, seen)| seen.as_ref().ok()) else {
         return Ok(None);
@@ -109,7 +109,7 @@ pub(crate) fn repair_one<H: Host>(host: &H, device: &DeviceId) -> Result<Option<
 
 pub(crate) fn repair_every<H: Host>(host: &H) -> Result<Vec<Repaired>> {
     let found = ours(host)?;
-    // The layers last: what a snapshot needs of them is done with it.
+    // Layers come last: what a snapshot needs of them is done with the snapshot.
     let snapshots = found
         .iter()
         .filter(|(_, seen)| !seen.as_ref().is_ok_and(is_layer));
@@ -131,57 +131,55 @@ pub(crate) fn repair_every<H: Host>(host: &H) -> Result<Vec<Repaired>> {
     Ok(repaired)
 }
 
-/// What a snapshot's table stands on.
+/// The two devices in a snapshot's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Table {
     origin: DeviceNumber,
     cow: DeviceNumber,
 }
 
-/// What a device has in its two slots.
+/// A device's state: its live table and its inactive one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Seen {
     device: Device,
     uuid: DeviceUuid,
     live: Option<Table>,
     inactive: Option<Table>,
-    /// Of a layer: whether its live table has lost its exceptions.
+    /// True if the live table's status is invalid: a layer has lost its exceptions then.
     invalid: bool,
 }
 
 impl Seen {
-    /// Whether a slot has a table that is no snapshot's: then it is no business of ours.
+    /// True if one of its tables is no snapshot's: then a repair leaves it alone.
     fn is_strange(&self) -> bool {
         self.device.live_table != self.live.is_some()
             || self.device.inactive_table != self.inactive.is_some()
     }
 
-    /// Of a layer: whether it has its exceptions. One that a resume was refused to has a live table too, and is
-    /// suspended.
+    /// True if this layer has got the exceptions. After a refused resume it has a live table too, but is suspended.
     fn has_taken_over(&self) -> bool {
         self.live.is_some() && !self.device.suspended
     }
 
-    /// Of a layer: whether it never had its exceptions, or has lost them.
+    /// True if this layer never got the exceptions, or has lost them.
     fn is_dead(&self) -> bool {
         !self.is_strange() && (self.live.is_none() || self.invalid)
     }
 
-    /// Whether the layer was being made from this snapshot: it has the same origin and COW device, and no two other
-    /// devices ever do.
+    /// True if the layer was being made from this snapshot: only then do the two have the same origin and COW device.
     fn is_made_into(&self, layer: &Self) -> bool {
         let of_layer = layer.live.or(layer.inactive);
         !is_layer(self) && of_layer.is_some() && self.live == of_layer
     }
 
-    /// The node of the loop device that the lock of an operation is taken on.
+    /// Returns the node of the loop device that an operation locks.
     fn lock_node(&self) -> Option<PathBuf> {
         let cow = self.live?.cow;
         (cow.major == 7).then(|| loop_node(cow.minor))
     }
 }
 
-/// Reads all of ours; one that goes away meanwhile is left out.
+/// Reads all of dmsnap's devices; those that go away meanwhile are left out.
 fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<Seen>)>> {
     let control = Path::new(MAPPER_CONTROL);
     ask(Step::OpenMapper, control, || host.open_mapper())?;
@@ -189,7 +187,7 @@ fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<Seen>)>> {
     devices.sort_by(|one, other| one.name.cmp(&other.name));
     let mut all = Vec::new();
     for device in devices {
-        // Linux 5.10's list has no uuids.
+        // The list of Linux 5.10 has no uuids.
         let uuid = match &device.uuid {
             Some(uuid) => uuid.clone(),
             None => {
@@ -243,7 +241,7 @@ fn see<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<Seen> {
     })
 }
 
-/// What is to be done for a snapshot.
+/// What a snapshot's repair has to do.
 #[derive(Debug, PartialEq, Eq)]
 enum Plan<'a> {
     /// Drop its inactive table, remove the half-made layer, resume it, in this order: the layer is busy while the table
@@ -283,7 +281,7 @@ fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> {
             layer: Some(layer),
             resume: suspended,
         }),
-        // A rollback, or another table of its own.
+        // It was a rollback, or the snapshot has another table of its own.
         None => match next {
             Some(origin) if origin != live.origin => None,
             _ if next.is_none() && !suspended => None,
@@ -296,7 +294,7 @@ fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> {
     }
 }
 
-/// Repairs a snapshot, under the lock of an operation on it.
+/// Repairs a snapshot, with its lock held.
 fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
     let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
         return Ok(None);
@@ -310,7 +308,7 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
     let Some(_lock) = at_work::lock(host, &node)? else {
         return Ok(Some(Repair::InProgress));
     };
-    // Whoever was at work may be done by now, and have left the snapshot with another COW file.
+    // The process that was at work may be done by now, and have given the snapshot another COW file.
     let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
         return Ok(None);
     };
@@ -359,7 +357,7 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
     }
 }
 
-/// The device as it is now, and the others that `which` wants; `None` when it is gone.
+/// Reads the device as it is now, and the others for which `which` is true; `None` if it is gone.
 fn surroundings<H: Host>(
     host: &H,
     uuid: &DeviceUuid,
@@ -368,7 +366,7 @@ fn surroundings<H: Host>(
     let mut wanted = None;
     let mut others = Vec::new();
     for (_, seen) in ours(host)? {
-        // Without one of them nothing can be judged.
+        // If one of them cannot be read, nothing can be decided.
         let seen = seen?;
         match seen.uuid == *uuid {
             true => wanted = Some(seen),
@@ -379,7 +377,8 @@ fn surroundings<H: Host>(
     Ok(wanted.map(|wanted| (wanted, others)))
 }
 
-/// Whether the layer's maker is alive: it holds the loop device of the next COW file too, which the layer's uuid names.
+/// True if the process that makes the layer is alive: it has locked the next COW file's loop device too, which the
+/// layer's uuid names.
 fn made_by_the_living<H: Host>(host: &H, layer: &Seen, held: &Path) -> Result<bool> {
     let node = layer.uuid.cow_loop().map(loop_node);
     match node.filter(|node| node != held) {
@@ -414,7 +413,7 @@ fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
             return Ok(Some(Repair::InProgress));
         }
     }
-    // Its maker may have been done before its locks were looked at.
+    // The process that made it may have finished before its locks were looked at.
     match layer_step(host, uuid)? {
         Some((layer, now)) if now == step => {
             match step {
@@ -435,14 +434,14 @@ fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
     }
 }
 
-/// What is to be done for a layer.
+/// What a layer's repair has to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LayerStep {
-    /// It was never finished, and nobody stands on it.
+    /// Remove it: it was never finished, and no snapshot uses it.
     Remove,
-    /// It is whole, and suspended.
+    /// Resume it: it is complete, and suspended.
     Resume,
-    /// Somebody stands on it, and its maker did not come to the end.
+    /// Finish it: a snapshot uses it, and the process that made it did not come to the end.
     Finish,
 }
 
@@ -462,14 +461,14 @@ fn layer_step<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<(Seen, Laye
     Ok(step.map(|step| (layer, step)))
 }
 
-/// Whether it goes with its last user, or has an alias, as one that is kept has.
+/// True if it is finished: it will be removed with its last user, or has an alias, as a kept one has.
 fn is_finished<H: Host>(host: &H, layer: &Seen) -> bool {
     let alias = Path::new(MAPPER_DIR).join(&layer.device.name);
     layer.device.deferred_remove || host.is_our_alias(&alias)
 }
 
-/// What a checkpoint does after its pause: the layer goes with its last user. It gets no alias, of which the kernel,
-/// that takes it away, knows nothing.
+/// Does what a checkpoint does after its pause: the kernel is told to remove the layer with its last user. The layer
+/// gets no alias, as the kernel would not remove that.
 fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
     if is_finished(host, layer) {
         return Ok(());
@@ -481,7 +480,7 @@ fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
     absent(ask(Step::Remove, &path, flag)).map(drop)
 }
 
-/// Has the layer's COW file say that it is one, if it can be reached and has a place in a stack.
+/// Marks the COW file as a layer's, if it can be reached and has a place in a stack.
 fn mark_frozen<H: Host>(host: &H, layer: &Seen) -> Result<()> {
     let Some(table) = &layer.live else {
         return Ok(());
@@ -497,7 +496,7 @@ fn mark_frozen<H: Host>(host: &H, layer: &Seen) -> Result<()> {
         path: &bound.path,
         file,
         facts,
-        layer: None,
+        above: None,
     };
     let header = match probe_store(host, &cow) {
         Err(Error::Refused(_)) => return Ok(()),

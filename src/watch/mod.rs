@@ -1,4 +1,4 @@
-//! Watching COW files fill up: a descriptor to poll, and a look at what has changed.
+//! Watches snapshots whose COW files fill up: a descriptor to poll, and a call that returns what has changed.
 
 #[cfg(test)]
 mod tests;
@@ -17,17 +17,16 @@ use crate::error::{Error, Result};
 use crate::kernel::{MACHINE, Machine};
 use watcher::Watcher;
 
-/// Watches snapshots, without a thread of its own: [`Watch::check`] says what is new, and whoever calls it waits in
-/// between, until the descriptor is readable or [`Watch::pause`] has passed.
+/// Watches any number of snapshots, without a thread of its own. [`Watch::check`] returns what has changed. Call it
+/// again when the descriptor is readable or [`Watch::pause`] has passed, or let [`Watch::wait`] wait for that.
 ///
-/// The descriptor (`DM_DEV_ARM_POLL`) wakes for removals and for stores that become invalid. It does not wake for the
-/// one thing that can still be helped: the kernel raises no event while a store fills up, and none when a `PO` store
-/// overflows. So there is the pause: half of what the room in the fullest store lasts at the peak rate, and no more
-/// than a second. At the peak rate, half of the room above
-/// the threshold is still free when [`Change::Above`] is returned.
+/// The descriptor (`DM_DEV_ARM_POLL`) becomes readable when a device is removed or a store becomes invalid. The kernel
+/// raises no event while a store fills up, though, and none when a `PO` store overflows, so the stores are also looked
+/// at after each pause: half the time in which the room in the fullest store would fill at the peak rate, at most a
+/// second. At the peak rate, half of the room above the threshold is still free when [`Change::Above`] is returned.
 ///
-/// Nothing is missed: what happens between a check and the wait wakes the wait, and each check compares what it sees
-/// with what was told before. A process that starts anew is told everything anew.
+/// Nothing is missed: what happens between a check and the wait ends the wait, and each check compares what it sees
+/// with what was returned before. A new `Watch` returns everything anew.
 ///
 /// ```no_run
 /// use dmsnap::watch::{Change, Watch};
@@ -44,7 +43,7 @@ use watcher::Watcher;
 ///                 // A failure to grow one does not end the watch of the others, and growth has a maximum.
 ///                 let bytes = usage.total.to_bytes().unwrap_or(MAX_BYTES).saturating_mul(2);
 ///                 if let Err(error) = dmsnap::snapshot::grow(event.name.as_str(), bytes.min(MAX_BYTES)) {
-///                     eprintln!("{}: {error}", event.name);
+///                     eprintln!("{}: {}", event.name, error.one_line());
 ///                 }
 ///             }
 ///             // After `recover` the uuid is a new one: `add` the name again.
@@ -63,34 +62,34 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// Something new about a watched snapshot.
+/// A change of a watched snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct WatchEvent {
-    /// The dm device's name, as it was when the watch began.
+    /// The dm device's name when it was added.
     pub name: String,
-    /// Its uuid.
+    /// The dm device's uuid.
     pub uuid: DeviceUuid,
-    /// What is new.
+    /// What has changed.
     #[cfg_attr(feature = "serde", serde(flatten))]
     pub change: Change,
 }
 
-/// What is new about a watched snapshot.
+/// What has changed about a watched snapshot.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Change {
-    /// Its use has reached the threshold, or no chunk fits any more. Told again whenever half of the room that was left
-    /// is gone, and when it has become longer and is still above.
+    /// Its usage has reached the threshold, or no chunk fits any more. This is returned again whenever half of the room
+    /// that was left is gone, and if the COW file was grown and the usage is still above.
     Above(Usage),
-    /// A `PO` store is full, and its writes fail: [`recover`](crate::snapshot::recover).
+    /// A `PO` store is full, and its writes fail. [`recover`](crate::snapshot::recover) makes it go on.
     Overflow,
-    /// A `P` or `N` store has overflowed, or the COW file's writes have failed: it is lost.
+    /// A `P` or `N` store has overflowed, or writing the COW file has failed: the disk is lost.
     Invalid,
-    /// Merging failed: the origin could not be written.
+    /// A merge failed, as the origin could not be written.
     MergeFailed,
-    /// The dm device was removed, or released to a pool. It is watched no more.
+    /// The dm device was removed, or released to a pool. It is not watched any more.
     Gone,
     /// Its status is a text that this version does not know.
     Unknown(String),
@@ -98,7 +97,7 @@ pub enum Change {
     Unreadable(Error),
 }
 
-/// `event`, and `usage`, `status` or `error` where the change has one.
+/// The serialised form: `event`, and `usage`, `status` or `error` if the change has one.
 #[cfg(feature = "serde")]
 impl serde::Serialize for Change {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -152,78 +151,81 @@ impl std::fmt::Display for Change {
 }
 
 impl Watch {
-    /// A watch over nothing yet, with a threshold of 80 % and a peak rate of 1 GiB/s.
+    /// Makes a watch without snapshots, with a threshold of 80 % and a peak rate of 1 GiB/s.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] when device-mapper's control node cannot be opened.
+    /// [`Error::Failed`] if device-mapper's control node cannot be opened.
     pub fn new() -> Result<Self> {
         Watcher::new(&MACHINE).map(Self)
     }
 
-    /// Sets from how many percent on [`Change::Above`] is told. From 100 on it is when no chunk fits any more.
+    /// Sets the usage in percent from which on [`Change::Above`] is returned. With 100 or more that is when no chunk
+    /// fits any more.
     pub fn threshold(&mut self, percent: u8) -> &mut Self {
         self.0.bounds.threshold = percent;
         self
     }
 
-    /// Sets how fast a guest can write to chunks that it has never written before, at most, in bytes per second. One
-    /// that is seen to be faster is looked at more often by itself; this is for a first burst out of the blue.
+    /// Sets the greatest rate, in bytes per second, at which a guest is expected to write to chunks that it has never
+    /// written before. A store that fills faster is looked at more often anyway; this matters for the first burst.
     pub fn peak_rate(&mut self, bytes_per_second: u64) -> &mut Self {
         self.0.bounds.peak_rate = bytes_per_second;
         self
     }
 
-    /// Watches that snapshot too. One that is watched already is told of anew.
+    /// Adds a snapshot. If it is watched already, its state is returned anew.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) when there is no such device; [`Refusal::NotOurs`],
-    /// [`Refusal::NotLive`].
+    /// [`Error::Failed`] of kind [`Gone`](crate::ErrorKind::Gone) if there is no such device; [`Refusal::NotOurs`] if
+    /// another program made it; [`Refusal::NotLive`] if it is half-made or suspended.
     pub fn add(&mut self, device: impl Into<DeviceId>) -> Result<()> {
         self.0.add(&device.into())
     }
 
-    /// How many snapshots are watched.
+    /// Returns how many snapshots are watched.
     #[must_use]
     pub fn len(&self) -> usize {
         self.0.watched.len()
     }
 
-    /// Whether none is.
+    /// True if no snapshot is watched.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.0.watched.is_empty()
     }
 
-    /// Watches that snapshot no more. Says whether it was watched.
+    /// Removes a snapshot from the watch; returns true if it was watched.
     pub fn forget(&mut self, device: impl Into<DeviceId>) -> bool {
         self.0.forget(&device.into())
     }
 
-    /// Looks at what is due, or after a dm event at everything, and says what is new. Never waits.
+    /// Reads the snapshots whose pause is over, or all of them after a dm event, and returns what has changed. It never
+    /// waits.
     ///
-    /// Events of other dm devices have it look at everything too: it spends at most a quarter of the time on that.
+    /// Events of other dm devices also make it read all snapshots. If they are frequent, it limits that to a quarter of
+    /// the time.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] when the descriptor cannot be armed. A snapshot that cannot be read is
-    /// [`Change::Unreadable`] and hides no other.
+    /// [`Error::Failed`] if the descriptor cannot be armed. A snapshot that cannot be read is [`Change::Unreadable`]
+    /// and hides no other.
     pub fn check(&mut self) -> Result<Vec<WatchEvent>> {
         self.0.check()
     }
 
-    /// For how long the next check can wait if the descriptor stays unreadable; at most a second.
+    /// Returns how long to wait until the next check if the descriptor does not become readable; at most a second.
     #[must_use]
     pub fn pause(&self) -> Duration {
         self.0.pause()
     }
 
-    /// Waits until the next check is due, for who has nothing else to wait for. A signal that is caught ends it too.
+    /// Waits until the next check is due, for callers without an event loop. A signal that is caught ends the wait too.
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] when the descriptor cannot be polled.
+    /// [`Error::Failed`] if the descriptor cannot be polled.
     pub fn wait(&self) -> Result<()> {
         self.0.poll(self.pause()).map(drop)
     }

@@ -1,4 +1,4 @@
-//! One watched snapshot: what is told of it, and when it has to be looked at again. Pure.
+//! Tracks one watched snapshot: which changes are returned, and when it is read again. It makes no system call.
 
 use std::time::Duration;
 
@@ -6,18 +6,18 @@ use crate::base::ChunkSize;
 use crate::dm::{SnapshotStatus, Usage};
 use crate::watch::Change;
 
-/// No store fills up faster than it is looked at, unless it holds less than this much time.
+/// The shortest pause between two reads of a store.
 const SHORTEST: Duration = Duration::from_millis(2);
 
-/// Nothing is left alone for longer.
+/// The longest pause between two reads of a store.
 pub(crate) const LONGEST: Duration = Duration::from_secs(1);
 
-/// What all snapshots of a watch have in common.
+/// The settings of a watch, which all its snapshots share.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bounds {
-    /// In percent.
+    /// The usage from which on a snapshot is above, in percent.
     pub(crate) threshold: u8,
-    /// The fastest that any guest writes to new chunks, in bytes per second.
+    /// The greatest rate at which a guest writes to new chunks, in bytes per second.
     pub(crate) peak_rate: u64,
 }
 
@@ -30,31 +30,31 @@ impl Default for Bounds {
     }
 }
 
-/// What is known of one snapshot.
+/// What is known about one snapshot.
 #[derive(Debug)]
 pub(crate) struct Track {
     chunk: ChunkSize,
-    /// When it is to be looked at.
+    /// When it is to be read next.
     due: Duration,
-    /// What it was when it was looked at last, and when.
+    /// When it was read last, and its status then.
     last: Option<(Duration, SnapshotStatus)>,
-    /// How fast it fills, in bytes per second.
+    /// The rate at which it fills, in bytes per second.
     rate: u64,
     told: Option<Told>,
-    /// Looks since anything changed on one that was told to be above.
+    /// How many reads have shown no change since it was returned as above.
     calm: u32,
     unreadable: bool,
 }
 
-/// What was told of a snapshot that is above the threshold.
+/// What was returned last about a snapshot that is above the threshold.
 #[derive(Clone, Copy, Debug)]
 struct Told {
     usage: Usage,
 }
 
 impl Told {
-    /// A store that has become longer may be below again. One that has not is told of again when half of the room that
-    /// it had is gone: whoever could not help the first time may be able to now.
+    /// True if it is to be returned once more: it was grown and is still above, or half of the room that it had is
+    /// gone. The caller may be able to help now, even if not the first time.
     fn again(self, usage: Usage) -> bool {
         let half_gone = usage.room().count() <= self.usage.room().count() / 2;
         usage.total != self.usage.total || (half_gone && usage.allocated > self.usage.allocated)
@@ -78,7 +78,7 @@ impl Track {
         self.due
     }
 
-    /// Takes in what was seen at `now`; returns what is news.
+    /// Takes the status that was read at `now`; returns the change, if there is one to return.
     pub(crate) fn see(
         &mut self,
         now: Duration,
@@ -87,7 +87,7 @@ impl Track {
     ) -> Option<Change> {
         self.unreadable = false;
         let Some(status) = status else {
-            // Not live yet, or not a snapshot for the moment.
+            // It is not live yet, or has no snapshot table for the moment.
             self.last = None;
             self.due = now + LONGEST;
             return None;
@@ -108,7 +108,7 @@ impl Track {
         change
     }
 
-    /// It could not be read. Says whether that is news.
+    /// Notes that it could not be read; returns true if that was not returned before.
     pub(crate) fn miss(&mut self, now: Duration) -> bool {
         self.due = now + LONGEST;
         !std::mem::replace(&mut self.unreadable, true)
@@ -124,13 +124,13 @@ impl Track {
             .saturating_sub(before.allocated.count());
         let micros = now.saturating_sub(*then).as_micros().max(1);
         let rate = u128::from(sectors) * 512 * 1_000_000 / micros;
-        // A writer that pauses is not forgotten at once.
+        // If the writer pauses, the rate falls slowly.
         self.rate = u64::try_from(rate).unwrap_or(u64::MAX).max(self.rate / 2);
         let same = usage == *before;
         self.calm = if same { self.calm.saturating_add(1) } else { 0 };
     }
 
-    /// Whether it is to be told that it is above.
+    /// True if [`Change::Above`](super::Change::Above) is to be returned.
     fn judge(&mut self, usage: Usage, bounds: Bounds) -> bool {
         if !reaches(usage, bounds.threshold, self.chunk) {
             self.told = None;
@@ -144,10 +144,11 @@ impl Track {
         news
     }
 
-    /// Half of what the room lasts at the fastest: so at least half of it is left to whoever is told.
+    /// Returns the pause until the next read: half the time in which the room would fill at the greatest rate, so that
+    /// at least half of it is left when the change is returned.
     ///
-    /// Of one that was told to be above, whoever was told is taken to be about to do something: it is looked at often
-    /// at first, and then less and less while nothing happens.
+    /// After a snapshot was returned as above, the caller is likely to act: it is read often at first, and less and
+    /// less while nothing changes.
     fn pause(&self, status: &SnapshotStatus, bounds: Bounds) -> Duration {
         let SnapshotStatus::Usage(usage) = status else {
             return LONGEST;

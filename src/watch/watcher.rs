@@ -1,4 +1,4 @@
-//! The looks of a watch, over the seam.
+//! Reads the snapshots of a watch, through the seam.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,15 +12,15 @@ use crate::error::{Error, Refusal, Result, Step, Verdict};
 use crate::find;
 use crate::kernel::{DevId, Host, MAPPER_CONTROL};
 
-/// What a [`Watch`](super::Watch) knows and asks.
+/// The inside of a [`Watch`](super::Watch).
 pub(super) struct Watcher<'h, H: Host> {
     host: &'h H,
     pub(super) events: H::Events,
     pub(super) bounds: Bounds,
     pub(super) watched: Vec<Watched>,
-    /// Until when events do not have everything looked at.
+    /// Until when events do not make it read all snapshots.
     rest: Duration,
-    /// When everything is to be looked at after a rest.
+    /// True if all snapshots are to be read after that.
     woken: bool,
 }
 
@@ -82,7 +82,7 @@ impl<'h, H: Host> Watcher<'h, H> {
     }
 
     pub(super) fn check(&mut self) -> Result<Vec<WatchEvent>> {
-        // Armed before anything is read: what happens from here on wakes the next wait.
+        // It is armed before anything is read: what happens from here on ends the next wait.
         self.woken |= self.poll(Duration::ZERO).unwrap_or(true);
         ask(Step::ArmPoll, Path::new(MAPPER_CONTROL), || {
             self.host.arm(&self.events)
@@ -118,7 +118,7 @@ impl<'h, H: Host> Watcher<'h, H> {
         due.map_or(LONGEST, |due| due.saturating_sub(now))
     }
 
-    /// Waits for an event; says whether there was one. A signal that is caught ends it.
+    /// Waits for an event; returns true if there was one. A signal that is caught ends the wait.
     pub(super) fn poll(&self, at_most: Duration) -> Result<bool> {
         match self.host.poll(&self.events, at_most) {
             Ok(ready) => Ok(ready),
@@ -134,7 +134,7 @@ impl<'h, H: Host> Watcher<'h, H> {
 }
 
 impl Watched {
-    /// What is new, and whether it is to be watched on.
+    /// Reads one snapshot; returns the change, and false if it is not to be watched any more.
     fn look<H: Host>(&mut self, host: &H, bounds: Bounds) -> (Option<Change>, bool) {
         let seen = ask(Step::Status, &self.path, || {
             host.glance(&self.uuid, &self.name)

@@ -68,6 +68,9 @@ fn wrong_usage_is_status_2_and_nothing_on_stdout() {
         &["export", "out"],
         &["export", "--origin", "image", "out"],
         &["export", "--origin", "image", "--cow", "cow", "vm", "out"],
+        &["flatten", "out"],
+        &["layer", "image", "name"],
+        &["tree", "vm", "vm"],
     ] {
         let output = run(args, "");
         assert_eq!(output.status.code(), Some(2), "{args:?}");
@@ -91,8 +94,25 @@ fn help_and_version_are_status_0_on_stdout() {
     let text = String::from_utf8_lossy(&help.stdout).into_owned();
     assert_eq!((help.status.code(), help.stderr.len()), (Some(0), 0));
     for command in [
-        "create", "cleanup", "remove", "list", "adopt", "reap", "repair", "status", "grow",
-        "recover", "watch", "merge", "cow", "export",
+        "create",
+        "cleanup",
+        "remove",
+        "list",
+        "adopt",
+        "reap",
+        "repair",
+        "status",
+        "grow",
+        "recover",
+        "watch",
+        "merge",
+        "cow",
+        "export",
+        "flatten",
+        "layer",
+        "tree",
+        "checkpoint",
+        "rollback",
     ] {
         assert!(text.contains(&format!("\n  {command} ")), "{text}");
     }
@@ -335,7 +355,8 @@ fn sizes_are_told_for_an_image_and_for_a_number_of_bytes() {
 #[test]
 fn an_export_tells_what_it_did_and_needs_no_terminal() {
     let (_dir, [origin, cow, out]) = stage(1 << 20, &[7]);
-    let export = ["export", "--no-reflink", "--origin", &origin, "--cow", &cow];
+    let export = ["export", "--no-reflink", "--any-origin", "--origin"];
+    let export = [&export[..], &[&origin, "--cow", &cow]].concat();
     let done = "1048576 bytes, 4096 of them changed; 1048576 written\n";
     let export = |more: &[&str]| run(&[&export[..], more].concat(), "");
     check(&export(&[&out]), 0, done, "");
@@ -354,6 +375,29 @@ fn an_export_tells_what_it_did_and_needs_no_terminal() {
 }
 
 #[test]
+fn a_flattening_tells_what_it_did_and_its_output_is_exported_the_same() {
+    let (_dir, [origin, cow, out]) = stage(1 << 20, &[7]);
+    let flat = format!("{out}.cow");
+    let done = "32768 bytes, for 4096 changed bytes of a disk; 4096 written\n";
+    check(&run(&["flatten", &cow, &flat], ""), 0, done, "");
+    let line = format!("dmsnap: output {flat:?} exists\n");
+    check(&run(&["flatten", &cow, &flat], ""), 1, "", &line);
+    let json = run(&["flatten", "--json", "--replace", &cow, &flat], "").stdout;
+    let json: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
+    let expected = serde_json::json!({
+        "bytes": 32_768, "changed_bytes": 4096, "written_bytes": 4096,
+    });
+    assert_eq!(json, expected);
+    let export = ["export", "--any-origin", "--origin", &origin, "--cow"];
+    let exported = [&cow, &flat].map(|cow| {
+        let done = run(&[&export[..], &[cow, "--replace", &out]].concat(), "");
+        assert!(done.status.success(), "{done:?}");
+        std::fs::read(&out).expect("the export")
+    });
+    assert!(exported[0] == exported[1]);
+}
+
+#[test]
 fn an_interrupted_export_leaves_nothing_and_says_so() {
     for (signal, status) in [("INT", 130), ("TERM", 143)] {
         // On a busy machine an export may be over before the signal comes.
@@ -365,8 +409,8 @@ fn an_interrupted_export_leaves_nothing_and_says_so() {
 /// Whether the signal came before the export was over.
 fn interrupted(signal: &str, status: i32) -> bool {
     let (dir, [origin, cow, out]) = stage(192 << 20, &[7]);
-    let mut command = dmsnap(&["export", "--no-reflink", "--origin", &origin]);
-    command.args(["--cow", &cow, &out]);
+    let mut command = dmsnap(&["export", "--no-reflink", "--any-origin"]);
+    command.args(["--origin", &origin, "--cow", &cow, &out]);
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = command.spawn().expect("dmsnap starts");
     // Nothing is written before the signals are listened for.

@@ -51,6 +51,7 @@ impl Stage {
             .write_all_at(&expected[hole.end..], hole.end as u64)
             .expect("room");
         fs::write(stage.cow(), &stage.made.file).expect("room");
+        stage.mark(identity(&stage.origin()));
         expected.truncate(length / 512 * 512);
         for (chunk, _) in &stage.made.exceptions {
             let start = usize::try_from(*chunk).expect("small") * stage.made.chunk;
@@ -81,6 +82,14 @@ impl Stage {
         let cow = File::options().write(true).open(self.cow());
         cow.and_then(|cow| cow.write_all_at(bytes, at))
             .expect("a COW file");
+    }
+
+    /// Says in the COW file what it was made over.
+    fn mark(&self, origin: OriginIdentity) {
+        let mut mark = b"dmsnap origin 1\0".to_vec();
+        mark.extend(origin.size_bytes.to_le_bytes());
+        mark.extend(origin.mtime_ns.to_le_bytes());
+        self.damage(64, &mark);
     }
 
     #[track_caller]
@@ -248,13 +257,7 @@ fn an_origin_that_is_not_the_marked_one_is_refused() {
         mtime_ns: found.mtime_ns - 1,
         ..found
     };
-    let mark = |origin: OriginIdentity| {
-        let mut mark = b"dmsnap origin 1\0".to_vec();
-        mark.extend(origin.size_bytes.to_le_bytes());
-        mark.extend(origin.mtime_ns.to_le_bytes());
-        stage.damage(64, &mark);
-    };
-    mark(expected);
+    stage.mark(expected);
     let path = stage.origin();
     let refusal = Refusal::OriginChanged {
         path,
@@ -265,7 +268,7 @@ fn an_origin_that_is_not_the_marked_one_is_refused() {
     stage
         .export(ExportOptions::new().any_origin(true))
         .expect("as it is");
-    mark(found);
+    stage.mark(found);
     let mut replace = ExportOptions::new();
     stage.export(replace.replace(true)).expect("the marked one");
     let changed = replace.export_with(stage.origin(), stage.cow(), stage.path("out"), &mut |_| {

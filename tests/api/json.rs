@@ -5,7 +5,8 @@ use std::path::Path;
 use dmsnap::Handles;
 use dmsnap::base::{FileId, LoopHandle};
 use dmsnap::dm::{SnapshotStatus, Usage};
-use dmsnap::find::{SnapshotInfo, State};
+use dmsnap::export::Flattened;
+use dmsnap::find::{SnapshotInfo, Standing, State, TreeNode};
 use dmsnap::merge::MergeOutcome;
 use dmsnap::teardown::{Fate, Outcome};
 use dmsnap::watch::Change;
@@ -265,6 +266,48 @@ fn what_a_snapshot_is_reads_back_as_it_was_written() {
     ] {
         assert_eq!(serde_json::to_value(status).expect("serialises"), text);
     }
+}
+
+#[test]
+fn a_tree_is_nested_objects_each_with_its_kind() {
+    let device = |name: &str, uuid: &str| {
+        json!({
+            "name": name, "uuid": uuid, "dev": "254:3", "device": "/dev/dm-3", "state": "live", "merging": false,
+            "deferred_remove": true, "interrupted": false, "open_count": 1, "params": null, "origin": null, "cow": null,
+            "status": null,
+        })
+    };
+    let node = |mut what: serde_json::Value, above: serde_json::Value| {
+        what["size_bytes"] = json!(4096);
+        what["above"] = above;
+        what
+    };
+    let kind = |mut what: serde_json::Value, kind: &str| {
+        what["kind"] = json!(kind);
+        what
+    };
+    let disk = node(kind(device("vm", "DMSNAP-2"), "snapshot"), json!([]));
+    let layer = node(kind(device("noon", "DMSNAP-1"), "layer"), json!([disk]));
+    let image =
+        json!({"kind": "image", "path": "/base.img", "backing": {"dev": "8:1", "inode": 7}});
+    let tree = node(image, json!([layer]));
+    let read: TreeNode = serde_json::from_value(tree.clone()).expect("it reads");
+    assert_eq!(read.above[0].name(), Some("noon"));
+    assert!(matches!(read.above[0].above[0].what, Standing::Snapshot(_)));
+    assert_eq!(serde_json::to_value(&read).expect("serialises"), tree);
+    for (what, text) in [
+        (
+            json!({"kind": "device", "dev": "253:0"}),
+            r#"Device { dev: "#,
+        ),
+        (json!({"kind": "nothing"}), "Nothing"),
+    ] {
+        let read: TreeNode = serde_json::from_value(node(what, json!([]))).expect("it reads");
+        assert!(format!("{:?}", read.what).starts_with(text));
+    }
+    let flattened = json!({"bytes": 12288, "changed_bytes": 4096, "written_bytes": 4096});
+    let read: Flattened = serde_json::from_value(flattened.clone()).expect("it reads");
+    assert_eq!(serde_json::to_value(read).expect("serialises"), flattened);
 }
 
 #[test]

@@ -225,6 +225,31 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW file "/run/vm 42.cow" is no layer's"#,
         ),
         (
+            Refusal::LayerTwice {
+                first: cow(),
+                second: image(),
+            },
+            r#"COW files "/run/vm 42.cow" and "/images/base.ext4" are of one and the same layer"#,
+        ),
+        (
+            Refusal::LayersApart {
+                first: cow(),
+                second: image(),
+            },
+            r#"COW files "/run/vm 42.cow" and "/images/base.ext4" were made over the same, and are of two stacks"#,
+        ),
+        (
+            Refusal::LayerMissing { cow: cow() },
+            r#"the layer that COW file "/run/vm 42.cow" was made over is missing"#,
+        ),
+        (
+            Refusal::StackTooDeep {
+                layers: 33,
+                most: 32,
+            },
+            "a stack of 33 layers: at most 32 are taken, unless more are asked for",
+        ),
+        (
             Refusal::LayerForeign {
                 cow: "/run/vm 42.cow".into(),
                 origin: "/dev/mapper/noon".into(),
@@ -369,7 +394,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
                 cow: "/run/vm 42.cow".into(),
                 end_bytes: 8192,
             },
-            r#"COW file "/run/vm 42.cow" does not say what it was made over: its changes end at byte 8192 of that, and "/images/base.ext4" has 4194304 bytes; merge into the very device that it was made over, with any origin allowed"#,
+            r#"COW file "/run/vm 42.cow" does not say what it was made over: its changes end at byte 8192 of that, and "/images/base.ext4" has 4194304 bytes; name the very device that it was made over, and allow any origin"#,
         ),
         (
             Refusal::PartOfFile {

@@ -13,8 +13,11 @@ use dmsnap::{Handles, ReapOptions, Teardown, WhenBusy};
 
 use crate::common::reading::{alias_exists, dm_exists, dm_info, loop_at, number};
 use crate::common::scene::IMAGE_BYTES;
-use crate::common::tools::{complaint, finish, success};
-use crate::common::{Foreign, Losetup, Mounted, Scene, chain, dmsnap, eventually, output};
+use crate::common::tools::{complaint, finish, start, success};
+use crate::common::{
+    Foreign, Losetup, Mounted, Scene, chain, dmsnap, eventually, output, run, settle,
+};
+use crate::witness::{Fio, goes_on, interrupt};
 
 /// What cannot be taken over was told as another program's device with an empty uuid; now it says why.
 #[test]
@@ -47,9 +50,14 @@ fn what_cannot_be_adopted_says_why_and_is_left_as_it_is() {
     drop(device);
 }
 
+/// What `ls` says of the link or node below /dev/mapper, and where it leads to.
+fn link_of(name: &str) -> String {
+    run!("ls", "-l", format!("/dev/mapper/{name}"))
+}
+
 /// Mounted and written to, it was renamed, and its link vanished.
 #[test]
-fn a_mounted_device_is_adopted_by_the_command_line_under_its_name() {
+fn a_mounted_device_is_adopted_by_the_command_line_while_fio_writes_to_it() {
     let scene = Scene::ext4();
     let name = scene.name();
     let origin = Losetup::attach_read_only(scene.image());
@@ -61,19 +69,61 @@ fn a_mounted_device_is_adopted_by_the_command_line_under_its_name() {
         number(&cow.device)
     );
     let device = Foreign::create(&name, &table);
+    settle();
     let mapper = format!("/dev/mapper/{name}");
     let mounted = Mounted::mount([mapper.as_str()], &scene.path("mnt"));
-    std::fs::write(mounted.at().join("before"), vec![1; 1 << 20]).expect("room");
+    let node = Path::new("/dev").join(format!("dm-{}", dm_info(&name, "minor")));
+    let (link, file) = (link_of(&name), mounted.at().join("file"));
+    let deep = [
+        "--direct=1",
+        "--ioengine=libaio",
+        "--iodepth=4",
+        "--fsync=4",
+        "--do_verify=0",
+    ];
+    success(&mut Fio::new(&scene).job("randwrite", &file, 0, 1, &deep).0);
+    let endless = [&deep[..], &["--time_based", "--runtime=100000"]].concat();
+    let writer = start(&mut Fio::new(&scene).job("randwrite", &file, 0, 1, &endless).0);
+    goes_on(&node);
+
     let json = success(dmsnap().args(["adopt", &name]));
-    std::fs::write(mounted.at().join("after"), vec![2; 1 << 20]).expect("it is still mounted");
+    goes_on(&node);
+    settle();
     let handles: Handles = serde_json::from_str(&json).expect("handles");
-    assert!(alias_exists(&name));
-    assert!(dm_info(&name, "uuid").starts_with("DMSNAP-"));
-    let autoclear = |at| loop_at(at).is_some_and(|bound| bound.autoclear);
-    assert!(autoclear(&origin.device) && autoclear(&cow.device));
+    let uuid = dm_info(&name, "uuid");
+    println!(
+        "adopted: {} {uuid}: {}",
+        dm_info(&name, "name"),
+        link_of(&name)
+    );
+    assert!(uuid.starts_with("DMSNAP-"), "{uuid}");
+    assert_eq!(dm_info(&name, "name"), name);
+    assert_eq!(link_of(&name), link);
+    let its = |at| loop_at(at).is_some_and(|bound| bound.autoclear);
+    assert!(its(&origin.device) && its(&cow.device));
+    let again = success(dmsnap().args(["adopt", &name]));
+    assert_eq!(again, json, "it is ours by now");
+
+    interrupt(writer);
+    success(&mut Fio::new(&scene).reads(&file, 0, 1).0);
     drop(mounted);
-    dmsnap::cleanup(&handles).expect("nobody has it open");
-    assert!(!dm_exists(&name));
+    run!("e2fsck", "-f", "-n", &mapper);
+    let log = run!("dmesg");
+    let its = [format!("{} ", node.display()), format!("{name} ")];
+    let complaint = |line: &&str| {
+        let at_fault = ["error", "Invalidating", "lost"];
+        let names = |which: &String| line.contains(which.trim_start_matches("/dev/"));
+        its.iter().any(names) && at_fault.iter().any(|word| line.contains(word))
+    };
+    assert_eq!(log.lines().find(complaint), None);
+
+    let file = scene.file("handles.json", json);
+    success(dmsnap().arg("cleanup").arg(file));
+    settle();
+    assert!(!dm_exists(&name) && !alias_exists(&name));
+    assert!(loop_at(&origin.device).is_none() && loop_at(&cow.device).is_none());
+    assert_eq!(handles.name.as_ref().map(ToString::to_string), Some(name));
+    scene.assert_clean();
     drop(device);
 }
 
@@ -159,12 +209,38 @@ fn what_is_being_made_is_not_offered_to_keep() {
     snapshot.cleanup().expect("nobody has it open");
 }
 
+/// A sweep removed the upper one, told of the lower as busy, and exited with 0.
+#[test]
+fn a_snapshot_of_a_snapshot_is_reaped_from_the_top_down_in_one_sweep() {
+    let scene = Scene::new();
+    let names: Vec<_> = (0..3).map(|_| scene.name()).collect();
+    let mut over = scene.image().to_owned();
+    for name in &names {
+        let cow = scene.cow(format!("{name}.cow"));
+        let made = dmsnap::SnapshotOptions::new().create(&over, cow, name);
+        over = made.expect("over a block device").device().to_owned();
+    }
+    let mut cleanup = dmsnap();
+    cleanup.args(["remove", "--deadline", "100ms", &names[0]]);
+    let line = complaint(&finish(&mut cleanup));
+    println!("message: removal of what another stands on: {line}");
+
+    let ours = |name: &str| names.iter().any(|each| each == name);
+    let reaped = ReapOptions::new()
+        .reap(|info| !ours(&info.name))
+        .expect("a sweep");
+    let fates = reaped.iter().filter(|item| ours(&item.name));
+    let fates: Vec<_> = fates.map(|item| &item.fate).collect();
+    println!("reaped: {fates:?}");
+    assert_eq!(fates, [&Ok(Fate::Removed); 3]);
+}
+
 /// A FIFO in a loop device's place blocked the open for ever.
 #[test]
 fn a_fifo_in_place_of_a_loop_device_hangs_nothing() {
     let scene = Scene::new();
     let fifo = scene.path("fifo");
-    crate::common::run!("mkfifo", &fifo);
+    run!("mkfifo", &fifo);
     let mut handles = Handles::default();
     handles.cow_loop = Some(LoopHandle::at(&fifo));
     let file = scene.file(

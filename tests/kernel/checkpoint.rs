@@ -18,9 +18,9 @@ use crate::facts::handover::{Writer, assert_files};
 const COW: CowSize = CowSize::WorstCase;
 
 /// Nothing that is waited for here takes so long.
-const SOON: std::time::Duration = std::time::Duration::from_secs(60);
+pub(crate) const SOON: std::time::Duration = std::time::Duration::from_secs(60);
 
-fn snapshot(scene: &Scene) -> Snapshot {
+pub(crate) fn snapshot(scene: &Scene) -> Snapshot {
     let name = scene.name();
     let cow = scene.path(format!("{name}.cow"));
     let made = SnapshotOptions::new()
@@ -29,11 +29,11 @@ fn snapshot(scene: &Scene) -> Snapshot {
     made.unwrap_or_else(|error| panic!("{}", chain(&error)))
 }
 
-fn name_of(snapshot: &Snapshot) -> String {
+pub(crate) fn name_of(snapshot: &Snapshot) -> String {
     snapshot.handles().name.clone().expect("a name").to_string()
 }
 
-fn freeze(scene: &Scene, snapshot: &Snapshot) -> (String, Layer) {
+pub(crate) fn freeze(scene: &Scene, snapshot: &Snapshot) -> (String, Layer) {
     let name = scene.name();
     let cow = scene.path(format!("{name}.cow"));
     let frozen = CheckpointOptions::new()
@@ -45,7 +45,7 @@ fn freeze(scene: &Scene, snapshot: &Snapshot) -> (String, Layer) {
     )
 }
 
-fn fork(scene: &Scene, layer: &Layer) -> Snapshot {
+pub(crate) fn fork(scene: &Scene, layer: &Layer) -> Snapshot {
     let name = scene.name();
     let cow = scene.path(format!("{name}.cow"));
     let made = SnapshotOptions::new()
@@ -55,7 +55,7 @@ fn fork(scene: &Scene, layer: &Layer) -> Snapshot {
 }
 
 /// The MD5 of a device, read past the page cache.
-fn sum(device: &Path) -> String {
+pub(crate) fn sum(device: &Path) -> String {
     let device = device.to_str().expect("UTF-8");
     run!(
         "sh",
@@ -65,12 +65,12 @@ fn sum(device: &Path) -> String {
 }
 
 /// The device's own node.
-fn node(name: &str) -> PathBuf {
+pub(crate) fn node(name: &str) -> PathBuf {
     let minor = run!("dmsetup", "info", "-c", "--noheadings", "-o", "minor", name);
     PathBuf::from(format!("/dev/dm-{}", minor.trim()))
 }
 
-fn mounted(device: &Path, at: &Path, options: &str) -> Mounted {
+pub(crate) fn mounted(device: &Path, at: &Path, options: &str) -> Mounted {
     Mounted::mount(["-o", options, device.to_str().expect("UTF-8")], at)
 }
 

@@ -118,7 +118,7 @@ fn ours_is_removed_by_dmsetup() {
     for by_name in [true, false] {
         let handles = scene.snapshot().into_handles();
         let name = handles.name.clone().expect("a name").to_string();
-        run!("dmsetup", "remove", &name);
+        run!("dmsetup", "remove", "--retry", &name);
         assert!(!dm_exists(&name));
         assert!(
             loops_below(scene.dir()).is_empty() || udev(),

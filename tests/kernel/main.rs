@@ -24,6 +24,7 @@ mod checkpoint;
 mod cli;
 mod concurrency;
 mod discard;
+mod documented;
 mod durability;
 mod export;
 mod facts;
@@ -42,13 +43,16 @@ mod reaction;
 mod repair;
 mod side_by_side;
 mod sizes;
+mod stack;
 mod stores;
 mod strace;
 mod teardown;
 mod timings;
+mod tree;
 mod udev;
 mod vmm;
 mod watch;
+mod witness;
 
 #[test]
 fn side_by_side() {

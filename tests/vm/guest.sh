@@ -21,6 +21,7 @@ guest_out=
 guest_console=
 guest_times=0
 guest_vmm=0
+guest_fio=0
 guest_files=()
 
 guest_dir=
@@ -35,6 +36,7 @@ guest_exec() {
     local status
     kernel_ensure "$guest_kernel"
     ((guest_vmm == 0)) || vmm_files "$guest_kernel"
+    ((guest_fio == 0)) || guest_files+=("$(tool fio)")
     guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
     trap guest_cleanup EXIT
     trap 'exit 130' INT
@@ -87,13 +89,14 @@ guest_boot() {
     # makes the kernel panic in kmem_cache_alloc, once in some hundred boots.
     # Without cx16 the kernel does not use the instruction. la57, a fifth level
     # of page tables, only costs time.
-    # With erms and fsrm it would clear and copy memory a byte at a time, each emulated.
-    cpu=max,cx16=off,la57=off,erms=off,fsrm=off
+    cpu=max,cx16=off,la57=off
     clock=(-accel tcg,thread=multi)
     # The guest's clock then counts its instructions, a nanosecond each, and not the
     # host's time: nothing else that the host does is in what the guest measures.
+    # With erms it would clear and copy memory a byte at a time, each counted.
     if ((guest_counted)); then
         clock=(-accel tcg,thread=single -icount shift=0,sleep=off)
+        cpu+=,erms=off,fsrm=off
         # 5.10 and 6.1 then never get past bringing up a second core.
         [[ $guest_kernel != 5.10 && $guest_kernel != 6.1 ]] || cpus=1
     fi

@@ -5,6 +5,7 @@
 packages_guest="qemu-system-x86 busybox-static|busybox cpio kmod xz-utils zstd util-linux mount
     dmsetup e2fsprogs strace debian-archive-keyring"
 packages_udev="udev dmsetup"
+packages_fio="fio"
 packages_arm64="qemu-system-arm binutils"
 packages_arm64_build="gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
 # bindgen, which devicemapper's build runs, loads libclang and reads clang's
@@ -43,6 +44,7 @@ host_packages() {
 host_guest() {
     host_packages $packages_guest
     ((guest_udev == 0)) || host_packages $packages_udev
+    ((guest_fio == 0)) || host_packages $packages_fio
     ! guest_is_arm64 || host_packages $packages_arm64
 }
 

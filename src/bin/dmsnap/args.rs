@@ -9,6 +9,7 @@ use dmsnap::{ChunkSize, CowSize, Durability, SectorSize, SnapshotOptions, Store}
 use crate::amounts::{bytes, cow_size, duration, percent};
 use crate::cow::Cow;
 use crate::export::Export;
+use crate::flatten::Flatten;
 
 /// Copy-on-write root disks for microVMs: device-mapper snapshots over loop devices.
 #[derive(Debug, Parser)]
@@ -24,15 +25,8 @@ pub(crate) enum Command {
     Create(Create),
     /// Freeze what a live snapshot has as a layer, and have it go on over that; prints the layer's handles as JSON
     Checkpoint(Checkpoint),
-    /// Put a layer that is gone together again from its COW file, and keep it; prints its handles as JSON
-    Layer {
-        /// What it stood on: the image, or the layer below as /dev/mapper/LAYER
-        origin: PathBuf,
-        /// Its COW file
-        cow: PathBuf,
-        /// The layer's name
-        name: String,
-    },
+    /// Put layers that are gone together again from their COW files, and keep the topmost; prints its handles as JSON
+    Layer(LayerArgs),
     /// Take a snapshot that nobody has open back to its last checkpoint, over another COW file; prints its handles as JSON
     Rollback(Rollback),
     /// Take down what handles name: dm device, COW loop, origin loop; many snapshots side by side
@@ -66,6 +60,14 @@ pub(crate) enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+    },
+    /// Show what stands on what: images, the layers over them, and the snapshots over those
+    Tree {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        /// A dm device's name, or its uuid: what it stands on, and what stands on it; everything of ours without
+        name: Option<String>,
     },
     /// Print whole handles of a live snapshot as JSON, for cleanup, from the kernel's state alone
     Adopt {
@@ -122,6 +124,8 @@ pub(crate) enum Command {
     Watch(Watch),
     /// Write a snapshot's disk to a raw image of its own: a running one by name, or an idle COW file
     Export(Export),
+    /// Make one COW file of those of a stack: of each chunk the newest
+    Flatten(Flatten),
     /// Look into COW files, and size them
     #[command(subcommand)]
     Cow(Cow),
@@ -147,6 +151,23 @@ pub(crate) struct Checkpoint {
     pub(crate) layer: String,
     /// The COW file that the snapshot goes on with
     pub(crate) cow: PathBuf,
+}
+
+#[derive(Debug, Arguments)]
+pub(crate) struct LayerArgs {
+    /// Take more than 32 layers
+    #[arg(long)]
+    pub(crate) any_depth: bool,
+    /// How long to wait for whoever is making one of the layers, such as 15s or 200ms
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    pub(crate) deadline: Duration,
+    /// What the lowest stood on: the image or a copy of it, or a layer as /dev/mapper/LAYER
+    pub(crate) origin: PathBuf,
+    /// The layers' COW files, in any order
+    #[arg(required = true, value_name = "COW")]
+    pub(crate) cows: Vec<PathBuf>,
+    /// The topmost layer's name; those below are NAME.1, NAME.2 ... from the bottom up. A layer that is there keeps its name
+    pub(crate) name: String,
 }
 
 #[derive(Debug, Arguments)]
@@ -264,7 +285,7 @@ pub(crate) struct Create {
     /// Set the made COW file's space aside
     #[arg(long, requires = "make_cow")]
     reserve: bool,
-    /// Use the COW file even though the image's size or modification time is not what it was made over
+    /// Use the COW file even though the image's size or modification time is not what it was made over, or it does not say
     #[arg(long)]
     any_origin: bool,
     /// How long to wait for whoever has a lock on the image or the COW file, such as 15s or 200ms; a second if not given

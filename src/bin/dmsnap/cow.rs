@@ -135,14 +135,21 @@ fn diff(cow: &Path, json: bool) -> Result<(), Failure> {
 
 fn sizes(size: &Size) -> Result<(), Failure> {
     let (store, chunk) = (Store::from(size.store), size.chunk_sectors);
-    let given = size.origin.to_str().and_then(|text| bytes(text).ok());
-    let origin = match given {
-        Some(bytes) => bytes,
-        None => length(&size.origin).map_err(|source| Failure::Input {
-            from: size.origin.display().to_string(),
-            source,
-        })?,
-    };
+    let given = bytes(&size.origin.to_string_lossy());
+    let origin = given.or_else(|no_size| {
+        length(&size.origin).map_err(|source| {
+            let source = match source.kind() {
+                std::io::ErrorKind::NotFound => {
+                    std::io::Error::other(format!("{source}, and no size: {no_size}"))
+                }
+                _ => source,
+            };
+            Failure::Input {
+                from: size.origin.display().to_string(),
+                source,
+            }
+        })
+    })?;
     let origin = Sectors::from_bytes_floor(origin);
     let worst_case_bytes =
         dmsnap::store::worst_case_bytes(origin, store, chunk).ok_or(Failure::TooLarge)?;

@@ -16,9 +16,9 @@ pub(crate) struct Export {
     /// The origin image of a COW file that is not in use
     #[arg(long, value_name = "IMAGE", requires = "cow")]
     origin: Option<PathBuf>,
-    /// A COW file that is not in use
+    /// A COW file that is not in use; given several times, in any order: those of a stack, from the layers to the disk
     #[arg(long, value_name = "COW", requires = "origin")]
-    cow: Option<PathBuf>,
+    cow: Vec<PathBuf>,
     /// Replace the output if it is a file
     #[arg(long)]
     replace: bool,
@@ -57,9 +57,10 @@ pub(crate) fn run(export: &Export) -> Result<(), Failure> {
     if let Some(deadline) = export.deadline {
         options.deadline(deadline);
     }
-    let done = match (&export.origin, &export.cow, &export.name) {
-        (Some(origin), Some(cow), _) => {
-            options.export_with(origin, cow, &export.output, &mut progress)
+    let done = match (&export.origin, &export.cow[..], &export.name) {
+        (Some(origin), [cow], _) => options.export_with(origin, cow, &export.output, &mut progress),
+        (Some(origin), cows, _) => {
+            options.export_stack_with(origin, cows, &export.output, &mut progress)
         }
         (_, _, name) => {
             let name = name.as_deref().unwrap_or_default();

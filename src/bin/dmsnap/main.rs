@@ -7,9 +7,12 @@ mod amounts;
 mod args;
 mod cow;
 mod export;
+mod flatten;
 mod interrupt;
 mod merge;
 mod output;
+mod tree;
+
 mod watch;
 
 use std::fs;
@@ -23,7 +26,7 @@ use args::{Args, Command, Reap};
 use clap::Parser;
 use dmsnap::error::Refusal;
 use dmsnap::find::SnapshotInfo;
-use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer};
+use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer, StackOptions};
 use dmsnap::teardown::{Outcome, Repaired};
 use dmsnap::timings::Timings;
 use dmsnap::{DeviceId, Error, Handles, Origin, ReapOptions, Teardown, WhenBusy};
@@ -112,13 +115,15 @@ fn run(command: Command) -> Result<(), Failure> {
             let layer = options.checkpoint(name, layer, &checkpoint.cow)?;
             print_json(layer.handles())
         }
-        Command::Layer { origin, cow, name } => {
-            let below = match layer(&origin)? {
+        Command::Layer(args) => {
+            let below = match layer(&args.origin)? {
                 Some(layer) => layer.origin().clone(),
-                None => Origin::open(&origin)?,
+                None => Origin::open(&args.origin)?,
             };
-            let mut options = CheckpointOptions::new();
-            let layer = options.keep(true).attach_layer(&below, &cow, &name)?;
+            let mut options = StackOptions::new();
+            options.keep(true).any_depth(args.any_depth);
+            options.deadline(args.deadline);
+            let layer = options.open(&below, &args.cows, &args.name)?;
             print_json(layer.handles())
         }
         Command::Rollback(rollback) => {
@@ -148,6 +153,7 @@ fn run(command: Command) -> Result<(), Failure> {
             print(outcome_text(outcome))
         }
         Command::List { json } => list(json),
+        Command::Tree { json, name } => tree::tree(name.as_deref(), json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
         Command::Repair { json, names } => repair(&names, json),
@@ -163,6 +169,7 @@ fn run(command: Command) -> Result<(), Failure> {
         }
         Command::Cow(command) => cow::run(command),
         Command::Export(command) => export::run(&command),
+        Command::Flatten(command) => flatten::run(&command),
         Command::Recover {
             reserve,
             deadline,

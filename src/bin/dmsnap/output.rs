@@ -16,32 +16,6 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
     let mut rows =
         vec![["NAME", "DEVICE", "STATE", "OPEN", "USED", "ORIGIN", "COW"].map(str::to_owned)];
     for info in snapshots {
-        let used = match &info.status {
-            Some(SnapshotStatus::Usage(usage)) => format!("{}/{}", usage.allocated, usage.total),
-            Some(SnapshotStatus::Invalid) => "invalid".to_owned(),
-            Some(SnapshotStatus::Overflow) => "overflow".to_owned(),
-            Some(SnapshotStatus::MergeFailed) => "merge-failed".to_owned(),
-            Some(other) => other.to_string(),
-            None => "-".to_owned(),
-        };
-        let state = match info.state {
-            State::NoTable => "no table",
-            State::Loaded => "loaded",
-            State::Live => "live",
-            State::Suspended => "suspended",
-            _ => "unknown",
-        };
-        let merging = if info.merging { ", merging" } else { "" };
-        let due = if info.deferred_remove {
-            ", removal due"
-        } else {
-            ""
-        };
-        let interrupted = if info.interrupted {
-            ", interrupted"
-        } else {
-            ""
-        };
         let path = |facts: &Option<LoopFacts>| match facts
             .as_ref()
             .and_then(|facts| facts.path.as_ref())
@@ -52,14 +26,44 @@ pub(crate) fn table(snapshots: &[&SnapshotInfo]) -> String {
         rows.push([
             info.name.clone(),
             info.device.display().to_string(),
-            format!("{state}{interrupted}{merging}{due}"),
+            state(info),
             info.open_count.to_string(),
-            used,
+            used(info),
             path(&info.origin),
             path(&info.cow),
         ]);
     }
     aligned(&rows)
+}
+
+/// How far it got, and what is special about it.
+pub(crate) fn state(info: &SnapshotInfo) -> String {
+    let state = match info.state {
+        State::NoTable => "no table",
+        State::Loaded => "loaded",
+        State::Live => "live",
+        State::Suspended => "suspended",
+        _ => "unknown",
+    };
+    let also = [
+        (info.interrupted, ", interrupted"),
+        (info.merging, ", merging"),
+        (info.deferred_remove, ", removal due"),
+    ];
+    let also = also.iter().filter(|(is, _)| *is).map(|(_, word)| *word);
+    format!("{state}{}", also.collect::<String>())
+}
+
+/// Sectors in use of those there are, or what the kernel says instead.
+pub(crate) fn used(info: &SnapshotInfo) -> String {
+    match &info.status {
+        Some(SnapshotStatus::Usage(usage)) => format!("{}/{}", usage.allocated, usage.total),
+        Some(SnapshotStatus::Invalid) => "invalid".to_owned(),
+        Some(SnapshotStatus::Overflow) => "overflow".to_owned(),
+        Some(SnapshotStatus::MergeFailed) => "merge-failed".to_owned(),
+        Some(other) => other.to_string(),
+        None => "-".to_owned(),
+    }
 }
 
 fn aligned<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {

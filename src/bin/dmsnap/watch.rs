@@ -1,8 +1,12 @@
 //! `dmsnap watch`: grows COW files that fill up, and says what it sees.
 
+use std::collections::HashMap;
 use std::fmt::{self, Display};
+use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::thread;
 
 use dmsnap::DeviceId;
 use dmsnap::base::DeviceUuid;
@@ -27,67 +31,122 @@ pub(crate) fn watch(options: &Watch) -> Result<(), Failure> {
             GrowOptions::new().probe(name)?;
         }
     }
+    let mut growth = Growth::new().map_err(Failure::Signals)?;
     // A log that cannot be written is no reason to let a disk run full.
     let mut unlogged = None;
+    let mut note = |told: Result<(), Failure>| {
+        if let (Err(failure), None) = (told, &unlogged) {
+            output::note(chain(&failure));
+            unlogged = Some(failure);
+        }
+    };
     loop {
         let events = watch.check()?;
-        // All of them grown first, and told of then: whoever reads may be slow.
-        let grown: Vec<_> = events.iter().map(|event| grow(options, event)).collect();
-        for (event, grown) in events.iter().zip(&grown) {
-            let told = tell(options, event, seen(event));
-            let grown = grown.as_ref();
-            let told = told.and_then(|()| grown.map_or(Ok(()), |line| tell(options, line, line)));
-            if let (Err(failure), None) = (told, &unlogged) {
-                output::note(chain(&failure));
-                unlogged = Some(failure);
-            }
+        // All of them begun to be grown first, and told of then: whoever reads may be slow.
+        events.iter().for_each(|event| growth.begin(options, event));
+        for event in &events {
+            note(tell(options, event, seen(event)));
         }
-        if watch.is_empty() || wait(&watch, &signals)? {
+        let is_last = watch.is_empty();
+        while let Some(grown) = growth.next(options, is_last) {
+            note(tell(options, &grown, &grown));
+        }
+        if is_last || wait(&watch, &signals, &growth.ended)? {
             return unlogged.map_or(Ok(()), |_| Err(Failure::Unlogged));
         }
     }
 }
 
-/// Waits until there is something to check; says whether a signal came.
-fn wait(watch: &dmsnap::watch::Watch, signals: &UnixStream) -> Result<bool, Failure> {
+/// The COW files that are being grown, by a thread each: one on a file system that hangs, or is frozen, holds up no other.
+struct Growth {
+    /// By their snapshots' uuids; with the last that was told of one meanwhile.
+    begun: HashMap<String, Option<(WatchEvent, Usage)>>,
+    sender: Sender<Grown>,
+    receiver: Receiver<Grown>,
+    /// Readable when one has ended.
+    ended: UnixStream,
+    end: UnixStream,
+}
+
+impl Growth {
+    fn new() -> io::Result<Self> {
+        let (sender, receiver) = mpsc::channel();
+        let (ended, end) = UnixStream::pair()?;
+        ended.set_nonblocking(true)?;
+        end.set_nonblocking(true)?;
+        Ok(Self {
+            begun: HashMap::new(),
+            sender,
+            receiver,
+            ended,
+            end,
+        })
+    }
+
+    /// Has one grown that is above the threshold; once more, if it is being grown and that is not enough.
+    fn begin(&mut self, options: &Watch, event: &WatchEvent) {
+        let (Change::Above(usage), Some(by)) = (&event.change, options.grow_by) else {
+            return;
+        };
+        if let Some(meanwhile) = self.begun.get_mut(event.uuid.as_str()) {
+            *meanwhile = Some((event.clone(), *usage));
+            return;
+        }
+        let most = options.max.unwrap_or(u64::MAX);
+        let (sender, mut grown) = (self.sender.clone(), Grown::at_max(event, *usage));
+        if usage.total.to_bytes().unwrap_or(u64::MAX) >= most {
+            let _ = sender.send(grown);
+            return;
+        }
+        let wanted = wanted(*usage, options.at, by).min(most);
+        let (reserve, end) = (options.reserve, self.end.try_clone());
+        self.begun.insert(event.uuid.to_string(), None);
+        thread::spawn(move || {
+            grown.grow(wanted, reserve);
+            let _ = sender.send(grown);
+            // One that is full is readable.
+            let _ = end.map(|mut end| end.write(&[0]));
+        });
+    }
+
+    /// One that has ended; to the last of them if that is `waited` for.
+    fn next(&mut self, options: &Watch, waited: bool) -> Option<Grown> {
+        let mut read = [0; 64];
+        while matches!(self.ended.read(&mut read), Ok(1..)) {}
+        let grown = if waited && !self.begun.is_empty() {
+            self.receiver.recv().ok()
+        } else {
+            self.receiver.try_recv().ok()
+        };
+        let grown = grown?;
+        let meanwhile = self.begun.remove(grown.uuid.as_str()).flatten();
+        // What was told of it before it was longer is no news.
+        let still = |told: &Usage| grown.usage.is_none_or(|usage| told.total >= usage.total);
+        if let Some((event, _)) = meanwhile.filter(|(_, told)| !waited && still(told)) {
+            self.begin(options, &event);
+        }
+        Some(grown)
+    }
+}
+
+/// Waits until there is something to check, or to tell; says whether a signal came.
+fn wait(
+    watch: &dmsnap::watch::Watch,
+    signals: &UnixStream,
+    grown: &UnixStream,
+) -> Result<bool, Failure> {
     let readable = |fd| PollFd::new(fd, PollFlags::POLLIN);
-    let mut fds = [readable(watch.as_fd()), readable(signals.as_fd())];
+    let mut fds = [
+        readable(watch.as_fd()),
+        readable(signals.as_fd()),
+        readable(grown.as_fd()),
+    ];
     let millis = watch.pause().as_micros().div_ceil(1000);
     let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
     match poll(&mut fds, timeout) {
         Ok(_) | Err(Errno::EINTR) => Ok(fds[1].any().unwrap_or(false)),
         Err(errno) => Err(Failure::Wait(errno.into())),
     }
-}
-
-/// Makes the COW file of one that is above the threshold longer, if that was asked for.
-fn grow<'a>(options: &Watch, event: &'a WatchEvent) -> Option<Grown<'a>> {
-    let (Change::Above(usage), Some(by)) = (&event.change, options.grow_by) else {
-        return None;
-    };
-    let total = usage.total.to_bytes().unwrap_or(u64::MAX);
-    let most = options.max.unwrap_or(u64::MAX);
-    let mut grown = Grown {
-        name: &event.name,
-        uuid: &event.uuid,
-        event: "at-max",
-        usage: Some(*usage),
-        error: None,
-        status: None,
-    };
-    if total >= most {
-        return Some(grown);
-    }
-    let wanted = wanted(*usage, options.at, by).min(most);
-    let mut how = GrowOptions::new();
-    how.reserve(options.reserve);
-    (grown.event, grown.usage) = ("grow-failed", None);
-    match how.grow(DeviceId::Name(event.name.clone()), wanted) {
-        Ok(SnapshotStatus::Usage(usage)) => (grown.event, grown.usage) = ("grown", Some(usage)),
-        Ok(other) => grown.status = Some(other),
-        Err(error) => grown.error = Some(error),
-    }
-    Some(grown)
 }
 
 /// The size that is below the threshold again, in steps of `by` bytes.
@@ -110,9 +169,9 @@ fn tell(options: &Watch, json: &impl serde::Serialize, text: impl Display) -> Re
 
 /// What became of growing one: an event of the command's own, beside those of the library.
 #[derive(Clone, Debug, serde::Serialize)]
-struct Grown<'a> {
-    name: &'a str,
-    uuid: &'a DeviceUuid,
+struct Grown {
+    name: String,
+    uuid: DeviceUuid,
     /// `grown`, `at-max` or `grow-failed`.
     event: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -123,7 +182,32 @@ struct Grown<'a> {
     status: Option<SnapshotStatus>,
 }
 
-impl Display for Grown<'_> {
+impl Grown {
+    fn at_max(event: &WatchEvent, usage: Usage) -> Self {
+        Self {
+            name: event.name.clone(),
+            uuid: event.uuid.clone(),
+            event: "at-max",
+            usage: Some(usage),
+            error: None,
+            status: None,
+        }
+    }
+
+    /// Makes the COW file of one that is above the threshold longer.
+    fn grow(&mut self, wanted: u64, reserve: bool) {
+        let mut how = GrowOptions::new();
+        how.reserve(reserve);
+        (self.event, self.usage) = ("grow-failed", None);
+        match how.grow(DeviceId::Name(self.name.clone()), wanted) {
+            Ok(SnapshotStatus::Usage(usage)) => (self.event, self.usage) = ("grown", Some(usage)),
+            Ok(other) => self.status = Some(other),
+            Err(error) => self.error = Some(error),
+        }
+    }
+}
+
+impl Display for Grown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: {}", self.name, self.event)?;
         if let Some(usage) = &self.usage {

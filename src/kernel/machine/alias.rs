@@ -1,7 +1,7 @@
-//! `/dev/mapper/<name>`, the alias that people and tools look for.
+//! Makes and removes `/dev/mapper/<name>`, the alias that people and tools look for.
 //!
-//! A symlink to `/dev/dm-N`, in a spelling by which ours are known. Where /dev is no devtmpfs and has no `/dev/dm-N`,
-//! it is a block device node instead.
+//! It is a symlink to `/dev/dm-N`, in a spelling that only dmsnap uses. Where /dev is no devtmpfs and has no
+//! `/dev/dm-N`, it is a block device node instead.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, symlink};
@@ -14,18 +14,18 @@ use super::nodes;
 use crate::base::DeviceNumber;
 use crate::error::{Step, Verdict, errno_of, policy};
 
-/// What an alias of ours begins with. Nobody else spells the way to a dm device so.
+/// What the target of dmsnap's aliases begins with. No other program spells the path to a dm device so.
 const SPELLING: &str = "/dev/mapper/../dm-";
 
-/// The device's node, where /dev has it. It has it for as long as the device is there.
+/// Returns the device's node if /dev has it, as a devtmpfs does for as long as the device is there.
 pub(crate) fn find_node(number: DeviceNumber) -> Option<PathBuf> {
     Some(number.dm_node()).filter(|node| leads_to(node, number))
 }
 
-/// Makes the alias, of the device whose node is `node`; replaces a stale one.
+/// Makes the alias of the device `number`, whose node is `node`, and replaces a stale one.
 ///
-/// Whatever stands at `path` is stale: the kernel has just given the name to our device alone. Only links and
-/// block device nodes are replaced all the same.
+/// Whatever is at `path` is stale, as the kernel has just given the name to this device alone. Still, only links and
+/// block device nodes are replaced.
 pub(crate) fn make(path: &Path, number: DeviceNumber, node: Option<&Path>) -> Result<(), Errno> {
     let place = || match node {
         Some(_) => {
@@ -56,7 +56,7 @@ fn remove_stale(path: &Path, taken: Errno) -> Result<(), Errno> {
     unlink(path).map(drop)
 }
 
-/// Removes the alias if it leads to the device `number`; says whether it did.
+/// Removes the alias if it leads to the device `number`; returns true if it did.
 pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
     let ours = match fs::read_link(path) {
         Ok(target) => target.file_name() == number.dm_node().file_name(),
@@ -71,7 +71,7 @@ pub(crate) fn remove(path: &Path, number: DeviceNumber) -> Result<bool, Errno> {
     if ours { unlink(path) } else { Ok(false) }
 }
 
-/// Says whether there was something to unlink.
+/// Unlinks a path; returns false if there was nothing.
 fn unlink(path: &Path) -> Result<bool, Errno> {
     match nix::unistd::unlink(path) {
         Err(errno) if policy::verdict(Step::Unlink, errno) == Verdict::Gone => Ok(false),
@@ -79,7 +79,7 @@ fn unlink(path: &Path) -> Result<bool, Errno> {
     }
 }
 
-/// Whether it is a link in our spelling, wherever that leads by now.
+/// True if the path is a link in dmsnap's spelling, whether or not its device is still there.
 pub(crate) fn is_ours(path: &Path) -> bool {
     fs::read_link(path).is_ok_and(|target| target.to_string_lossy().starts_with(SPELLING))
 }

@@ -1,4 +1,4 @@
-//! Time, waiting and chance.
+//! The machine's clock, waits and random numbers.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};

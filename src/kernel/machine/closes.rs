@@ -1,4 +1,4 @@
-//! Being told that somebody has closed a device.
+//! Watches for closes of device nodes (inotify).
 
 use std::os::fd::AsFd;
 use std::path::PathBuf;
@@ -8,11 +8,11 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
 
-/// Every close of some nodes, whoever had them open.
+/// Watches some nodes for closes, by whatever process.
 ///
 /// The event comes shortly before the device's own release (`fs/file_table.c`, `__fput`: `fsnotify_close` comes first).
-/// It is the inode that is watched: another node of the same device number is not seen. A watch does not have the
-/// device open.
+/// The watch is on the inode: closes of another node with the same device number are not seen. A watch does not keep
+/// the device open.
 #[derive(Debug)]
 pub(crate) struct Closes(Inotify);
 
@@ -21,7 +21,7 @@ impl Closes {
         let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)?;
         let mut watched = Err(Errno::ENOENT);
         for node in nodes {
-            // One that is gone is no reason not to watch the others.
+            // If one node is gone, the others are still watched.
             watched = match inotify.add_watch(node, AddWatchFlags::IN_CLOSE) {
                 Ok(_) => Ok(()),
                 Err(errno) => watched.map_err(|_| errno),
@@ -30,12 +30,12 @@ impl Closes {
         watched.map(|()| Self(inotify))
     }
 
-    /// Waits for a close, or for `pause`, rounded up to a millisecond. Says whether there was one.
+    /// Waits for a close, at most for `pause` (rounded up to a millisecond); returns true if there was one.
     pub(crate) fn wait(&self, pause: Duration) -> bool {
         let ms = i32::try_from(pause.as_micros().div_ceil(1000)).unwrap_or(i32::MAX);
         let timeout = PollTimeout::try_from(ms).unwrap_or(PollTimeout::MAX);
         let mut polled = [PollFd::new(self.0.as_fd(), PollFlags::POLLIN)];
-        // A signal ends the pause early, and the device is looked at: no harm.
+        // A signal ends the pause early. That does no harm: the device is looked at once more.
         let seen = poll(&mut polled, timeout).is_ok_and(|ready| ready > 0);
         while self.0.read_events().is_ok() {}
         seen

@@ -1,4 +1,4 @@
-//! dm devices of the machine, their nodes and their aliases.
+//! The machine's dm devices, with their nodes and aliases.
 
 use std::fs::OpenOptions;
 use std::io::{self, Write};

@@ -1,4 +1,4 @@
-//! Files of the machine.
+//! The machine's files.
 
 use std::fs;
 use std::ops::Range;
@@ -42,7 +42,7 @@ impl Files for Machine {
         open(path, flags, Mode::empty())
     }
 
-    /// Without `O_EXCL`: a block device is claimed by the loop device over it.
+    /// Opens it without `O_EXCL`, as the loop device over it has claimed a block device already.
     fn open_backing(&self, path: &Path, writable: bool) -> Result<OwnedFd, Errno> {
         let access = if writable {
             OFlag::O_RDWR
@@ -58,12 +58,12 @@ impl Files for Machine {
         open(path, flags, Mode::S_IRUSR | Mode::S_IWUSR)
     }
 
-    /// A file without a name, gone with its last user.
+    /// Makes a file without a name (`memfd_create`), which goes with its last user.
     fn make_memory_file(&self) -> Result<OwnedFd, Errno> {
         nix::sys::memfd::memfd_create(c"dmsnap", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)
     }
 
-    /// Without /proc there would be no way to a name.
+    /// Fails where /proc is missing: the file could be given no name later.
     fn make_nameless(&self, directory: &Path) -> Result<OwnedFd, Errno> {
         let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
         let file = open(directory, flags, Mode::S_IRUSR | Mode::S_IWUSR)?;
@@ -96,8 +96,8 @@ impl Files for Machine {
         }
     }
 
-    /// `fallocate` of the last byte alone, or of all: unlike `ftruncate` it never makes a file shorter that somebody
-    /// else has just made longer still, and it leaves what is there as it is.
+    /// Allocates the last byte alone, or all bytes (`fallocate`). Unlike `ftruncate` this never makes a file shorter
+    /// that somebody else has just made longer, and it leaves what is there as it is.
     fn lengthen_file(&self, file: &OwnedFd, bytes: u64, reserve: bool) -> Result<(), Errno> {
         let length = length_within_limit(bytes)?;
         let from = if reserve { 0 } else { (length - 1).max(0) };
@@ -110,7 +110,7 @@ impl Files for Machine {
             FileKind::BlockDevice(_) => {
                 let size_bytes = sys::block_size_bytes(file.as_fd())?;
                 let read_only = sys::block_is_read_only(file.as_fd())?;
-                // Writing through the node changes its time, whoever writes and whatever.
+                // Any write through a node changes the node's time, which thus says nothing about the content.
                 Ok(FileFacts {
                     size_bytes,
                     read_only,
@@ -197,7 +197,7 @@ impl Files for Machine {
         nix::unistd::fsync(file)
     }
 
-    /// `None` is now. The access time stays.
+    /// Sets the modification time; `None` means now. The access time stays.
     fn date_file(&self, file: &OwnedFd, mtime_ns: Option<i64>) -> Result<(), Errno> {
         let time = mtime_ns.map_or(TimeSpec::UTIME_NOW, |ns| {
             TimeSpec::new(ns.div_euclid(1_000_000_000), ns.rem_euclid(1_000_000_000))
@@ -215,8 +215,8 @@ impl Files for Machine {
     }
 }
 
-/// The length of a file that is made or lengthened. Over the process's limit (RLIMIT_FSIZE) the kernel would not only
-/// refuse but send SIGXFSZ, of which the process dies.
+/// Checks the length of a file that is made or lengthened against the process's limit (RLIMIT_FSIZE): above it the
+/// kernel not only refuses but sends SIGXFSZ, which ends the process.
 fn length_within_limit(bytes: u64) -> Result<libc::off_t, Errno> {
     let (soft, _) = getrlimit(Resource::RLIMIT_FSIZE)?;
     if bytes > soft {
@@ -225,7 +225,7 @@ fn length_within_limit(bytes: u64) -> Result<libc::off_t, Errno> {
     libc::off_t::try_from(bytes).map_err(|_| Errno::EFBIG)
 }
 
-/// The one way to a nameless file that takes no capability (open(2), `O_TMPFILE`).
+/// Returns the path below /proc by which a nameless file can be linked without a capability (open(2), `O_TMPFILE`).
 fn magic_link(file: &OwnedFd) -> PathBuf {
     PathBuf::from(format!("/proc/self/fd/{}", file.as_raw_fd()))
 }

@@ -1,4 +1,4 @@
-//! Who holds a block device, as far as /proc and /sys show it. For messages: nothing is decided by it.
+//! Finds who holds a block device, as far as /proc and /sys show it. It is for messages: nothing is decided by it.
 
 use std::ffi::CString;
 use std::fs::{self, DirEntry};
@@ -7,10 +7,10 @@ use std::path::Path;
 use crate::base::DeviceNumber;
 use crate::kernel::sys;
 
-/// How many holders a message names; one is enough to go on with, and a message is one line.
+/// How many holders a message names at most, as a message is one line.
 const NAMED: usize = 4;
 
-/// Each holder in words, such as `mounted at /mnt` or `firecracker (pid 812)`.
+/// Returns each holder in words, such as `mounted at /mnt` or `firecracker (pid 812)`.
 pub(crate) fn holders(number: DeviceNumber) -> Vec<String> {
     let mut found: Vec<_> = stacked(number)
         .iter()
@@ -23,7 +23,7 @@ pub(crate) fn holders(number: DeviceNumber) -> Vec<String> {
     found
 }
 
-/// The dm devices and other block devices that stand on this one.
+/// Returns the dm devices and other block devices that use this one.
 pub(crate) fn stacked_on(number: DeviceNumber) -> Vec<DeviceNumber> {
     let of = |entry: &DirEntry| fs::read_to_string(entry.path().join("dev")).ok();
     stacked(number)
@@ -37,7 +37,8 @@ fn stacked(number: DeviceNumber) -> Vec<DirEntry> {
     devices.into_iter().flatten().flatten().collect()
 }
 
-/// The mounts of this mount namespace, or of the first other one that has any. `/proc/<pid>/mountinfo`: the third word is the device, the fifth the mount point with its blanks escaped.
+/// Returns the mounts of the device in this mount namespace, or in the first other one that has any. In
+/// `/proc/<pid>/mountinfo` the third word is the device, and the fifth the mount point with its blanks escaped.
 fn mounts(number: DeviceNumber) -> Vec<String> {
     let here = mounts_of("self", number);
     if !here.is_empty() {

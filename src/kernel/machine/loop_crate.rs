@@ -1,5 +1,5 @@
-//! The nodes of loop devices by `loopdev`, whose only importer this is but for the borrowing of its descriptors in
-//! `sys.rs`: it opens the nodes and detaches. Without the feature of its name `loop_plain.rs` stands here.
+//! Opens loop devices' nodes and detaches them through the crate `loopdev`. No other file imports it, but for `sys.rs`,
+//! which borrows its descriptors. Without the feature `loopdev`, `loop_plain.rs` takes the place of this file.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
@@ -9,7 +9,7 @@ use nix::errno::Errno;
 use crate::error::errno_of;
 use crate::kernel::sys;
 
-/// `/dev/loop-control`, open.
+/// The open node `/dev/loop-control`.
 #[derive(Debug)]
 pub(crate) struct Control(loopdev::LoopControl);
 
@@ -26,7 +26,7 @@ impl AsFd for Control {
     }
 }
 
-/// `/dev/loopN`, open for reading and writing.
+/// A node `/dev/loopN`, open for reading and writing.
 #[derive(Debug)]
 pub(crate) struct Node(loopdev::LoopDevice);
 

@@ -1,4 +1,4 @@
-//! Loop devices: the control node, attaching, inspecting, detaching.
+//! Attaches, inspects and detaches loop devices.
 //!
 //! With the feature `loopdev` that crate opens the nodes and detaches. It has no `LOOP_CONFIGURE`,
 //! `LOOP_GET_STATUS64` or control fd without an open in the same call; those go through `sys.rs` on its fds. So does
@@ -20,7 +20,7 @@ use crate::error::errno_of;
 use crate::kernel::seam::{Label, LoopStatus};
 use crate::kernel::sys;
 
-/// The node of the loop device of that number; ENOTBLK for a device that is no loop device.
+/// Returns the node of the loop device with that device number; ENOTBLK for a device that is no loop device.
 pub(crate) fn node_of(number: DeviceNumber) -> Result<PathBuf, Errno> {
     let sysfs = PathBuf::from(format!("/sys/dev/block/{number}"));
     let leads_to = fs::read_link(&sysfs).map_err(|error| errno_of(&error))?;
@@ -29,8 +29,8 @@ pub(crate) fn node_of(number: DeviceNumber) -> Result<PathBuf, Errno> {
     Ok(Path::new("/dev").join(name.ok_or(Errno::ENOTBLK)?))
 }
 
-/// The path of the file behind it, as sysfs prints it: raw bytes and a newline, with ` (deleted)` behind the path once
-/// the file is unlinked.
+/// Returns the path of the file behind the loop device, as sysfs has it (`loop/backing_file`): with ` (deleted)` at its
+/// end if the file has been unlinked.
 pub(crate) fn backing_path(number: DeviceNumber) -> Result<PathBuf, Errno> {
     let read = fs::read(format!("/sys/dev/block/{number}/loop/backing_file"));
     let mut bytes = read.map_err(|error| errno_of(&error))?;
@@ -40,7 +40,7 @@ pub(crate) fn backing_path(number: DeviceNumber) -> Result<PathBuf, Errno> {
     Ok(PathBuf::from(OsString::from_vec(bytes)))
 }
 
-/// The numbers of the loop devices that are bound read-only, from sysfs alone: none of them is opened for it.
+/// Returns the numbers of the loop devices that are attached read-only, from sysfs alone, without opening any.
 pub(crate) fn read_only() -> Vec<u32> {
     let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
     let number = |entry: fs::DirEntry| {
@@ -53,7 +53,7 @@ pub(crate) fn read_only() -> Vec<u32> {
     entries.filter_map(number).collect()
 }
 
-/// `/dev/loop-control`, open.
+/// The open node `/dev/loop-control`.
 #[derive(Debug)]
 pub(crate) struct LoopControl(Control);
 
@@ -62,28 +62,28 @@ impl LoopControl {
         Control::open().map(Self)
     }
 
-    /// The number of a device that was free a moment ago.
+    /// Returns the number of a device that was free a moment ago (`LOOP_CTL_GET_FREE`).
     pub(crate) fn find_free(&self) -> Result<u32, Errno> {
         sys::loop_find_free(self.0.as_fd())
     }
 
-    /// Makes the device of that number.
+    /// Makes the device of that number (`LOOP_CTL_ADD`).
     pub(crate) fn add(&self, number: u32) -> Result<(), Errno> {
         sys::loop_add(self.0.as_fd(), number)
     }
 }
 
-/// A loop device's node, open. Closing it clears the device if it was attached with autoclear and nobody else
-/// holds it.
+/// An open node of a loop device. Closing it detaches the device if that has autoclear and nobody else has it open.
 #[derive(Debug)]
 pub(crate) enum LoopDevice {
-    /// Open for reading and writing, as an attached COW device must be.
+    /// The node is open for reading and writing, as it must be to attach a COW file.
     Writable(Node),
-    /// Open for reading: makes a device attached through it read-only, and its close wakes no udev watch.
+    /// The node is open for reading: a device that is attached through it is read-only, and its close does not wake
+    /// udev's watch.
     ReadOnly(OwnedFd),
 }
 
-/// Of the whole node, which has no other locks of this kind.
+/// Describes a lock of the whole node, on which there are no other locks of this kind.
 #[expect(
     clippy::cast_possible_truncation,
     reason = "the C library's own constants for these fields"
@@ -101,7 +101,7 @@ impl LoopDevice {
         if writable {
             Node::open(path).map(Self::Writable)
         } else {
-            // `O_NONBLOCK` keeps a FIFO that stands there from blocking the open.
+            // `O_NONBLOCK` keeps the open from blocking if the path is a FIFO's.
             let flags = OFlag::O_RDONLY | OFlag::O_CLOEXEC | OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
             open(path, flags, Mode::empty()).map(Self::ReadOnly)
         }
@@ -114,7 +114,7 @@ impl LoopDevice {
         }
     }
 
-    /// Binds `backing` with `LO_FLAGS_*`, in one step.
+    /// Attaches `backing` with `LO_FLAGS_*` flags in one call (`LOOP_CONFIGURE`).
     pub(crate) fn attach(
         &self,
         backing: BorrowedFd<'_>,
@@ -131,18 +131,18 @@ impl LoopDevice {
         )
     }
 
-    /// Takes a `flock` on the node, as udev does before it probes one. Closing the node frees it.
+    /// Locks the node (`flock`), as udev does before it probes one. Closing the node frees the lock.
     pub(crate) fn lock(&self, exclusive: bool) -> Result<(), Errno> {
         sys::lock(self.fd(), exclusive)
     }
 
-    /// Takes a lock of another kind on the node (`F_OFD_SETLK`), which no probe takes and no `flock` is in the way of.
+    /// Marks the node with a lock of another kind (`F_OFD_SETLK`), which no probe takes and no `flock` conflicts with.
     /// Closing the node frees it.
     pub(crate) fn mark(&self) -> Result<(), Errno> {
         fcntl(self.fd(), FcntlArg::F_OFD_SETLK(&MARK)).map(drop)
     }
 
-    /// Whether somebody else has marked it.
+    /// True if another open file has marked the node.
     pub(crate) fn is_marked(&self) -> Result<bool, Errno> {
         let mut mark = MARK;
         fcntl(self.fd(), FcntlArg::F_OFD_GETLK(&mut mark))?;
@@ -156,7 +156,7 @@ impl LoopDevice {
         }
     }
 
-    /// Takes over the backing file's size as it is now.
+    /// Sets the device's size to the backing file's present one (`LOOP_SET_CAPACITY`).
     pub(crate) fn resize(&self) -> Result<(), Errno> {
         sys::loop_set_capacity(self.fd())
     }
@@ -180,7 +180,8 @@ impl LoopDevice {
         })
     }
 
-    /// The number of this binding (Linux 5.15 and later).
+    /// Returns the device's `diskseq`, which is new each time a file is attached (`BLKGETDISKSEQ`, Linux 5.15 and
+    /// later).
     pub(crate) fn diskseq(&self) -> Result<u64, Errno> {
         sys::block_diskseq(self.fd())
     }

@@ -1,4 +1,4 @@
-//! The nodes of loop devices without the crate `loopdev`: what `loop_crate.rs` does, by the same calls.
+//! Opens loop devices' nodes and detaches them without the crate `loopdev`, by the same calls as `loop_crate.rs`.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -15,7 +15,7 @@ fn open(path: &Path) -> Result<File, Errno> {
     opened.map_err(|error| errno_of(&error))
 }
 
-/// `/dev/loop-control`, open.
+/// The open node `/dev/loop-control`.
 #[derive(Debug)]
 pub(crate) struct Control(File);
 
@@ -31,7 +31,7 @@ impl AsFd for Control {
     }
 }
 
-/// `/dev/loopN`, open for reading and writing.
+/// A node `/dev/loopN`, open for reading and writing.
 #[derive(Debug)]
 pub(crate) struct Node(File);
 

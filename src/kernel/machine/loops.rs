@@ -1,4 +1,4 @@
-//! Loop devices of the machine.
+//! The machine's loop devices.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -102,7 +102,7 @@ impl Loops for Machine {
         number.map(holders::stacked_on).unwrap_or_default()
     }
 
-    /// Whether sysfs names a backing file for the loop device: it does until the device has let go of it.
+    /// True if sysfs names a backing file for the loop device: it does until the kernel is done with detaching.
     fn shows_backing(&self, path: &Path) -> bool {
         let name = path.file_name().unwrap_or_default();
         let attributes = Path::new("/sys/block").join(name).join("loop");

@@ -1,7 +1,6 @@
-//! dm devices: create, load, clear, resume, suspend, remove, query, status, list, rename, and giving a uuid to one that
-//! has none.
+//! The dm ioctls: create, load, clear, resume, suspend, remove, query, status, list, rename, and setting a uuid.
 //!
-//! Which verb goes which way, on the same fd, with the feature `devicemapper` (without it all go through `sys.rs`):
+//! With the feature `devicemapper` some go through that crate, on the same fd; without it all go through `sys.rs`:
 //!
 //! | verb | through | why |
 //! | --- | --- | --- |
@@ -31,9 +30,9 @@ use crate::error::policy;
 use crate::kernel::seam::{DevId, Device, MAPPER_CONTROL, TargetVersion};
 use crate::kernel::sys;
 
-/// What resume and remove put into their uevents as `DM_COOKIE`, read by the udev rules of dm: make no link below
-/// /dev/mapper (1), run no subsystem (2), disk (4) or other (8) rules, no libdm fallback (0x20), and this event is
-/// the genuine one (0x40). Its low half, a semaphore's id, is 0: nobody waits, and nobody is told.
+/// The cookie that resume and remove put into their uevents as `DM_COOKIE`. Its flags are read by the udev rules of dm:
+/// make no link below /dev/mapper (1), run no subsystem (2), disk (4) or other (8) rules, no libdm fallback (0x20), and
+/// this event is the primary one (0x40). Its low half, a semaphore's id, is 0: nobody waits for udev.
 ///
 /// With it udev never opens a guest's disk (no blkid, no watch) and never owns `/dev/mapper/<name>`: a udevd that
 /// lags behind cannot take away the link of a new device because an old one of that name is gone.
@@ -51,10 +50,10 @@ pub(crate) const TABLE_STATUS: u8 = 12;
 const ARM_POLL: u8 = 16;
 const GET_TARGET_VERSION: u8 = 17;
 
-/// From this minor version of the dm interface on, the list of devices has their uuids.
+/// The minor version of the dm interface from which on the list of devices has their uuids.
 const LIST_HAS_UUIDS: u32 = 45;
 
-/// `/dev/mapper/control`, open.
+/// The open node `/dev/mapper/control`.
 pub(crate) struct Mapper(Control);
 
 impl fmt::Debug for Mapper {
@@ -88,7 +87,7 @@ impl Mapper {
     }
 
     pub(crate) fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
-        // The longest line of ours has 86 bytes: two device numbers, a store, a chunk size and two features.
+        // The longest line that dmsnap makes has 86 bytes: two device numbers, a store, a chunk size and two features.
         const ROOM: usize = 256;
         let mut buffer = [0; HEAD_BYTES + ROOM];
         let message = Message::new(&mut buffer[..]);
@@ -107,14 +106,13 @@ impl Mapper {
         self.send(TABLE_CLEAR, &mut message)
     }
 
-    /// Makes the loaded table live, or ends a suspension. Nothing is mounted or queued when there is a loaded table, so
-    /// there is nothing to freeze or to flush; without one the flags mean nothing.
-    /// Says how many have the device open.
+    /// Makes the loaded table live, or ends a suspension; returns the device's open count. When a table is loaded,
+    /// nothing is mounted or queued, so there is nothing to freeze or to flush; without one the flags mean nothing.
     pub(crate) fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno> {
         let head = Head::to(Address::Uuid(uuid.as_str()));
         let flags = message::SKIP_LOCKFS | message::NOFLUSH;
-        // Without a cookie udev goes by what it was told when the device first came up: by another program, of an adopted
-        // one, and its link stays.
+        // Without a cookie udev keeps to the flags of the first resume. Those of an adopted device came from the
+        // program that made it, so its link stays.
         let cookie = match uuid.kind() {
             Kind::Adopted => 0,
             _ => QUIET_COOKIE,
@@ -134,7 +132,8 @@ impl Mapper {
         Ok(described(&message))
     }
 
-    /// Removes the device, or has the kernel do so at the last close; says whether that is still to come.
+    /// Removes the device, or with `deferred` has the kernel remove it at the last close; returns true if that is still
+    /// to come.
     pub(crate) fn remove(&self, address: Address<'_>, deferred: bool) -> Result<bool, Errno> {
         let flags = if deferred {
             message::DEFERRED_REMOVE
@@ -148,13 +147,14 @@ impl Mapper {
         Ok(deferred && message.flags() & message::DEFERRED_REMOVE != 0)
     }
 
-    /// Gives its first and only uuid to a device that has none. The name stays, and so do udev's rules for it: its link
-    /// may be udev's, which takes it away on a cookie that says to make none.
+    /// Gives a uuid to a device that has none; the kernel lets nobody change it later. No cookie is sent with it: the
+    /// device's link may be udev's, which a cookie that says "make no link" would take away.
     pub(crate) fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno> {
         self.change(name, uuid.as_str(), message::UUID, 0)
     }
 
-    /// Gives the device another name. The kernel finds it by the old one alone, so that of two who do so one fails.
+    /// Gives the device another name. The kernel finds the device by its old name, so of two processes that rename it
+    /// one fails.
     pub(crate) fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno> {
         self.change(from, to.as_str(), 0, QUIET_COOKIE)
     }
@@ -173,8 +173,8 @@ impl Mapper {
         Ok(described(&message))
     }
 
-    /// The first line of the device's table: its target and parameters, as the live or the inactive table has
-    /// them; `None` without such a table.
+    /// Returns the target and parameters of the first line of the device's live or inactive table; `None` if it has no
+    /// such table.
     pub(crate) fn table(
         &self,
         id: DevId<'_>,
@@ -188,14 +188,15 @@ impl Mapper {
         self.first_line(id, slot | message::STATUS_TABLE)
     }
 
-    /// The first line of the device's status: its target and what that says of itself.
+    /// Returns the target and the text of the first line of the device's status.
     pub(crate) fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno> {
         self.first_line(DevId::Uuid(uuid), message::NOFLUSH)
     }
 
-    /// What a snapshot says of itself, without allocating; `None` when the device has no live table, or another target, or
-    /// is suspended for a table that waits: in a checkpoint the old one then says `Invalid`, and nothing is lost.
-    /// A pool's device by another name is another snapshot, and this one is gone.
+    /// Returns a snapshot's status without allocating. It is `None` if the device has no live table, has another
+    /// target, or is suspended with a second table loaded: in a checkpoint the old table says `Invalid` then, and
+    /// nothing is lost. If the device has another name, a pool has given it to another snapshot, and the answer is
+    /// ENXIO, as for no device.
     pub(crate) fn glance(
         &self,
         uuid: &DeviceUuid,
@@ -241,7 +242,7 @@ impl Mapper {
         Ok(message::first_line(message.payload()))
     }
 
-    /// Every dm device there is, foreign ones included.
+    /// Lists all dm devices, those of other programs too.
     pub(crate) fn list(&self) -> Result<Vec<Listed>, Errno> {
         let mut room = 64 << 10;
         loop {
@@ -257,7 +258,7 @@ impl Mapper {
         }
     }
 
-    /// The snapshot target's version; has the kernel load the module if need be.
+    /// Returns the snapshot target's version. The kernel loads the module for it if it is not loaded.
     pub(crate) fn target_version(&self) -> Result<TargetVersion, Errno> {
         const ROOM: usize = 64;
         let mut buffer = [0; HEAD_BYTES + ROOM];
@@ -272,8 +273,8 @@ impl Mapper {
     }
 }
 
-/// `/dev/mapper/control`, open once more: readable from the first dm event on that follows the last arming, whichever
-/// device it is of. Each open file has an event number of its own (`dm_poll`, `drivers/md/dm-ioctl.c`).
+/// Another open `/dev/mapper/control`, which becomes readable with the first dm event after it was armed, of whatever
+/// device. Each open file has an event number of its own (`dm_poll`, `drivers/md/dm-ioctl.c`).
 #[derive(Debug)]
 pub(crate) struct EventFd(OwnedFd);
 
@@ -288,7 +289,8 @@ impl EventFd {
         sys::dm_ioctl(self.0.as_fd(), ARM_POLL, message.bytes_mut())
     }
 
-    /// Waits in whole milliseconds, rounded up: a wait that ends too early would be repeated at once.
+    /// Waits for an event; true if there was one. The time is rounded up to whole milliseconds: a wait that ended too
+    /// early would only be repeated.
     pub(crate) fn poll(&self, at_most: Duration) -> Result<bool, Errno> {
         let millis = at_most.as_micros().div_ceil(1000);
         let timeout = PollTimeout::try_from(millis).unwrap_or(PollTimeout::MAX);
@@ -303,7 +305,7 @@ impl AsFd for EventFd {
     }
 }
 
-/// What an answer's head says of the device.
+/// Reads the device's state from an answer's head.
 fn described(message: &Head) -> Device {
     let has = |flag| message.flags() & flag != 0;
     Device {

@@ -1,5 +1,5 @@
-//! `/dev/mapper/control` by `devicemapper`, whose only importer this is: it opens the node, and makes room for long
-//! tables and parses them. Without the feature of its name `mapper_plain.rs` stands here.
+//! Opens `/dev/mapper/control` and reads long tables through the crate `devicemapper`, which no other file imports.
+//! Without the feature `devicemapper`, `mapper_plain.rs` takes the place of this file.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use crate::error;
 use crate::kernel::seam::{DevId, MAPPER_CONTROL};
 
-/// The node, open.
+/// The open node.
 pub(crate) struct Control(DM);
 
 impl Control {
@@ -18,8 +18,8 @@ impl Control {
         DM::new().map(Self).map_err(|_| why_not_open())
     }
 
-    /// The first line of an answer to `DM_TABLE_STATUS` of any length. Tables with many lines, or with a long one, are
-    /// foreign.
+    /// Returns the first line of an answer to `DM_TABLE_STATUS` of any length. Only other programs' tables have many
+    /// lines or long ones.
     pub(crate) fn long_first_line(
         &self,
         id: DevId<'_>,
@@ -48,7 +48,7 @@ impl AsFd for Control {
     }
 }
 
-/// `devicemapper` drops the errno of a failed open; asking again brings it back.
+/// Opens the node once more for the errno, which `devicemapper` drops when its open fails.
 fn why_not_open() -> Errno {
     match File::open(MAPPER_CONTROL) {
         Err(found) => error::errno_of(&found),

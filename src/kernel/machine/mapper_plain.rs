@@ -1,4 +1,5 @@
-//! `/dev/mapper/control` without the crate `devicemapper`: what `mapper_crate.rs` does, by the same calls.
+//! Opens `/dev/mapper/control` and reads long tables without the crate `devicemapper`, by the same calls as
+//! `mapper_crate.rs`.
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -12,7 +13,7 @@ use crate::error::errno_of;
 use crate::kernel::seam::{DevId, MAPPER_CONTROL};
 use crate::kernel::sys;
 
-/// The node, open.
+/// The open node.
 pub(crate) struct Control(File);
 
 impl Control {
@@ -21,8 +22,8 @@ impl Control {
         opened.map(Self).map_err(|error| errno_of(&error))
     }
 
-    /// The first line of an answer to `DM_TABLE_STATUS` of any length. Tables with many lines, or with a long one, are
-    /// foreign.
+    /// Returns the first line of an answer to `DM_TABLE_STATUS` of any length. Only other programs' tables have many
+    /// lines or long ones.
     pub(crate) fn long_first_line(
         &self,
         id: DevId<'_>,

@@ -1,4 +1,4 @@
-//! The real machine behind the seam.
+//! The seam's implementation on the real kernel.
 
 mod alias;
 mod clock;
@@ -23,7 +23,7 @@ pub(crate) use loop_device::LoopDevice;
 use mapper::Mapper;
 use nix::errno::Errno;
 
-/// The machine we run on. Its two control nodes are opened on first use and stay open with the process.
+/// The machine that the process runs on. Its two control nodes are opened on first use and stay open with the process.
 #[derive(Debug)]
 pub(crate) struct Machine {
     loops: OnceLock<LoopControl>,
@@ -31,14 +31,14 @@ pub(crate) struct Machine {
     start: OnceLock<Instant>,
 }
 
-/// The one machine.
+/// The [`Machine`] of this process.
 pub(crate) static MACHINE: Machine = Machine {
     loops: OnceLock::new(),
     mapper: OnceLock::new(),
     start: OnceLock::new(),
 };
 
-/// What a control node's methods need, opened if it is not yet. A failed open is tried again by the next call.
+/// Opens a control node on first use and returns it. If that fails, the next call tries it again.
 fn opened<T>(cell: &OnceLock<T>, open: impl FnOnce() -> Result<T, Errno>) -> Result<&T, Errno> {
     match cell.get() {
         Some(control) => Ok(control),

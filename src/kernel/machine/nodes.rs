@@ -1,8 +1,8 @@
-//! Nodes of loop devices in a /dev that the kernel does not fill, as a container's copy of one.
+//! Makes loop devices' nodes in a /dev that the kernel does not fill, such as a container's copy.
 //!
-//! They are made from the numbers that sysfs tells, at the path where everybody looks, so that the lock on a node is the
-//! same for all who share that /dev. Ours are known by a mode that devtmpfs, udev and container engines give to none, and
-//! go once their loop device is free.
+//! They are made from the device numbers in sysfs, under the usual path, so that all processes with that /dev lock the
+//! same node. dmsnap's nodes are known by a file mode that devtmpfs, udev and container engines never use, and are
+//! removed when their loop device is free.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
@@ -14,20 +14,20 @@ use nix::sys::stat::{Mode, SFlag, mknod};
 
 use crate::base::DeviceNumber;
 
-/// Read and write for the owner, and the sticky bit, which means nothing on a node.
+/// The mode of dmsnap's nodes: read and write for the owner, and the sticky bit, which means nothing on a node.
 const OURS: u32 = 0o1600;
 
-/// Whether this process has met a /dev without the kernel's nodes.
+/// True if this process has met a /dev without the kernel's nodes.
 static MET: AtomicBool = AtomicBool::new(false);
 
-/// From now on removals look for nodes to remove.
+/// Notes that nodes are missing in /dev: from now on removals look for nodes to remove.
 pub(super) fn note_missing() {
     MET.store(true, Ordering::Relaxed);
 }
 
-/// Makes the node of a loop device that is there and has none; says whether it is worth opening now.
+/// Makes the missing node of an existing loop device; returns true if there is a node to open now.
 ///
-/// In a devtmpfs the kernel makes it, a moment after sysfs shows the device, and one of ours would stay for ever.
+/// In a devtmpfs it makes none: the kernel does, a moment after sysfs shows the device, and another node would stay.
 pub(super) fn make_for_loop(node: &Path) -> bool {
     if fs::symlink_metadata(node).is_ok() || is_devtmpfs() {
         return false;
@@ -50,10 +50,10 @@ pub(super) fn make_for_loop(node: &Path) -> bool {
     }
 }
 
-/// Whether the kernel makes the nodes below /dev.
+/// True if the kernel makes the nodes below /dev.
 fn is_devtmpfs() -> bool {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    // The last one mounted there is the one that is seen.
+    // The mount that was made last hides the others.
     let at_dev = |line: &&str| line.split(' ').nth(4) == Some("/dev");
     let kind = |line: &str| {
         line.split_once(" - ")?
@@ -65,7 +65,7 @@ fn is_devtmpfs() -> bool {
     mounts.lines().rfind(at_dev).and_then(kind).as_deref() == Some("devtmpfs")
 }
 
-/// Removes our nodes of loop devices that are free and that nobody is about to bind.
+/// Removes dmsnap's nodes of loop devices that are free and that nobody is about to attach a file to.
 pub(super) fn sweep() {
     if !MET.load(Ordering::Relaxed) {
         return;
@@ -83,7 +83,8 @@ pub(super) fn sweep() {
     }
 }
 
-/// A maker locks the node that it has opened, from before it binds the device until the snapshot is live.
+/// Removes the node unless it is locked: a `create` locks the node from before it attaches the file until the snapshot
+/// is live.
 fn remove_unlocked(node: &Path) {
     let Ok(open) = fs::File::open(node) else {
         return;

@@ -1,21 +1,21 @@
-//! Time, waiting and chance.
+//! Time, waits and random numbers.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::errno::Errno;
 
-/// What a story asks of the machine besides files and devices.
+/// Calls that are neither about files nor about devices.
 pub(crate) trait Clock {
-    /// Tells of closes of nodes.
+    /// A watch of device nodes, which reports closes.
     type Watch;
 
     fn now(&self) -> Duration;
     fn sleep(&self, pause: Duration);
     fn watch_closes(&self, nodes: &[PathBuf]) -> Result<Self::Watch, Errno>;
-    /// Waits; says whether a close ended the wait.
+    /// Waits for a close, at most for `pause`; returns true if there was one.
     fn wait_for_close(&self, watch: &Self::Watch, pause: Duration) -> bool;
-    /// From now on the calling thread, waking, takes no core from an ordinary one.
+    /// Makes the calling thread a batch one (`SCHED_BATCH`): when it wakes, it takes no core from an ordinary thread.
     fn stand_back(&self) -> Result<(), Errno>;
     fn random(&self) -> Result<u128, Errno>;
 }

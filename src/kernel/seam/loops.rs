@@ -9,41 +9,41 @@ use nix::errno::Errno;
 use super::Files;
 use crate::base::{DeviceNumber, FileId};
 
-/// The node that names free loop devices.
+/// The control node of loop devices, which tells free ones.
 pub(crate) const LOOP_CONTROL: &str = "/dev/loop-control";
 
-/// What a loop device is bound to.
+/// What a loop device is attached to (`struct loop_info64`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LoopStatus {
     pub(crate) backing: FileId,
     pub(crate) autoclear: bool,
     pub(crate) direct_io: bool,
-    /// Where in the backing file the device begins.
+    /// The offset in the backing file at which the device begins.
     pub(crate) offset_bytes: u64,
-    /// How much of it the device shows at most; 0 for all.
+    /// How many bytes of it the device shows at most; 0 for all.
     pub(crate) limit_bytes: u64,
     pub(crate) label: Label,
 }
 
-/// The name that a loop device was given by its maker (`lo_file_name`), in its first 63 bytes.
+/// The name that the attaching program stored in a loop device (`lo_file_name`): its first 63 bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Label(pub(crate) [u8; 64]);
 
 impl Label {
-    /// Whether it is an origin's that anybody may share.
+    /// True if the loop device is a shared origin's, which any snapshot over that image may use.
     pub(crate) fn is_shared(&self) -> bool {
         self.0.starts_with(SHARED_ORIGIN.as_bytes())
     }
 
-    /// Of any other of ours: the path that its backing file had then, as far as it goes.
+    /// Returns the backing file's path at the time of attaching, cut off at 63 bytes, for dmsnap's other loop devices.
     pub(crate) fn path(&self) -> &Path {
         let text = self.0.split(|byte| *byte == 0).next().unwrap_or_default();
         Path::new(OsStr::from_bytes(text))
     }
 }
 
-/// What the name that a loop device was given by its maker begins with (`lo_file_name`) if it is a shared origin's. The
-/// kernel and losetup find the backing file elsewhere.
+/// What `lo_file_name` of a shared origin's loop device begins with. The kernel and `losetup` do not take the backing
+/// file from there.
 pub(crate) const SHARED_ORIGIN: &str = "dmsnap-origin:";
 
 /// Calls on loop devices.
@@ -74,13 +74,13 @@ pub(crate) trait Loops: Files {
     fn loop_sector_bytes(&self, device: &Self::Loop) -> Result<u32, Errno>;
     /// Removes the nodes that were made for loop devices which are free by now.
     fn sweep_nodes(&self);
-    /// The numbers of the loop devices that are bound read-only.
+    /// Returns the numbers of the loop devices that are attached read-only.
     fn read_only_loops(&self) -> Vec<u32>;
-    /// The dm devices that stand on the loop device.
+    /// Returns the dm devices that use the loop device.
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber>;
     fn shows_backing(&self, path: &Path) -> bool;
-    /// The loop device's node; ENOTBLK for a device that is no loop device.
+    /// Returns the loop device's node; ENOTBLK for a device that is no loop device.
     fn loop_node_of(&self, number: DeviceNumber) -> Result<PathBuf, Errno>;
-    /// The path of the file behind the loop device, as the kernel has it.
+    /// Returns the path of the file behind the loop device, as the kernel has it.
     fn backing_path(&self, number: DeviceNumber) -> Result<PathBuf, Errno>;
 }

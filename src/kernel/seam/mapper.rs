@@ -8,22 +8,22 @@ use nix::errno::Errno;
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
 
-/// The node that takes dm ioctls.
+/// The control node of device-mapper, which takes its ioctls.
 pub(crate) const MAPPER_CONTROL: &str = "/dev/mapper/control";
 
-/// How old the kernel's snapshot target is, and the interface it is reached by.
+/// The versions of the kernel's snapshot target and of the dm interface.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct TargetVersion {
     pub(crate) target: [u32; 3],
-    /// 48 in Linux 6.4 to 6.12, 50 in 6.18 and 7.3.
+    /// The interface's minor version: 48 in Linux 6.4 to 6.12, 50 in 6.18 and 7.3.
     pub(crate) interface_minor: u32,
 }
 
-/// What the kernel says of a dm device.
+/// The kernel's description of a dm device.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Device {
     pub(crate) name: String,
-    /// Empty for a device without one.
+    /// The uuid; empty for a device without one.
     pub(crate) uuid: String,
     pub(crate) number: DeviceNumber,
     pub(crate) open_count: u32,
@@ -33,7 +33,7 @@ pub(crate) struct Device {
     pub(crate) deferred_remove: bool,
 }
 
-/// A device by one of the two texts that it can be asked for its table by.
+/// The name or uuid by which a device's table is asked for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum DevId<'a> {
     Name(&'a DeviceName),
@@ -51,7 +51,7 @@ impl<'a> From<DevId<'a>> for Address<'a> {
 
 /// Calls on dm devices.
 pub(crate) trait DeviceMapper {
-    /// The control node, open once more, to wait for dm events.
+    /// Another open control node, to wait for dm events.
     type Events;
 
     fn open_mapper(&self) -> Result<(), Errno>;
@@ -61,7 +61,7 @@ pub(crate) trait DeviceMapper {
     /// Drops the inactive table.
     fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno>;
-    /// Says what the device is then: whether it has an inactive table, how many have it open.
+    /// Suspends the device; returns its state afterwards.
     fn suspend(&self, uuid: &DeviceUuid) -> Result<Device, Errno>;
     fn rename(&self, from: &DeviceName, to: &DeviceName) -> Result<(), Errno>;
     fn set_uuid(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<(), Errno>;
@@ -69,17 +69,17 @@ pub(crate) trait DeviceMapper {
     fn query(&self, address: Address<'_>) -> Result<Device, Errno>;
     fn table(&self, id: DevId<'_>, inactive: bool) -> Result<Option<(String, String)>, Errno>;
     fn status(&self, uuid: &DeviceUuid) -> Result<Option<(String, String)>, Errno>;
-    /// The status alone, without allocating.
+    /// Returns the snapshot's status without allocating.
     fn glance(&self, uuid: &DeviceUuid, name: &str) -> Result<Option<SnapshotStatus>, Errno>;
     fn list(&self) -> Result<Vec<Listed>, Errno>;
 
     fn open_events(&self) -> Result<Self::Events, Errno>;
-    /// From here on the first dm event makes the descriptor readable.
+    /// Arms the descriptor: the first dm event from now on makes it readable.
     fn arm(&self, events: &Self::Events) -> Result<(), Errno>;
-    /// Waits for an event; says whether there was one.
+    /// Waits for a dm event; returns true if there was one.
     fn poll(&self, events: &Self::Events, at_most: Duration) -> Result<bool, Errno>;
 
-    /// Has flushes that are sent to the dm device end there, until its next table.
+    /// Sets the dm device's `queue/write_cache` so that flushes end there, until its next table.
     fn end_flushes(&self, number: DeviceNumber) -> Result<(), Errno>;
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf>;
     fn make_alias(
@@ -92,6 +92,6 @@ pub(crate) trait DeviceMapper {
     fn is_our_alias(&self, path: &Path) -> bool;
     fn device_number(&self, path: &Path) -> Result<Option<DeviceNumber>, Errno>;
     fn is_present(&self, number: DeviceNumber) -> bool;
-    /// Who has the device open, in words.
+    /// Returns who has the device open, in words.
     fn holders(&self, number: DeviceNumber) -> Vec<String>;
 }

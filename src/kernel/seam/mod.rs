@@ -1,7 +1,8 @@
-//! The seam between the stories and the kernel: one method per kernel call, each answering with its bare errno.
+//! The seam between dmsnap's operations and the kernel: traits with one method for each kernel call, which returns the
+//! bare errno.
 //!
-//! [`Machine`](super::Machine) is the real one. The stories are generic over [`Host`], so that a test can fail the n-th
-//! call for every n and look at what stays behind.
+//! [`Machine`](super::Machine) implements them for the real kernel. The operations are generic over [`Host`], so that a
+//! test can fail the n-th call for every n and look at what stays behind.
 
 mod clock;
 mod files;
@@ -13,7 +14,7 @@ pub(crate) use files::{FileFacts, FileKind, Files};
 pub(crate) use loops::{LOOP_CONTROL, Label, LoopStatus, Loops, SHARED_ORIGIN};
 pub(crate) use mapper::{DevId, Device, DeviceMapper, MAPPER_CONTROL, TargetVersion};
 
-/// Every kernel call that a story makes.
+/// All kernel calls that an operation makes.
 pub(crate) trait Host: Files + Loops + DeviceMapper + Clock {}
 
 impl<H: Files + Loops + DeviceMapper + Clock> Host for H {}

@@ -3,11 +3,12 @@
 use std::fs::{self, File};
 use std::path::Path;
 
-use dmsnap::SnapshotOptions;
+use dmsnap::pool::CowFate;
+use dmsnap::{CowSize, Origin, PoolOptions, SnapshotOptions, Store};
 
 use crate::common::reading::{dm_exists, loops_below};
 use crate::common::tools::{start, success};
-use crate::common::{Scene, dmsnap, eventually, run};
+use crate::common::{Scene, chain, dmsnap, eventually, output, run};
 
 // LOOP_CTL_GET_FREE names the same device as long as nobody binds it, and this one's lock does not go.
 #[test]
@@ -36,21 +37,33 @@ fn a_free_loop_device_that_somebody_has_locked_is_passed_over() {
     snapshot.cleanup().expect("nobody has it open");
 }
 
+/// What a container is given that may do no more than dmsnap has to.
+const FEW: &str = "/dev/null /dev/zero /dev/urandom /dev/loop-control /dev/mapper/control";
+
+/// What a privileged one is given: every node that there is as it begins.
+const ALL: &str = "/dev/* /dev/mapper/*";
+
 /// A /dev as a container engine makes it: a tmpfs with copies of some nodes, which the kernel adds nothing to.
-fn in_container(scene: &Scene, command: &str) -> String {
+fn in_container(scene: &Scene, nodes: &str, command: &str) -> String {
     let script = scene.file(
         "in-container",
         "set -e\n\
-         mkdir -p /tmp/dev-$$\n\
-         mount -t tmpfs none /tmp/dev-$$\n\
-         mkdir /tmp/dev-$$/mapper\n\
-         for node in null zero urandom loop-control mapper/control; do cp -a /dev/$node /tmp/dev-$$/$node; done\n\
-         mount --move /tmp/dev-$$ /dev\n\
-         rmdir /tmp/dev-$$\n\
-         eval \"$1\"\n",
+         dev=/tmp/dev-$$\n\
+         mkdir -p $dev\n\
+         mount -t tmpfs none $dev\n\
+         mkdir $dev/mapper\n\
+         for node in $1; do\n\
+             if [ -b $node ] || [ -c $node ]; then cp -a $node $dev/${node#/dev/}; fi\n\
+         done\n\
+         mount --move $dev /dev\n\
+         rmdir $dev\n\
+         eval \"$2\"\n",
     );
     let mut contained = std::process::Command::new("unshare");
-    contained.args(["-m", "sh"]).arg(script).arg(command);
+    contained
+        .args(["-m", "sh"])
+        .arg(script)
+        .args([nodes, command]);
     success(&mut contained)
 }
 
@@ -72,7 +85,7 @@ fn a_dev_without_the_kernels_nodes_gets_them_and_loses_them() {
         cow = cow.display(),
         handles = handles.display(),
     );
-    let said = in_container(&scene, &command);
+    let said = in_container(&scene, FEW, &command);
     println!("a /dev of its own:\n{said}");
     assert!(said.ends_with("as before"), "{said}");
     assert!(
@@ -82,4 +95,79 @@ fn a_dev_without_the_kernels_nodes_gets_them_and_loses_them() {
     );
     assert!(!dm_exists(&name));
     File::open(&cow).expect("the COW file stays");
+}
+
+/// What makes this binary the control plane in the container, and says where its files are.
+const CONTAINED: &str = "DMSNAP_TEST_CONTAINED";
+
+/// README's two examples, in a directory of its own; what they print is judged by other programs on the way.
+fn one_vm_and_a_fleet(dir: &Path) -> dmsnap::Result<()> {
+    let (image, cow) = (dir.join("origin.img"), dir.join("vm-42.cow"));
+    let boot = |device: &Path| {
+        println!("boot from {}", run!("ls", "-l", device));
+        run!("cmp", &image, device);
+        let to = format!("of={}", device.display());
+        let zeroes = run!(
+            "dd",
+            "if=/dev/zero",
+            &to,
+            "bs=4096",
+            "count=16",
+            "conv=fsync"
+        );
+        println!("{zeroes}{}", run!("blockdev", "--getsize64", device));
+        let other = output!("cmp", "-s", &image, device);
+        assert_eq!(other.status.code(), Some(1));
+    };
+    let snapshot = SnapshotOptions::new()
+        .store(Store::PersistentOverflow)
+        .make_cow(CowSize::WorstCase)
+        .create(&image, &cow, &name_of("vm-42"))?;
+    boot(snapshot.device());
+    let handles = snapshot.into_handles();
+    dmsnap::cleanup(&handles)?;
+
+    let origin = Origin::open(&image)?;
+    let pool = PoolOptions::new().size(2).open(&origin, dir)?;
+    for _ in 0..3 {
+        let claimed = pool.claim(&name_of("vm-43"))?;
+        boot(claimed.snapshot.device());
+        pool.release(claimed.snapshot.handles(), CowFate::Delete)?;
+    }
+    pool.drain()
+}
+
+/// A name that the scene answers for.
+fn name_of(vm: &str) -> String {
+    format!("{}{vm}", crate::common::scene::prefix())
+}
+
+#[test]
+fn readmes_examples_work_where_dev_is_a_copy() {
+    if let Some(dir) = std::env::var_os(CONTAINED) {
+        let done = one_vm_and_a_fleet(Path::new(&dir));
+        return done.unwrap_or_else(|error| panic!("{}", chain(&error)));
+    }
+    let scene = Scene::new();
+    let this = std::env::current_exe().expect("this binary");
+    let command = format!(
+        "ls -R /dev >{before}; {CONTAINED}={dir} {this} --nocapture --exact \
+         cases::loops::readmes_examples_work_where_dev_is_a_copy; \
+         ls -R /dev >{after}; diff {before} {after} && echo as before",
+        before = scene.path("before").display(),
+        after = scene.path("after").display(),
+        dir = scene.dir().display(),
+        this = this.display(),
+    );
+    for nodes in [FEW, ALL] {
+        let said = in_container(&scene, nodes, &command);
+        println!("README's examples, with {nodes}:\n{said}");
+        assert!(
+            said.contains("1 passed") && said.ends_with("as before"),
+            "{said}"
+        );
+        assert_eq!(said.matches("boot from b").count(), 4, "{said}");
+        scene.assert_clean();
+        fs::remove_file(scene.path("vm-42.cow")).expect("the COW file stays");
+    }
 }

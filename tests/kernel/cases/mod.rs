@@ -4,4 +4,7 @@ mod files;
 mod identity;
 mod loops;
 mod sectors;
+mod told;
+mod unmarked;
+mod watching;
 mod windows;

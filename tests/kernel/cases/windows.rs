@@ -22,7 +22,7 @@ struct Foreign {
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        let _ = output!("dmsetup", "remove", &self.name);
+        let _ = output!("dmsetup", "remove", "--retry", &self.name);
         for device in &self.loops {
             let _ = output!("losetup", "-d", device);
         }

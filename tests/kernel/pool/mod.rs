@@ -196,6 +196,11 @@ fn an_empty_pool_makes_one_or_waits_as_asked() {
         .expect("idle");
     assert!(!released.taken_back, "it is no pool's");
     assert!(!claimed.cow.exists());
+    // A pool with room for spares does not keep the device of a cold claim either.
+    let (cold, roomy) = (claim(&scene, &none), pool(&scene, 2));
+    let released = roomy.release(cold.snapshot.handles(), CowFate::Delete);
+    assert!(!released.expect("idle").taken_back, "it never was ready");
+    drop(roomy);
     none.drain().expect("nothing is open");
 
     let mut waits = options(0);

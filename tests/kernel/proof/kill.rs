@@ -1,5 +1,5 @@
-//! SIGKILL at every system call of create, cleanup and reap: one sweep afterwards leaves nothing. At every ioctl of a live
-//! export, a checkpoint and a repair: one repair afterwards has the disk go on.
+//! SIGKILL at every system call of create, cleanup, reap and of putting layers together: one sweep afterwards leaves
+//! nothing. At every ioctl of a live export, a checkpoint and a repair: one repair afterwards has the disk go on.
 //!
 //! strace delivers the signal on entering the call, and the kernel does not begin a call with a fatal signal pending
 //! (`syscall_trace_enter`, `ptrace_report_syscall`): a process killed at call n has done all up to n - 1 and no more.
@@ -153,6 +153,36 @@ fn sigkill_at_every_call_of_reap() {
         symlink("/dev/mapper/../dm-987654", &stale).expect("a stale alias");
         words(&["reap", "--keep", &world.live_name()], &[])
     });
+}
+
+/// Two layers from their files; what is there of them goes by itself or with the sweep, and the files are as they were.
+#[test]
+fn sigkill_at_every_call_of_putting_a_stack_together() {
+    let world = World::new();
+    let victim = world.victim().to_owned();
+    let [one, two] = ["one.cow", "two.cow"].map(|name| world.scene.path(name));
+    world.make_victim();
+    for (nth, next) in [&one, &two].into_iter().enumerate() {
+        let (layer, next) = (format!("{victim}-{nth}"), next.to_str().expect("ASCII"));
+        let arguments = ["checkpoint", "--make-cow", "1M", &victim, &layer, next];
+        let frozen = world.dmsnap(&arguments);
+        assert!(frozen.status.success(), "{frozen:?}");
+    }
+    let removed = world.dmsnap(&["remove", &victim]);
+    assert!(removed.status.success(), "{removed:?}");
+    world.assert_as_before("frozen twice");
+    let cows = [one, world.scene.path("victim.cow")];
+    let read = || {
+        cows.each_ref()
+            .map(|cow| fs::read(cow).expect("a COW file"))
+    };
+    let before = read();
+    kill_at_each(&world, "layer", || {
+        let mut layer = words(&["layer"], &[world.scene.image(), &cows[0], &cows[1]]);
+        layer.push(victim.clone());
+        layer
+    });
+    assert!(read() == before, "a layer's COW file has changed");
 }
 
 /// For every ioctl of `dmsnap ARGUMENTS`: `prepare`, die there, `repair` once: the live snapshot goes on. Returns how

@@ -10,6 +10,7 @@
 mod contention;
 mod fault;
 mod faulty;
+mod forks;
 mod full_disk;
 mod identity;
 mod kill;

@@ -81,7 +81,7 @@ impl Fleet<'_> {
 }
 
 /// Eight threads clean up together.
-fn clean_all(fleet: Vec<Handles>) {
+pub(super) fn clean_all(fleet: Vec<Handles>) {
     let fleet = Mutex::new(fleet);
     let next = || fleet.lock().expect("no thread panics with it").pop();
     std::thread::scope(|scope| {

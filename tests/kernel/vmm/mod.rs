@@ -94,7 +94,7 @@ impl Disk {
     fn cleanup_beside(&self, scene: &Scene) -> Running {
         let json = serde_json::to_string(&self.handles).expect("plain data");
         let file = scene.file(format!("{}.json", self.name), json);
-        start(dmsnap().args(["cleanup", "--deadline", "150s"]).arg(file))
+        start(dmsnap().args(["cleanup", "--deadline", "600s"]).arg(file))
     }
 }
 
