@@ -17,7 +17,7 @@ use crate::backing::{
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
 };
-use crate::call::{absent, ask, ask_unobserved, patiently, resume};
+use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, patiently, resume};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{Live, locked, reach, whole};
@@ -233,6 +233,7 @@ pub(crate) fn checkpoint<H: Host>(
         held: (&node, &held),
         c1: (&c1, &c1_loop),
         named: Chain { id, ..below },
+        ends_flushes: ends_flushes(host, v.dev, live.params.cow),
     };
     let mut done = Done::default();
     match parts.freeze(name, &mut done) {
@@ -303,6 +304,8 @@ struct Parts<'a, H: Host> {
     c1: (&'a Cow<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
     named: Chain,
+    /// The guest's flushes end at V, also over its new table.
+    ends_flushes: bool,
 }
 
 /// How far it got, and what there is to undo.
@@ -380,6 +383,10 @@ impl<H: Host> Parts<'_, H> {
         ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
         done.handed_over = true;
         resume(*host, &v.uuid, &v.mapper)?;
+        if self.ends_flushes {
+            // Where it fails, flushes reach the COW file: it takes longer, and nothing is lost.
+            let _ = end_flushes(*host, v.dev, &v.mapper);
+        }
         Ok(b)
     }
 

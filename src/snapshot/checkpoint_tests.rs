@@ -13,7 +13,7 @@ use super::origin::open as open_origin;
 use super::rollback::rollback;
 use super::{Base, SnapshotOptions};
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{DeviceName, Handles};
+use crate::base::{DeviceName, DeviceNumber, Durability, Handles};
 use crate::dm::Address;
 use crate::error::{Error, Result, Retry, Step};
 use crate::kernel::DeviceMapper;
@@ -34,9 +34,15 @@ fn never(_: Step, _: usize) -> Option<Errno> {
 
 /// A machine with a live snapshot.
 fn machine() -> (Script, Handles) {
+    machine_of(Durability::PowerCuts)
+}
+
+fn machine_of(durability: Durability) -> (Script, Handles) {
     let script = Script::new(never);
     let (image, cow) = (Path::new("/image"), Path::new(COW));
-    let made = create(&script, &SnapshotOptions::new(), image, cow, &name("vm"));
+    let mut options = SnapshotOptions::new();
+    options.durability(durability);
+    let made = create(&script, &options, image, cow, &name("vm"));
     let handles = made.expect("nothing fails").into_handles();
     // What the kernel wrote when it read the blank file.
     let mut header = vec![0; 4096];
@@ -198,6 +204,64 @@ fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
         finished += usize::from(layer.is_ok_and(|layer| layer.deferred_remove));
     }
     assert!(finished > 0, "it dies behind the handover too");
+}
+
+/// Whether the guest's flushes end at the snapshot.
+fn ends_flushes(script: &Script) -> bool {
+    script.restart(never);
+    let device = script.query(Address::Name("vm")).expect("it is there");
+    script.ends_flushes(device.number)
+}
+
+/// A swap of its tables resets that.
+#[test]
+fn a_snapshot_that_ends_flushes_does_so_behind_a_checkpoint_a_rollback_and_a_repair() {
+    for durability in [Durability::Processes, Durability::PowerCuts] {
+        let wanted = durability == Durability::Processes;
+        let (script, _) = machine_of(durability);
+        assert_eq!(ends_flushes(&script), wanted);
+        script.restart(never);
+        drop(freeze(&script).expect("nothing fails"));
+        let calls = script.calls.take();
+        assert_eq!(ends_flushes(&script), wanted);
+        script.world.borrow_mut().missing.insert(BACK.into());
+        go_back(&script).expect("nothing fails");
+        assert_eq!(ends_flushes(&script), wanted);
+
+        // Killed in the pause, behind the handover.
+        let (script, _) = machine_of(durability);
+        let paused = calls.iter().position(|step| *step == Step::Suspend);
+        let paused = paused.expect("it suspends");
+        script.restart(move |_, nth| (nth > paused + 2).then_some(Errno::EIO));
+        let _ = freeze(&script).map(drop);
+        script.restart(never);
+        let repaired = repair_every(&script).expect("it can be asked");
+        assert!(repaired.iter().all(|each| each.outcome.is_ok()));
+        let (_, waits) = writes_to(&script);
+        assert!(!waits && script.query(Address::Name("noon")).is_ok());
+        assert_eq!(ends_flushes(&script), wanted);
+    }
+}
+
+/// Another program has set the COW device to end them: the next one takes the flushes of a disk that is to have them.
+#[test]
+fn a_setting_of_the_cow_device_is_not_taken_for_the_snapshots() {
+    let (script, _) = machine_of(Durability::Processes);
+    let (minor, _) = writes_to(&script);
+    let cow = DeviceNumber { major: 7, minor };
+    script.world.borrow_mut().flushless.insert(cow);
+    drop(freeze(&script).expect("nothing fails"));
+    assert!(!ends_flushes(&script));
+}
+
+#[test]
+fn flushes_that_cannot_be_ended_again_are_no_failure_of_a_checkpoint() {
+    let (script, _) = machine_of(Durability::Processes);
+    script.restart(|step, _| (step == Step::EndFlushes).then_some(Errno::EROFS));
+    drop(freeze(&script).expect("the disk works"));
+    script.world.borrow_mut().missing.insert(BACK.into());
+    go_back(&script).expect("the disk works");
+    assert!(!ends_flushes(&script));
 }
 
 const BACK: &str = "/the/back";

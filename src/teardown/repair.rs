@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::backing::{Backing, probe_store};
 use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
-use crate::call::{absent, ask, ask_unobserved, patiently, resume};
+use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, patiently, resume};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{self, at_work};
@@ -326,7 +326,15 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
         }
         .into()),
         Plan::Forward(layer) => {
+            let dev = snapshot.device.number;
+            let flushes_end = snapshot
+                .live
+                .is_some_and(|table| ends_flushes(host, dev, table.cow));
             resume(host, uuid, &path)?;
+            if flushes_end {
+                // Where it fails, flushes reach the COW file: it takes longer, and nothing is lost.
+                let _ = end_flushes(host, dev, &path);
+            }
             finish(host, layer)?;
             Ok(Some(Repair::Finished))
         }

@@ -23,6 +23,8 @@ pub(crate) struct ScriptDevice {
     pub(crate) suspended: bool,
     /// Whether it goes with its last user.
     pub(crate) deferred: bool,
+    /// Whether flushes end at it, as was set for its live table.
+    pub(crate) ends_flushes: bool,
 }
 
 /// A table in one of the two slots.
@@ -100,6 +102,7 @@ impl ScriptDevice {
             inactive: None,
             suspended: false,
             deferred: false,
+            ends_flushes: false,
         }
     }
 
@@ -205,6 +208,7 @@ impl World {
         let mut old = None;
         if let Some(table) = device.inactive.take() {
             device.suspended = true;
+            device.ends_flushes = false;
             old = device.live.replace(table);
         }
         let resumed = match device.suspended {

@@ -122,8 +122,20 @@ impl DeviceMapper for Script {
         Ok(Some(("snapshot".to_owned(), text)))
     }
 
-    fn end_flushes(&self, _number: DeviceNumber) -> Result<(), Errno> {
-        self.call(Step::EndFlushes)
+    fn end_flushes(&self, number: DeviceNumber) -> Result<(), Errno> {
+        self.call(Step::EndFlushes)?;
+        let mut world = self.world.borrow_mut();
+        let mut devices = world.devices.values_mut();
+        let device = devices.find(|device| device.number == number);
+        device.ok_or(Errno::ENOENT)?.ends_flushes = true;
+        Ok(())
+    }
+
+    fn ends_flushes(&self, number: DeviceNumber) -> bool {
+        let world = self.world.borrow();
+        let mut devices = world.devices.values();
+        devices.any(|device| device.number == number && device.ends_flushes)
+            || world.flushless.contains(&number)
     }
 
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {

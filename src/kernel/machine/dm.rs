@@ -1,6 +1,6 @@
 //! The machine's dm devices, with their nodes and aliases.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -97,6 +97,11 @@ impl DeviceMapper for Machine {
             file.write_all(b"write through")
         };
         end().map_err(|error: io::Error| errno_of(&error))
+    }
+
+    fn ends_flushes(&self, number: DeviceNumber) -> bool {
+        let setting = fs::read_to_string(format!("/sys/dev/block/{number}/queue/write_cache"));
+        setting.is_ok_and(|setting| setting.trim_end() == "write through")
     }
 
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {

@@ -81,6 +81,8 @@ pub(crate) trait DeviceMapper {
 
     /// Sets the dm device's `queue/write_cache` so that flushes end there, until its next table.
     fn end_flushes(&self, number: DeviceNumber) -> Result<(), Errno>;
+    /// True if the block device's `queue/write_cache` ends flushes there; false also where sysfs cannot be read.
+    fn ends_flushes(&self, number: DeviceNumber) -> bool;
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf>;
     fn make_alias(
         &self,
