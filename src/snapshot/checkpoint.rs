@@ -93,11 +93,13 @@ impl CheckpointOptions {
     /// [`adopt`](crate::adopt()) have it with its new COW file.
     ///
     /// A process that is killed in the pause leaves the snapshot with its I/O held back, until a
-    /// [`repair`](crate::repair()).
+    /// [`repair`](crate::repair()). If that says `Undone` there is no layer, and the COW file that was made is to be deleted
+    /// before the next try; if it says `Finished` the layer is there, and [`Layer::open`] has it.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
+    /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], also for one that was claimed from a pool,
+    /// [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
     /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
     /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was.
     /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the
@@ -109,7 +111,7 @@ impl CheckpointOptions {
         cow: impl AsRef<Path>,
     ) -> Result<Layer> {
         let name = DeviceName::given(layer)?;
-        checkpoint(&MACHINE, self, &snapshot.into(), &name, cow.as_ref()).map(Layer::from)
+        checkpoint(&MACHINE, self, &snapshot.into(), &name, cow.as_ref()).map(Layer::over)
     }
 }
 
@@ -130,7 +132,7 @@ impl CheckpointOptions {
         layer: &str,
     ) -> Result<Layer> {
         let name = DeviceName::given(layer)?;
-        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self).map(Layer::from)
+        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self).map(Layer::over)
     }
 }
 

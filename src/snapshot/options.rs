@@ -9,10 +9,10 @@ use crate::error::Refusal;
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
 /// ```no_run
-/// use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
+/// use dmsnap::{ChunkSize, CowSize, Durability, SnapshotOptions};
 ///
 /// let snapshot = SnapshotOptions::new()
-///     .store(Store::Transient)
+///     .durability(Durability::ThrowAway)
 ///     .make_cow(CowSize::WorstCase)
 ///     .chunk_size(ChunkSize::new(32)?)
 ///     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
@@ -40,7 +40,8 @@ impl SnapshotOptions {
         Self::default()
     }
 
-    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does.
+    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does: a disk that is to be thrown away
+    /// is named there, as a store alone does not end the guest's flushes.
     pub fn store(&mut self, store: Store) -> &mut Self {
         self.cow.store = store;
         self.store_given = true;
@@ -72,9 +73,9 @@ impl SnapshotOptions {
         self.durability.unwrap_or_default()
     }
 
-    /// Sets the durability, unless the caller named one, or a store.
+    /// Sets the durability, unless the caller named one, or a store that is to be kept.
     pub(crate) fn default_durability(&mut self, durability: Durability) {
-        if self.durability.is_none() && !self.store_given {
+        if self.durability.is_none() && !(self.store_given && self.cow.store.is_persistent()) {
             self.durability(durability);
         }
     }
