@@ -16,10 +16,12 @@
 //! ```
 //!
 //! A process that is killed leaves its live snapshots, which are its VMs' disks, a device and a COW file for each create that
-//! was under way, and the devices and COW files of its pools; [`ReapOptions`] takes down what nobody claims.
+//! was under way, and the devices and COW files of its pools; [`ReapOptions`] takes down what your database does not name.
 //!
-//! The main job is at the root: [`SnapshotOptions`], [`Origin`], [`Pool`], [`Handles`], [`cleanup`], [`remove`], [`list`],
-//! [`adopt`] and [`Error`]. The rest is in the modules, and the [`guide`] has chapters on choosing, operating and errors.
+//! The main job is at the root: [`SnapshotOptions`], [`Origin`], [`PoolOptions`], [`Handles`], [`cleanup`], [`Teardown`],
+//! [`list`], [`adopt`], [`repair`] and [`Error`]. The rest is in the modules: a running disk is checkpointed and forked by
+//! [`snapshot`], copied by [`export`], and watched by [`watch`]. The [`guide`] has chapters on choosing, operating and errors.
+//! Every call blocks its thread: an async program makes it on one for blocking work.
 //!
 //! Making devices needs CAP_SYS_ADMIN in the initial user namespace, Linux 5.8 or later, and the `loop` and
 //! `dm-snapshot` modules. Reading tables, status lines and names needs nothing.
@@ -45,10 +47,17 @@ pub mod teardown;
 pub mod watch;
 
 pub use backing::{CowSize, Warning};
+#[doc(inline)]
 pub use base::{ChunkSize, DeviceId, Durability, Handles, SectorSize, Store};
+#[doc(inline)]
 pub use call::timings;
+#[doc(inline)]
 pub use error::{Error, ErrorKind, Result};
+#[doc(inline)]
 pub use find::{adopt, list, status};
+#[doc(inline)]
 pub use pool::{Pool, PoolOptions};
+#[doc(inline)]
 pub use snapshot::{Origin, Snapshot, SnapshotOptions};
+#[doc(inline)]
 pub use teardown::{ReapOptions, Teardown, WhenBusy, cleanup, remove, repair, repair_all};

@@ -6,7 +6,7 @@ use super::check::{Sample, check_header, check_store, probe_store, thawed, valid
 use super::file::{in_use, inspect, lock, open, open_replaced};
 use super::make::{self, unmake};
 use super::sample::sample;
-use super::{Backing, CowOptions, Warning};
+use super::{Attached, Backing, CowOptions, Warning};
 use crate::base::Store;
 use crate::call::ask;
 use crate::error::{Refusal, Result, Step};
@@ -20,6 +20,32 @@ pub(crate) struct Cow<'a, F> {
     pub(crate) mark: Option<Mark>,
     /// Set if the file's size was changed.
     pub(crate) warning: Option<Warning>,
+    /// How long it is to be once the table is loaded, if it is shorter until then.
+    grows_to: Option<u64>,
+}
+
+impl<F> Cow<'_, F> {
+    /// How long the file is, or is going to be.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.grows_to.unwrap_or(self.backing.facts.size_bytes)
+    }
+
+    /// Makes the file as long as it is to be, behind its loop device and a table that is loaded.
+    pub(crate) fn lengthen<H: Host<File = F>>(
+        &self,
+        host: &H,
+        device: &Attached<H::Loop>,
+    ) -> Result<()> {
+        let Some(bytes) = self.grows_to else {
+            return Ok(());
+        };
+        ask(Step::SizeFile, self.backing.path, || {
+            host.lengthen_file(&self.backing.file, bytes, false)
+        })?;
+        ask(Step::ResizeLoop, &device.path, || {
+            host.resize_loop(&device.device)
+        })
+    }
 }
 
 /// What is written into a store's header about the origin that it is made over.
@@ -50,17 +76,19 @@ pub(crate) fn open_cow<'a, H: Host, O>(
             backing,
             mark,
             warning,
+            grows_to: None,
         });
     };
     let made = make::make(host, path, size, origin, options)?;
-    match admit_cow(host, &made, Ok(()), origin, sample, options) {
+    match admit_cow(host, &made.backing, Ok(()), origin, sample, options) {
         Ok(mark) => Ok(Cow {
-            backing: made,
+            backing: made.backing,
             mark,
             warning: None,
+            grows_to: made.grows_to,
         }),
         // `made` is still open here, and with it locked.
-        Err(error) => Err(unmake(host, error, path, made.facts.id)),
+        Err(error) => Err(unmake(host, error, path, made.backing.facts.id)),
     }
 }
 

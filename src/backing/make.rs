@@ -11,15 +11,23 @@ use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
 use crate::kernel::{FileKind, Host};
 use crate::store;
 
+/// A COW file that was made.
+pub(super) struct Made<'a, F> {
+    pub(super) backing: Backing<'a, F>,
+    /// How long it is to be once the table is loaded, if it is shorter until then.
+    pub(super) grows_to: Option<u64>,
+}
+
 /// Makes the COW file and locks it against a second snapshot. With `replace` it empties an existing one instead.
-pub(crate) fn make<'a, H: Host, O>(
+pub(super) fn make<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
     size: CowSize,
     origin: &Backing<'_, O>,
     options: &CowOptions,
-) -> Result<Backing<'a, H::File>> {
-    let bytes = made_bytes(path, size, origin, options)?;
+) -> Result<Made<'a, H::File>> {
+    let whole = made_bytes(path, size, origin, options)?;
+    let first = first_bytes(path, whole, origin, options)?;
     let file = match ask(Step::MakeFile, path, || host.make_file(path)) {
         Err(error) if options.replace && error.verdict() == Some(Verdict::NameTaken) => {
             empty(host, path, origin, options)?
@@ -27,18 +35,22 @@ pub(crate) fn make<'a, H: Host, O>(
         made => lock_made(host, path, made?, options)?,
     };
     let sized = ask(Step::SizeFile, path, || {
-        host.size_file(&file, bytes, options.reserve)
+        host.size_file(&file, first, options.reserve)
     });
     let inspected = ask(Step::InspectFile, path, || host.inspect_file(&file));
     let id = inspected.as_ref().ok().map(|facts| facts.id);
     let facts = sized
         .and(inspected)
         .map_err(|error| unmake(host, error, path, id))?;
-    Ok(Backing {
+    let backing = Backing {
         path,
         file,
         facts,
         above: None,
+    };
+    Ok(Made {
+        backing,
+        grows_to: (first < whole).then_some(whole),
     })
 }
 
@@ -138,4 +150,22 @@ fn made_bytes<F>(
             }
             .into()
         })
+}
+
+/// How long the file is to be when the table is loaded: the kernel sizes its table of changed chunks by that
+/// (`init_hash_tables`), at 8 bytes a chunk. Space that is set aside is set aside at once.
+fn first_bytes<F>(
+    path: &Path,
+    whole: u64,
+    origin: &Backing<'_, F>,
+    options: &CowOptions,
+) -> Result<u64> {
+    if options.reserve {
+        return Ok(whole);
+    }
+    let expected = made_bytes(path, options.expected(), origin, options)?;
+    Ok(expected.clamp(
+        store::least_bytes(options.store, options.chunk).min(whole),
+        whole,
+    ))
 }

@@ -36,11 +36,22 @@ pub(crate) struct CowOptions {
     pub(crate) replace: bool,
     /// Allocates all of the made file's space at once.
     pub(crate) reserve: bool,
+    /// How much of the disk is expected to change, where that is not [`EXPECTED`]: so large is a made COW file while the
+    /// kernel sizes its table by it.
+    pub(crate) expected: Option<CowSize>,
     /// For how long whoever has a lock on a file is waited for.
     pub(crate) deadline: Option<Duration>,
 }
 
+/// Of a worst-case COW file over 1 GiB, in chunks of 8 sectors, the kernel's table takes 2 MiB, whatever is written; of
+/// this it takes 128 KiB.
+const EXPECTED: CowSize = CowSize::Bytes(64 << 20);
+
 impl CowOptions {
+    pub(crate) fn expected(&self) -> CowSize {
+        self.expected.unwrap_or(EXPECTED)
+    }
+
     /// The lock of a killed maker's, or of a deferred removal's, loop device is dropped a moment after the device is
     /// gone: the kernel puts the file off (`delayed_fput`), and a probing udev may be the last to close the node. So a
     /// second, unless the caller has a deadline.

@@ -109,7 +109,7 @@ pub(crate) fn note_sizes(
     options: &CowOptions,
     length: Sectors,
     origin: &FileFacts,
-    cow: &FileFacts,
+    cow_bytes: u64,
 ) -> Vec<Warning> {
     let mut warnings = Vec::new();
     if origin.size_bytes % SECTOR_BYTES != 0 {
@@ -118,9 +118,9 @@ pub(crate) fn note_sizes(
         });
     }
     let worst_case = store::worst_case(length, options.store, options.chunk).unwrap_or(u64::MAX);
-    if cow.size_bytes < worst_case {
+    if cow_bytes < worst_case {
         warnings.push(Warning::CowBelowWorstCase {
-            bytes: cow.size_bytes,
+            bytes: cow_bytes,
             worst_case_bytes: worst_case,
         });
     }

@@ -7,7 +7,7 @@ use super::{Refusal, Verdict};
 /// | kind | what a control plane does |
 /// | --- | --- |
 /// | BadRequest | mend the call: the same one never succeeds |
-/// | Conflict | another name, another COW file, or the other snapshot taken down first |
+/// | Conflict | another name, another COW file, or the other snapshot taken down first; the same call once more only when what stands in the way is gone |
 /// | Busy | wait and ask again: somebody has the device open |
 /// | Gone | nothing, in a teardown; make it, in a create |
 /// | Exhausted | free memory, space, descriptors or devices; grow the COW file |
@@ -95,5 +95,32 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::DiscardUnaligned { .. } => Self::Unsupported,
             _ => Self::BadRequest,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    /// The variants below each kind, as the words in backquotes of the guide's rows and as the arms above.
+    #[test]
+    fn the_guide_has_every_refusal_that_is_no_bad_request_in_its_kinds_row() {
+        let guide = include_str!("../guide/errors.md");
+        let table = guide.split("| kind | refusals |").nth(1);
+        let table = table.and_then(|rest| rest.split("\n\n").next());
+        let code = include_str!("kind.rs").split("match refusal {").nth(1);
+        let code = code.and_then(|rest| rest.split("_ =>").next());
+        let (table, code) = (table.expect("a table"), code.expect("the arms"));
+        let mut rows = 0;
+        for arm in code.split(',').filter(|arm| arm.contains("=>")) {
+            let (names, kind) = arm.split_once("=> Self::").expect("an arm");
+            let mut row = format!("| {kind} |");
+            for name in names.split("Refusal::").skip(1) {
+                let name = name.split(|at: char| !at.is_alphanumeric()).next();
+                let comma = if row.ends_with('|') { "" } else { "," };
+                row += &format!("{comma} `{}`", name.unwrap_or_default());
+            }
+            assert!(table.contains(&format!("\n{row} |")), "{row}");
+            rows += 1;
+        }
+        assert_eq!(rows, table.matches("\n|").count() - 2, "and no row more");
     }
 }

@@ -91,6 +91,12 @@ pub struct LoopFacts {
 }
 
 impl SnapshotInfo {
+    /// Returns true for a layer, which snapshots may stand on, and false for a disk.
+    #[must_use]
+    pub fn is_layer(&self) -> bool {
+        self.uuid.kind() == Kind::Layer
+    }
+
     /// Returns complete handles, with the identity of each device and file, from what was read here.
     #[must_use]
     pub fn handles(&self) -> Handles {

@@ -90,7 +90,10 @@ impl TreeNode {
 ///     node.above.iter().for_each(|above| print(above, depth + 2));
 /// }
 /// for image in dmsnap::find::tree()? {
-///     print(&image?, 0);
+///     match image {
+///         Ok(image) => print(&image, 0),
+///         Err(error) => eprintln!("{}", error.one_line()),
+///     }
 /// }
 /// # Ok::<(), dmsnap::Error>(())
 /// ```

@@ -102,7 +102,11 @@ pub struct PoolStatus {
 /// Names of unclaimed devices begin with `dmsnap-pool-`. One of them is the pool's keeper: a dm device without data
 /// that the pool's process has open as long as it lives. When it is not open any more, the pool is known to be dead:
 /// the next pool that is opened on the host takes down the dead pool's unclaimed devices, as any
-/// [`reap`](crate::ReapOptions::reap) does. Neither touches what was claimed.
+/// [`reap`](crate::ReapOptions::reap) does.
+///
+/// What was claimed is the pool's no more, but a snapshot like any other: a `reap` takes it down while nobody has it open,
+/// unless its `keep` is true for the name. So write the name to your database before the claim. It can be grown and
+/// exported; it cannot be checkpointed or rolled back, as its dm device is to go back to a pool.
 ///
 /// Threads may share a pool. Dropping it does what [`drain`](Self::drain) does, but hides its errors: all that was not
 /// claimed is taken down, and claimed snapshots stay.
@@ -169,7 +173,7 @@ impl Pool {
     /// waits until the deadline ([`PoolOptions::deadline`]).
     ///
     /// The snapshot may be one that another pool over the same image made, of this or of a dead process: handles are
-    /// all that is needed.
+    /// all that is needed. Forget them then: the device keeps its uuid for the next VM that gets it.
     ///
     /// The dm device is renamed and is the pool's from then on. The pool's second thread takes its table away and keeps
     /// it for another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. If somebody opens the device

@@ -80,7 +80,7 @@ impl PoolOptions {
     /// Sets what the disks' writes are to outlive, as [`SnapshotOptions::durability`] does; it goes before that of
     /// [`snapshot`](Self::snapshot).
     ///
-    /// Where neither names a durability or a store, they are thrown away
+    /// Where neither names a durability or a persistent store, they are thrown away
     /// ([`ThrowAway`](Durability::ThrowAway)), as a pool's COW files are deleted when they are released: such a disk is
     /// gone with its dm device, as at a reboot, and has nothing that could be kept ([`CowFate`](super::CowFate)),
     /// exported, or frozen. The setting is made when a snapshot is made ready, and costs a claim nothing.

@@ -365,6 +365,8 @@ fn a_pools_disks_are_thrown_away_unless_a_durability_or_a_store_was_named() {
     let transient = (Durability::ThrowAway, Store::Transient);
     assert_eq!(of(&PoolOptions::new()), Ok(transient));
     assert_eq!(of(PoolOptions::new().snapshot(&snapshot)), Ok(transient));
+    snapshot.store(Store::Transient);
+    assert_eq!(of(PoolOptions::new().snapshot(&snapshot)), Ok(transient));
     let kept = (Durability::PowerCuts, Store::PersistentOverflow);
     let overflow = snapshot.store(Store::PersistentOverflow).clone();
     assert_eq!(of(PoolOptions::new().snapshot(&overflow)), Ok(kept));

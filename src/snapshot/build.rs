@@ -55,11 +55,13 @@ pub(crate) fn build<H: Host>(
     destination: &Destination<'_>,
     handles: &mut Handles,
 ) -> Result<LiveDevice<H::Loop>> {
+    let whole = cow;
     let Cow {
         backing: cow,
         mark,
         warning,
-    } = cow;
+        ..
+    } = whole;
     if let Destination::Recycled(made) = destination {
         made.note(handles);
     }
@@ -73,7 +75,7 @@ pub(crate) fn build<H: Host>(
         cow.path,
         &mut handles.cow_loop,
     )?;
-    let mut warnings = note_sizes(&options.cow, origin.length, origin.facts, &cow.facts);
+    let mut warnings = note_sizes(&options.cow, origin.length, origin.facts, whole.bytes());
     warnings.extend(warning.clone());
     if options.direct_io {
         let status = || host.loop_status(&cow_loop.device);
@@ -113,6 +115,7 @@ pub(crate) fn build<H: Host>(
             (*made).clone()
         }
     };
+    whole.lengthen(host, &cow_loop)?;
     if let Some(mark) = mark {
         write_mark(host, cow, identity, origin.above, mark)?;
     }

@@ -11,8 +11,8 @@ use super::create::{link, open_controls};
 use super::layer::{Layer, attach_layer, base, facts, hold};
 use super::{Base, Origin, Snapshot, fingerprint};
 use crate::backing::{
-    Attached, Backing, CowOptions, CowSize, DEEPEST, Sample, attach, open_cow, probe_store, unmake,
-    valid,
+    Attached, Backing, Cow, CowOptions, CowSize, DEEPEST, Sample, attach, open_cow, probe_store,
+    unmake, valid,
 };
 use crate::base::{
     DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, SectorSize, Sectors,
@@ -93,11 +93,13 @@ impl CheckpointOptions {
     /// [`adopt`](crate::adopt()) have it with its new COW file.
     ///
     /// A process that is killed in the pause leaves the snapshot with its I/O held back, until a
-    /// [`repair`](crate::repair()).
+    /// [`repair`](crate::repair()). If that says `Undone` there is no layer, and the COW file that was made is to be deleted
+    /// before the next try; if it says `Finished` the layer is there, and [`Layer::open`] has it.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
+    /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], also for one that was claimed from a pool,
+    /// [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
     /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
     /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was.
     /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the
@@ -109,7 +111,7 @@ impl CheckpointOptions {
         cow: impl AsRef<Path>,
     ) -> Result<Layer> {
         let name = DeviceName::given(layer)?;
-        checkpoint(&MACHINE, self, &snapshot.into(), &name, cow.as_ref()).map(Layer::from)
+        checkpoint(&MACHINE, self, &snapshot.into(), &name, cow.as_ref()).map(Layer::over)
     }
 }
 
@@ -130,7 +132,7 @@ impl CheckpointOptions {
         layer: &str,
     ) -> Result<Layer> {
         let name = DeviceName::given(layer)?;
-        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self).map(Layer::from)
+        attach_layer(&MACHINE, &origin.0, cow.as_ref(), &name, self).map(Layer::over)
     }
 }
 
@@ -232,7 +234,7 @@ pub(crate) fn checkpoint<H: Host>(
         header: &header,
         sample,
         held: (&node, &held),
-        c1: (&c1.backing, &c1_loop),
+        c1: (&c1, &c1_loop),
         named: Chain { id, ..below },
         keep: options.keep,
         ends_flushes: ends_flushes(host, v.dev, live.params.cow),
@@ -303,7 +305,7 @@ struct Parts<'a, H: Host> {
     /// The image's fingerprint.
     sample: Option<u128>,
     held: (&'a Path, &'a H::File),
-    c1: (&'a Backing<'a, H::File>, &'a Attached<H::Loop>),
+    c1: (&'a Cow<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
     named: Chain,
     keep: bool,
@@ -325,7 +327,8 @@ struct Done {
 impl<H: Host> Parts<'_, H> {
     fn freeze(&self, name: &DeviceName, done: &mut Done) -> Result<MappedDevice> {
         let Self { host, v, .. } = self;
-        let (cow, cow_loop) = self.c1;
+        let (next, cow_loop) = self.c1;
+        let cow = &next.backing;
         let mapper = name.mapper_path();
         let uuid = DeviceUuid::of_layer(self.named.id, self.identity, cow_loop.number, self.keep);
         let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
@@ -350,6 +353,7 @@ impl<H: Host> Parts<'_, H> {
         };
         load(*host, v, &line(over))?;
         done.loaded = true;
+        next.lengthen(*host, cow_loop)?;
         // A power cut must not leave a layer whose upper store is not known to be over it.
         done.marked = true;
         let image = self.header.origin;

@@ -43,7 +43,14 @@ impl Layer {
     /// [`Refusal::NotALayer`] for any other device of ours; [`Refusal::FileElsewhere`] when its COW file cannot be
     /// reached by the path that the kernel has for it.
     pub fn open(device: impl Into<DeviceId>) -> Result<Self> {
-        open(&MACHINE, &device.into()).map(Self::from)
+        open(&MACHINE, &device.into()).map(Self::over)
+    }
+
+    pub(super) fn over((base, handles): (Base<LoopDevice>, Handles)) -> Self {
+        Self {
+            origin: Origin(Arc::new(base)),
+            handles,
+        }
     }
 
     /// What snapshots are made over, by [`create_on`](crate::SnapshotOptions::create_on) or a
@@ -54,19 +61,11 @@ impl Layer {
         &self.origin
     }
 
-    /// What to keep of it. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any more.
+    /// What to keep of it. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any more: neither a
+    /// snapshot nor a value of this type. So clone them, drop the value, and clean up the disks over it first.
     #[must_use]
     pub fn handles(&self) -> &Handles {
         &self.handles
-    }
-}
-
-impl From<(Base<LoopDevice>, Handles)> for Layer {
-    fn from((base, handles): (Base<LoopDevice>, Handles)) -> Self {
-        Self {
-            origin: Origin(Arc::new(base)),
-            handles,
-        }
     }
 }
 

@@ -9,10 +9,10 @@ use crate::error::Refusal;
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
 /// ```no_run
-/// use dmsnap::{ChunkSize, CowSize, SnapshotOptions, Store};
+/// use dmsnap::{ChunkSize, CowSize, Durability, SnapshotOptions};
 ///
 /// let snapshot = SnapshotOptions::new()
-///     .store(Store::Transient)
+///     .durability(Durability::ThrowAway)
 ///     .make_cow(CowSize::WorstCase)
 ///     .chunk_size(ChunkSize::new(32)?)
 ///     .create("/images/base.ext4", "/run/vm-42.cow", "vm-42")?;
@@ -40,7 +40,8 @@ impl SnapshotOptions {
         Self::default()
     }
 
-    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does.
+    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does: a disk that is to be thrown away
+    /// is named there, as a store alone does not end the guest's flushes.
     pub fn store(&mut self, store: Store) -> &mut Self {
         self.cow.store = store;
         self.store_given = true;
@@ -72,9 +73,9 @@ impl SnapshotOptions {
         self.durability.unwrap_or_default()
     }
 
-    /// Sets the durability, unless the caller named one, or a store.
+    /// Sets the durability, unless the caller named one, or a store that is to be kept.
     pub(crate) fn default_durability(&mut self, durability: Durability) {
-        if self.durability.is_none() && !self.store_given {
+        if self.durability.is_none() && !(self.store_given && self.cow.store.is_persistent()) {
             self.durability(durability);
         }
     }
@@ -185,6 +186,18 @@ impl SnapshotOptions {
     /// file is removed again.
     pub fn make_cow(&mut self, size: CowSize) -> &mut Self {
         self.cow.make = Some(size);
+        self
+    }
+
+    /// Says how much of the disk is expected to change, where the COW file is made: the kernel sizes its table of changed
+    /// chunks by it, at 8 bytes a chunk, when the snapshot is made, and never again. Unless set, 64 MiB, which takes 128 KiB
+    /// with chunks of 8 sectors; a worst-case COW file over 1 GiB took 2 MiB of kernel memory, whatever was written.
+    ///
+    /// More may change, up to the COW file's size; lookups in the table then take longer
+    /// ([figures](crate::guide::figures)). A file whose space is set aside ([`reserve`](Self::reserve)), and one that is
+    /// there, have the table of their whole size.
+    pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
+        self.cow.expected = Some(expected);
         self
     }
 

@@ -93,6 +93,7 @@ pub(crate) fn rollback<H: Host>(
         };
         load(host, &v, &line)?;
         done.loaded = true;
+        next.lengthen(host, &next_loop)?;
         let first = store::mark(image.identity(), None);
         let (marks, length) = store::marks(first, origin.above.map(store::chain), None);
         ask(Step::MarkFile, cow, || {

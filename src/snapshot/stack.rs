@@ -101,7 +101,7 @@ impl StackOptions {
             .into_iter()
             .map(|cow| cow.as_ref().to_owned())
             .collect();
-        open_stack(&MACHINE, self, &origin.0, &cows, &name).map(Layer::from)
+        open_stack(&MACHINE, self, &origin.0, &cows, &name).map(Layer::over)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The sweep: takes down those of dmsnap's devices that nobody claims.
+//! The sweep: takes down those of dmsnap's devices that `keep` is not true for and nobody has open.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,13 +13,14 @@ use crate::error::{Result, Retry};
 use crate::find::{self, SnapshotInfo, State, at_work};
 use crate::kernel::{Host, MACHINE};
 
-/// Options for a reap (a sweep), and the call that does it: it takes down the snapshots that nobody claims, such as
+/// Options for a reap (a sweep), and the call that does it: it takes down the snapshots that nobody needs, such as
 /// those that a dead control plane left, also half-made ones.
 ///
 /// Call it when a control plane starts. It sees all dmsnap devices of the host, those of other control planes too, so
-/// `keep` has to claim theirs. It looks at no other program's devices.
+/// `keep` has to be true for theirs. It looks at no other program's devices.
 ///
-/// A snapshot that was made and not yet opened by its VMM is taken down unless `keep` claims it. `keep` is not asked
+/// A snapshot that was made, or claimed from a pool, and not yet opened by its VMM is taken down unless `keep` is true for
+/// it. `keep` is not asked
 /// about what no caller can use: a half-made snapshot whose process is dead, what a dead pool had ready
 /// (`dmsnap-pool-...`), and the device of a merge whose process is dead (`dmsnap-merge-...`; the merge can be repeated,
 /// and nothing is lost). COW files stay, except those that a dead pool had ready.
@@ -31,7 +32,7 @@ use crate::kernel::{Host, MACHINE};
 /// use dmsnap::ReapOptions;
 ///
 /// let living = ["acme-vm-1", "acme-vm-2"];
-/// // Other prefixes are other control planes': claim them.
+/// // Other prefixes are other control planes': they stay.
 /// let keep = |name: &str| !name.starts_with("acme-") || living.contains(&name);
 /// for item in ReapOptions::new().reap(|snapshot| keep(&snapshot.name))? {
 ///     println!("{}: {:?}", item.name, item.fate);
@@ -83,7 +84,7 @@ fn flat<S: serde::Serializer>(fate: &Result<Fate>, serializer: S) -> Result<S::O
 )]
 #[non_exhaustive]
 pub enum Fate {
-    /// The caller's `keep` claimed it; it stays.
+    /// The caller's `keep` was true for it; it stays.
     Kept,
     /// A live process is making it or at work on it, or it became another snapshot during the sweep. It was left alone:
     /// look again later.

@@ -74,7 +74,7 @@ pub(crate) enum Command {
         /// The dm device's name, or its uuid
         name: String,
     },
-    /// Take down our snapshots that nobody claims, half-built ones included
+    /// Take down those of dmsnap's snapshots that are not to be kept, half-built ones included
     Reap(Reap),
     /// Finish or undo what a killed process left half-way, so that a hanging guest goes on
     Repair {

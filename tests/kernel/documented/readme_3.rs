@@ -3,8 +3,8 @@ use dmsnap::teardown::Fate;
 use dmsnap::{ErrorKind, ReapOptions};
 
 fn main() -> dmsnap::Result<()> {
-    // Written to your database before each create, layers too. `keep` also answers true for other prefixes: they are
-    // another control plane's.
+    // Written to your database before each create and claim, layers too. `keep` also answers true for other prefixes:
+    // they are another control plane's.
     let living = ["acme-vm-1", "acme-vm-2"];
     let keep = |name: &str| !name.starts_with("acme-") || living.contains(&name);
     for item in ReapOptions::new().reap(|found| keep(&found.name))? {

@@ -1,9 +1,10 @@
 //! Many live snapshots over one origin: they all work, the next one asks no more of the kernel, and what they take is known.
 
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::sync::Mutex;
 
-use dmsnap::{ChunkSize, Handles, Snapshot, SnapshotOptions, Store, cleanup};
+use dmsnap::{ChunkSize, CowSize, Handles, Snapshot, SnapshotOptions, Store, cleanup};
 
 use super::worker::use_disk;
 use super::{repeated, timed, trace};
@@ -39,12 +40,18 @@ struct Fleet<'a> {
     scene: &'a Scene,
     options: SnapshotOptions,
     cow_bytes: u64,
+    /// Has `create` make the COW files.
+    makes: bool,
 }
 
 impl Fleet<'_> {
     fn create(&self) -> Snapshot {
         let name = self.scene.name();
-        let cow = self.scene.sparse(format!("{name}.cow"), self.cow_bytes);
+        let cow = format!("{name}.cow");
+        let cow = match self.makes {
+            true => self.scene.path(cow),
+            false => self.scene.sparse(cow, self.cow_bytes),
+        };
         let made = self.options.create(self.scene.image(), cow, &name);
         made.unwrap_or_else(|error| panic!("{name}: {}", chain(&error)))
     }
@@ -103,6 +110,7 @@ fn a_fleet_over_one_image() {
         scene: &scene,
         options: SnapshotOptions::new(),
         cow_bytes: 8 << 20,
+        makes: false,
     };
     let mut fleet = Vec::new();
     ships.grow(&mut fleet, 10);
@@ -155,22 +163,29 @@ fn memory_by_store_chunk_size_and_cow_size() {
     let count = repeated(4, 40);
     let mut warm = false;
     println!("KiB of kernel memory for each of {count} snapshots:");
-    for (store, sectors, mebibytes) in [
-        (Store::Persistent, 8, 8),
-        (Store::Persistent, 8, 64),
-        (Store::Persistent, 8, 1024),
-        (Store::Persistent, 128, 64),
-        (Store::Persistent, 128, 1024),
-        (Store::Transient, 8, 64),
-        (Store::Transient, 8, 1024),
+    let mut of_made = Vec::new();
+    for (store, sectors, mebibytes, makes) in [
+        (Store::Persistent, 8, 8, false),
+        (Store::Persistent, 8, 64, false),
+        (Store::Persistent, 8, 1032, false),
+        (Store::Persistent, 8, 1032, true),
+        (Store::Persistent, 128, 64, false),
+        (Store::Persistent, 128, 1032, false),
+        (Store::Transient, 8, 64, false),
+        (Store::Transient, 8, 1032, false),
+        (Store::Transient, 8, 1032, true),
     ] {
         let mut options = SnapshotOptions::new();
         let chunk = ChunkSize::new(sectors).expect("a power of two");
         options.store(store).chunk_size(chunk);
+        if makes {
+            options.make_cow(CowSize::Bytes(mebibytes << 20));
+        }
         let ships = Fleet {
             scene: &scene,
             options,
             cow_bytes: mebibytes << 20,
+            makes,
         };
         let mut fleet = Vec::new();
         // The first ones may have the kernel make new loop devices, which are nobody's cost.
@@ -183,9 +198,102 @@ fn memory_by_store_chunk_size_and_cow_size() {
         let after = Memory::now();
         clean_all(fleet);
         let each = (before.available - after.available) / i64::try_from(count).expect("few");
-        println!("  {store:?}, chunks of {sectors} sectors, COW of {mebibytes} MiB: {each}");
+        let how = if makes { "made" } else { "found" };
+        println!("  {store:?}, chunks of {sectors} sectors, COW of {mebibytes} MiB, {how}: {each}");
+        if (sectors, mebibytes) == (8, 1032) {
+            of_made.push((each, makes));
+        }
         // The hash tables are bounded at 2.25 MiB or twice that, kcopyd reserves 512 KiB; the rest is small.
         assert!(each < 8 << 10, "{each} KiB for one snapshot");
+    }
+    settle();
+    for pair in of_made.chunks(2) {
+        let [(found, false), (made, true)] = pair else {
+            panic!("{of_made:?} are no pairs");
+        };
+        // Of the 2 MiB for 1032 MiB of changes; 64 MiB take 128 KiB.
+        assert!(made + 1024 < *found, "{pair:?}: the table is for all of it");
+    }
+}
+
+/// Reads and writes of what has changed, where six times as much did as the kernel's table was made for, beside a table
+/// for all of it. In its short form only that both disks have what was written.
+#[test]
+fn more_changes_than_were_expected_are_all_there_and_as_fast() {
+    let scene = Scene::new();
+    let chunks = repeated(2_000, 100_000);
+    let image = scene.sparse("image", 1 << 30);
+    let expected = u64::try_from(chunks).expect("few") * 4096 / 6;
+    let disks = [CowSize::Bytes(expected), CowSize::WorstCase].map(|expected| {
+        let name = scene.name();
+        let mut options = SnapshotOptions::new();
+        options
+            .make_cow(CowSize::WorstCase)
+            .expected_changes(expected);
+        let made = options.create(&image, scene.path(format!("{name}.cow")), &name);
+        made.unwrap_or_else(|error| panic!("{name}: {}", chain(&error)))
+    });
+    let files = disks.each_ref().map(|disk| {
+        let mut options = fs::File::options();
+        let file = options.read(true).write(true).open(disk.device());
+        file.expect("the disk")
+    });
+    // Each a chunk by itself: what is consecutive shares an entry of the table.
+    let mut places: Vec<u64> = (0..chunks as u64).map(|nth| nth * 2).collect();
+    let mut seed = 1_u64;
+    for nth in (1..places.len()).rev() {
+        seed = seed
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        places.swap(nth, (seed >> 33) as usize % (nth + 1));
+    }
+    let at = |place: u64| place * 4096;
+    let rounds = places.len() / 10;
+    let mut times = [[0.0_f64; 3]; 2];
+    // Now the one first and now the other.
+    let turns = |nth: usize| [nth % 2, 1 - nth % 2].map(|disk| (disk, &files[disk]));
+    for (nth, places) in places.chunks(rounds).enumerate() {
+        for (disk, file) in turns(nth) {
+            let writes = || {
+                for place in places {
+                    let content = place.to_ne_bytes().repeat(512);
+                    file.write_all_at(&content, at(*place)).expect("no error");
+                }
+                file.sync_data().expect("no error");
+            };
+            times[disk][0] += timed(writes).1.as_secs_f64();
+            times[disk][1] += timed(writes).1.as_secs_f64();
+        }
+    }
+    for (nth, places) in places.chunks(rounds).enumerate() {
+        for (disk, file) in turns(nth) {
+            fs::write("/proc/sys/vm/drop_caches", "1").expect("root may");
+            let reads = || {
+                let mut content = vec![0; 4096];
+                for place in places.iter().step_by(10) {
+                    file.read_exact_at(&mut content, at(*place))
+                        .expect("no error");
+                    assert_eq!(content, place.to_ne_bytes().repeat(512));
+                }
+            };
+            times[disk][2] += timed(reads).1.as_secs_f64();
+        }
+    }
+    let [few, all] = times;
+    for (nth, what) in ["first writes", "second writes", "reads"]
+        .iter()
+        .enumerate()
+    {
+        let (few, all) = (few[nth], all[nth]);
+        println!(
+            "{chunks} chunks, {what}: {few:.2} s, {all:.2} s: {:.2} times",
+            few / all
+        );
+    }
+    drop(files);
+    for disk in disks {
+        let cleaned = disk.cleanup();
+        assert!(cleaned.is_ok(), "{cleaned:?}");
     }
     settle();
 }
