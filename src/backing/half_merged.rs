@@ -58,7 +58,7 @@ mod tests {
                 mtime_ns: 100 * SECOND,
             }),
             merging_into,
-            sample: None,
+            content: None,
             chain: None,
         }
     }

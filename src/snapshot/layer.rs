@@ -7,7 +7,7 @@ use super::build::{MappedDevice, load, undone};
 use super::create::{link, open_controls};
 use super::origin::MadeNode;
 use super::{Base, CheckpointOptions, Origin};
-use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
+use crate::backing::{Attached, Backing, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
     ChunkSize, DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR,
     SectorSize, Sectors, Store,
@@ -129,11 +129,9 @@ pub(super) fn attach_layer<H: Host>(
 ) -> Result<(Base<H::Loop>, Handles)> {
     open_controls(host)?;
     let image = below.image();
-    let sample = Sample {
-        take: &|| Ok(below.sample().unwrap_or_default()),
-        marks: false,
-    };
-    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample, &options.cow)?;
+    let take = || Ok(below.content());
+    let evidence = below.evidence(&take, None);
+    let (cow, header, chain) = open_layer_cow(host, cow, &image, evidence, &options.cow)?;
     attach_file(host, below, &cow, header.chunk, chain, name, options.keep)
 }
 
@@ -242,7 +240,8 @@ pub(super) fn base<H: Host>(
         length: loop_length(host, &device)?,
         path,
         facts,
-        sample: None,
+        content: None,
+        digest: None,
         device,
         _node: MadeNode,
         handle: None,

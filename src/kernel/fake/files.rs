@@ -163,6 +163,12 @@ impl Files for Script {
         self.call(Step::PunchHole)
     }
 
+    /// Its file system has no fs-verity.
+    fn measure_file(&self, _file: &ScriptFile) -> Result<(u16, Vec<u8>), Errno> {
+        self.call(Step::MeasureFile)?;
+        Err(Errno::ENOTTY)
+    }
+
     fn lock_file(&self, file: &ScriptFile, exclusive: bool) -> Result<(), Errno> {
         self.call(Step::LockFile)?;
         self.world.borrow_mut().lock(file.0.open, exclusive)
