@@ -18,6 +18,7 @@ use dmsnap::{CowSize, ErrorKind, Handles, Snapshot, SnapshotOptions, Store, Tear
 use crate::common::reading::{alias_exists, dm_exists, dm_info, loops_over};
 use crate::common::tools::{Running, start, success};
 use crate::common::{Mounted, Scene, chain, dmsnap, eventually, run, stated_kernel};
+use crate::proof::long;
 use vm::{Vm, Vmm, brought, qemu};
 
 const MIB: u64 = 1 << 20;
@@ -360,13 +361,14 @@ fn a_cow_file_that_a_vm_fills_is_grown_in_time() {
     }
 }
 
-/// How long after a VMM's exit its disk is gone. The figures are printed; what is asserted is the order.
+/// How long after a VMM's exit its disk is gone. The figures are printed, of many exits in the long form; what is asserted
+/// is the order.
 #[test]
 fn a_disk_goes_with_the_exit_of_its_vmm() {
-    const TIMES: usize = 9;
+    let times = if long() { 99 } else { 9 };
     let scene = scene();
     let mut took = Vec::new();
-    for nth in 0..TIMES {
+    for nth in 0..times {
         let disk = disk(&scene, &for_vms());
         // QEMU as it stands before a VM runs: the disk is open, as it is for all of the VM's life.
         let mut command = qemu();
@@ -398,9 +400,14 @@ fn a_disk_goes_with_the_exit_of_its_vmm() {
         took.push(end.saturating_duration_since(exit));
     }
     took.sort();
+    let soon = took
+        .iter()
+        .filter(|each| **each <= Duration::from_millis(5));
     println!(
-        "figure: a disk is gone after its VMM's exit, {TIMES} times: median {:?}, longest {:?}",
-        took[TIMES / 2],
-        took[TIMES - 1]
+        "figure: a disk is gone after its VMM's exit, {times} times: median {:?}, 9 of 10 within {:?}, longest {:?}; {} within 5 ms",
+        took[times / 2],
+        took[times * 9 / 10],
+        took[times - 1],
+        soon.count()
     );
 }
