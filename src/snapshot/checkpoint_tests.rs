@@ -91,7 +91,7 @@ fn writes_to(script: &Script) -> (u32, bool) {
     assert!(valid, "its exceptions are lost");
     assert!(!device.inactive_table || device.suspended);
     (
-        live.params().expect("a snapshot").cow.minor,
+        live.params().expect("a snapshot").cow.minor(),
         device.suspended,
     )
 }

@@ -232,7 +232,7 @@ pub(super) fn base<H: Host>(
     let (id, facts) = uuid.layer().zip(facts(uuid, number)).ok_or_else(refusal)?;
     let device = Attached {
         path: number.dm_node(),
-        number: number.minor,
+        number: number.minor(),
         dev: number,
         device,
     };
