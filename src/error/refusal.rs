@@ -173,6 +173,12 @@ pub enum Refusal {
         /// The sector size asked for.
         sector_bytes: u32,
     },
+    /// The COW file was to be kept of a disk whose store is transient: what is where in it goes with the dm device.
+    #[error("nothing of {name:?} can be kept: its store is transient, and goes with the device")]
+    NothingToKeep {
+        /// The dm device's name.
+        name: String,
+    },
     /// The store that was named does not have the durability that was asked for.
     #[error("a disk of durability {durability} cannot have a store {:?}", .store.letters())]
     StoreOfDurability {

@@ -28,6 +28,9 @@ mod tests;
 pub use options::{PoolOptions, WhenEmpty};
 
 /// What becomes of the COW file when its snapshot is released.
+///
+/// One over a transient store can only be deleted: without its dm device nothing tells what is where in it.
+/// [`PoolOptions::durability`] says what a pool's disks have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum CowFate {
@@ -178,8 +181,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) if somebody still has the disk open at the deadline:
-    /// it stays as it is, and claimed. [`Error::Debris`] lists what remains after another failure. What fails in the
+    /// [`Refusal::NothingToKeep`](crate::error::Refusal::NothingToKeep) if the COW file is to stay and its store is a
+    /// transient one; [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) if somebody still has the disk open at the
+    /// deadline: it stays as it is, and claimed. [`Error::Debris`] lists what remains after another failure. What fails in the
     /// thread is in [`PoolStatus::recycle_error`].
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let (host, site) = (&MACHINE, self.shared.site());

@@ -8,6 +8,7 @@ use std::time::Duration;
 use super::shared::Shared;
 use super::{Pool, keeper, pool_name, sweep};
 use crate::backing::CowSize;
+use crate::base::Durability;
 use crate::call::ask;
 use crate::error::{Error, Result, Retry, Step, errno_of};
 use crate::kernel::{Clock, MACHINE, MAPPER_CONTROL};
@@ -32,6 +33,7 @@ use crate::snapshot::{Origin, SnapshotOptions};
 #[derive(Clone, Debug)]
 pub struct PoolOptions {
     snapshot: SnapshotOptions,
+    durability: Option<Durability>,
     size: usize,
     when_empty: WhenEmpty,
     retry: Retry,
@@ -55,12 +57,13 @@ impl Default for PoolOptions {
 }
 
 impl PoolOptions {
-    /// Makes the default options: eight snapshots with the options of [`SnapshotOptions::new`] and COW files of the
-    /// worst case's size; a claim on an empty pool makes one.
+    /// Makes the default options: eight throw-away snapshots with the other options of [`SnapshotOptions::new`] and COW
+    /// files of the worst case's size; a claim on an empty pool makes one.
     #[must_use]
     pub fn new() -> Self {
         Self {
             snapshot: SnapshotOptions::new(),
+            durability: None,
             size: 8,
             when_empty: WhenEmpty::default(),
             retry: Retry::default(),
@@ -71,6 +74,18 @@ impl PoolOptions {
     /// `make_cow` the COW files have the worst case's size.
     pub fn snapshot(&mut self, options: &SnapshotOptions) -> &mut Self {
         self.snapshot = options.clone();
+        self
+    }
+
+    /// Sets what the disks' writes are to outlive, as [`SnapshotOptions::durability`] does; it goes before that of
+    /// [`snapshot`](Self::snapshot).
+    ///
+    /// Where neither names a durability or a store, they are thrown away
+    /// ([`ThrowAway`](Durability::ThrowAway)), as a pool's COW files are deleted when they are released: such a disk is
+    /// gone with its dm device, as at a reboot, and has nothing that could be kept ([`CowFate`](super::CowFate)),
+    /// exported, or frozen. The setting is made when a snapshot is made ready, and costs a claim nothing.
+    pub fn durability(&mut self, durability: Durability) -> &mut Self {
+        self.durability = Some(durability);
         self
     }
 
@@ -102,18 +117,17 @@ impl PoolOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Failed`] if device-mapper or loop devices are not available, or a thread cannot be started. A failure
+    /// [`Refusal::StoreOfDurability`](crate::error::Refusal::StoreOfDurability) for a store that does not have the
+    /// durability. [`Error::Failed`] if device-mapper or loop devices are not available, or a thread cannot be started. A failure
     /// to make snapshots ready is in [`Pool::status`].
     pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
         let host = &MACHINE;
+        let options = self.made_with()?;
         snapshot::open_controls(host)?;
         sweep::sweep(host, directory.as_ref())?;
         let control = Path::new(MAPPER_CONTROL);
         let random = ask(Step::Random, control, || host.random())?;
         let id = u64::try_from(random >> 64).unwrap_or_default();
-        let mut options = self.snapshot.clone();
-        options.cow.make = Some(options.cow.make.unwrap_or(CowSize::WorstCase));
-        options.cow.replace = false;
         let keeper = keeper::make(host, &origin.0, &pool_name(id, "keeper")?)?;
         let shared = Arc::new(Shared {
             options,
@@ -138,6 +152,21 @@ impl PoolOptions {
         pool.refill = Some(start("dmsnap-refill", move || shared.refill())?);
         pool.recycle = Some(start("dmsnap-recycle", move || other.recycle())?);
         Ok(pool)
+    }
+
+    /// Returns the options that its snapshots are made with.
+    pub(super) fn made_with(&self) -> Result<SnapshotOptions> {
+        let mut options = self.snapshot.clone();
+        match self.durability {
+            Some(durability) => {
+                options.durability(durability);
+            }
+            None => options.default_durability(Durability::ThrowAway),
+        }
+        options.check_durability()?;
+        options.cow.make = Some(options.cow.make.unwrap_or(CowSize::WorstCase));
+        options.cow.replace = false;
+        Ok(options)
     }
 }
 

@@ -8,7 +8,7 @@ use crate::backing::{Binding, binding};
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, KEPT, Kind, LoopHandle, Sectors};
 use crate::call::{absent, ask, patiently};
 use crate::dm::{Target, TargetLine};
-use crate::error::{Error, Leftover, Result, Retry, Step, Verdict, policy};
+use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict, policy};
 use crate::find::Bound;
 use crate::kernel::{DevId, Device, Host};
 use crate::snapshot::{MappedDevice, load};
@@ -62,7 +62,7 @@ pub(crate) fn release<H: Host>(
     };
     let idle = patiently(host, retry, Verdict::Busy, || idle(host, &subject))?;
     let cow = match &idle {
-        Some(device) => find_cow(host, &subject, device, handles.cow_loop.as_ref())?,
+        Some(device) => find_cow(host, &subject, device, handles.cow_loop.as_ref(), fate)?,
         // The loop device of the handles may be another snapshot's by now.
         None => None,
     };
@@ -267,12 +267,14 @@ pub(crate) fn unbound<H: Host>(host: &H, taken: &TakenBack) -> Result<()> {
 }
 
 /// Opens the COW file that the device's table has; `None` if its path does not lead to it any more, or the device is
-/// gone. The handles' loop device is not trusted for this, as the file is about to be deleted.
+/// gone. The handles' loop device is not trusted for this, as the file is about to be deleted. Refuses to keep one that
+/// is of no use without the device.
 fn find_cow<H: Host>(
     host: &H,
     subject: &Subject,
     device: &Device,
     handle: Option<&LoopHandle>,
+    fate: CowFate,
 ) -> Result<Option<CowFile<H::File>>> {
     let Ok(uuid) = DeviceUuid::new(device.uuid.as_str()) else {
         return Ok(None);
@@ -286,6 +288,10 @@ fn find_cow<H: Host>(
     let Some(Target::Snapshot(params)) = target else {
         return Ok(None);
     };
+    if fate != CowFate::Delete && !params.store.is_persistent() {
+        let name = device.name.clone();
+        return Err(Refusal::NothingToKeep { name }.into());
+    }
     let open = |bound: Bound<H::Loop>| {
         // The device is still there, so its table held the loop device when it was opened: it is the right one.
         if subject.query(host)?.is_none() {

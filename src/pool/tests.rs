@@ -8,11 +8,11 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::{CowFate, keeper, ready, recycle, sweep};
+use super::{CowFate, PoolOptions, keeper, ready, recycle, sweep};
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{ChunkSize, DeviceName, DeviceNumber, Handles, LoopHandle, Store};
+use crate::base::{ChunkSize, DeviceName, DeviceNumber, Durability, Handles, LoopHandle, Store};
 use crate::dm::{Address, Discard, SnapshotParams};
-use crate::error::{Error, Retry, Step};
+use crate::error::{Error, Refusal, Retry, Step};
 use crate::find::{SnapshotInfo, State};
 use crate::kernel::fake::{Script, ScriptLoop};
 use crate::kernel::{Clock, DeviceMapper};
@@ -335,6 +335,52 @@ fn a_sweep_deletes_no_cow_file_by_a_loop_device_that_has_changed_hands() {
     assert_eq!(stage.residue(), before);
     crate::teardown::forget_cow(&stage.script, &info_of(&other.made, 1)).expect("nothing fails");
     assert!(!stage.residue().contains(&other.cow), "its own goes");
+}
+
+/// Its file would be of no use, and the disk can still be copied.
+#[test]
+fn a_throw_away_disk_is_not_released_to_keep_its_cow_file() {
+    for fate in [CowFate::Keep, CowFate::HandBack] {
+        let mut stage = Stage::new();
+        stage.options = PoolOptions::new().made_with().expect("no contradiction");
+        let handles = stage.claimed(1);
+        let before = stage.residue();
+        let name = "vm".to_owned();
+        let refused = stage.release_with(&handles, fate).map(drop);
+        assert_eq!(refused, Err(Refusal::NothingToKeep { name }.into()));
+        assert_eq!(stage.residue(), before);
+        let made = stage.release(&handles).expect("nothing fails");
+        assert!(made.is_some(), "it serves again");
+        assert!(!stage.residue().contains(Path::new("/pool/dmsnap-1-1.cow")));
+    }
+}
+
+#[test]
+fn a_pools_disks_are_thrown_away_unless_a_durability_or_a_store_was_named() {
+    let of = |options: &PoolOptions| {
+        let made = options.made_with();
+        made.map(|made| (made.named_durability(), made.cow.store))
+    };
+    let mut snapshot = SnapshotOptions::new();
+    let transient = (Durability::ThrowAway, Store::Transient);
+    assert_eq!(of(&PoolOptions::new()), Ok(transient));
+    assert_eq!(of(PoolOptions::new().snapshot(&snapshot)), Ok(transient));
+    let kept = (Durability::PowerCuts, Store::PersistentOverflow);
+    let overflow = snapshot.store(Store::PersistentOverflow).clone();
+    assert_eq!(of(PoolOptions::new().snapshot(&overflow)), Ok(kept));
+    let mut processes = SnapshotOptions::new();
+    processes.durability(Durability::Processes);
+    let made = (Durability::Processes, Store::Persistent);
+    assert_eq!(of(PoolOptions::new().snapshot(&processes)), Ok(made));
+    // The pool's own goes first, in whichever order they are set.
+    let mut options = PoolOptions::new();
+    options
+        .durability(Durability::ThrowAway)
+        .snapshot(&processes);
+    assert_eq!(of(&options), Ok(transient));
+    let (durability, store) = (Durability::ThrowAway, Store::PersistentOverflow);
+    let refused = Refusal::StoreOfDurability { durability, store };
+    assert_eq!(of(options.snapshot(&overflow)), Err(refused.into()));
 }
 
 /// A kill in the middle of a release left a device under a name of the pool's, with the COW file that the caller was to

@@ -8,7 +8,7 @@ use crate::backing::{Attached, Backing, Cow, Mark, Warning, attach, note_sizes};
 use crate::base::{
     DeviceName, DeviceNumber, DeviceUuid, Durability, Handles, Kind, OriginIdentity, Sectors,
 };
-use crate::call::{ask, patiently};
+use crate::call::{ask, end_flushes, patiently};
 use crate::dm::{Discard, SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::kernel::{FileFacts, FileKind, Host, MAPPER_CONTROL, TargetVersion};
@@ -117,7 +117,7 @@ pub(crate) fn build<H: Host>(
         write_mark(host, cow, identity, origin.above, mark)?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
-    warnings.extend(end_flushes(host, options.durability, &made));
+    warnings.extend(flushes_kept(host, options.named_durability(), &made));
     Ok(LiveDevice {
         made,
         warnings,
@@ -125,14 +125,13 @@ pub(crate) fn build<H: Host>(
     })
 }
 
-/// Has the guest's flushes end at the device, unless they are wanted. A table that is swapped in resets the device's
-/// write cache, so it is set after each; a hypervisor reads it when it opens the device, which nobody knows of yet.
-fn end_flushes<H: Host>(host: &H, durability: Durability, made: &MappedDevice) -> Option<Warning> {
+/// Has the guest's flushes end at the device, unless they are wanted, and warns if they do not. A hypervisor may read
+/// the setting when it opens the device, which nobody knows of yet.
+fn flushes_kept<H: Host>(host: &H, durability: Durability, made: &MappedDevice) -> Option<Warning> {
     if durability == Durability::PowerCuts {
         return None;
     }
-    let end = || host.end_flushes(made.dev);
-    let error = ask(Step::EndFlushes, &made.mapper, end).err()?;
+    let error = end_flushes(host, made.dev, &made.mapper).err()?;
     let errno = error.errno().unwrap_or_default();
     Some(Warning::FlushesKept { errno })
 }
@@ -281,15 +280,7 @@ const LOAD_RETRY: Retry = Retry::until(Duration::from_millis(500)).sparing();
 
 /// Refuses options that contradict each other, or that this kernel's snapshot target does not have.
 pub(crate) fn check_target<H: Host>(host: &H, options: &SnapshotOptions) -> Result<()> {
-    let (durability, store) = (options.durability, options.cow.store);
-    let contradicts = match durability {
-        Durability::ThrowAway => store.is_persistent(),
-        Durability::Processes => !store.is_persistent(),
-        Durability::PowerCuts => false,
-    };
-    if contradicts {
-        return Err(Refusal::StoreOfDurability { durability, store }.into());
-    }
+    options.check_durability()?;
     if !options.discard {
         return Ok(());
     }

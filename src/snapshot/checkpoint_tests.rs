@@ -13,7 +13,7 @@ use super::origin::open as open_origin;
 use super::rollback::rollback;
 use super::{Base, SnapshotOptions};
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{DeviceName, Handles};
+use crate::base::{DeviceName, DeviceNumber, Durability, Handles};
 use crate::dm::Address;
 use crate::error::{Error, Result, Retry, Step};
 use crate::kernel::DeviceMapper;
@@ -34,9 +34,15 @@ fn never(_: Step, _: usize) -> Option<Errno> {
 
 /// A machine with a live snapshot.
 fn machine() -> (Script, Handles) {
+    machine_of(Durability::PowerCuts)
+}
+
+fn machine_of(durability: Durability) -> (Script, Handles) {
     let script = Script::new(never);
     let (image, cow) = (Path::new("/image"), Path::new(COW));
-    let made = create(&script, &SnapshotOptions::new(), image, cow, &name("vm"));
+    let mut options = SnapshotOptions::new();
+    options.durability(durability);
+    let made = create(&script, &options, image, cow, &name("vm"));
     let handles = made.expect("nothing fails").into_handles();
     // What the kernel wrote when it read the blank file.
     let mut header = vec![0; 4096];
@@ -55,8 +61,13 @@ fn machine() -> (Script, Handles) {
 }
 
 fn freeze(script: &Script) -> Result<(Base<ScriptLoop>, Handles)> {
+    freeze_as(script, false)
+}
+
+fn freeze_as(script: &Script, keep: bool) -> Result<(Base<ScriptLoop>, Handles)> {
     let mut options = CheckpointOptions::new();
     options
+        .keep(keep)
         .make_cow(CowSize::Bytes(1 << 20))
         .deadline(Duration::ZERO);
     checkpoint(
@@ -119,7 +130,7 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
     assert_eq!(script.world.borrow().residue(), files);
 
     let of = |step| calls.iter().filter(|call| **call == step).count();
-    assert_eq!(calls.len(), 52, "{calls:?}");
+    assert_eq!(calls.len(), 53, "{calls:?}");
     assert_eq!((of(Step::Suspend), of(Step::Resume)), (1, 2));
     let suspended = calls.iter().position(|call| *call == Step::Suspend);
     let paused = &calls[suspended.expect("it suspends")..];
@@ -172,9 +183,18 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
 /// As a SIGKILL: nothing that comes behind is done, and what the process had open is closed.
 #[test]
 fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
+    dies_and_is_repaired(false);
+}
+
+#[test]
+fn a_layer_that_was_to_be_kept_is_kept_by_the_repair_too() {
+    dies_and_is_repaired(true);
+}
+
+fn dies_and_is_repaired(keep: bool) {
     let calls = {
         let (script, _) = machine();
-        freeze(&script).map(drop).expect("nothing fails");
+        freeze_as(&script, keep).map(drop).expect("nothing fails");
         script.calls.take().len()
     };
     let mut finished = 0;
@@ -182,7 +202,7 @@ fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
         let (script, _) = machine();
         let (before, _) = writes_to(&script);
         script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
-        let _ = freeze(&script).map(drop);
+        let _ = freeze_as(&script, keep).map(drop);
         script.restart(never);
         for item in repair_every(&script).expect("it can be asked") {
             assert!(item.outcome.is_ok(), "call {index}: {item:?}");
@@ -195,9 +215,72 @@ fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
         let layer = script.query(Address::Name("noon"));
         assert_eq!(cow != before, layer.is_ok(), "call {index}");
         assert_eq!(is_frozen(&script), layer.is_ok(), "call {index}");
-        finished += usize::from(layer.is_ok_and(|layer| layer.deferred_remove));
+        if let Ok(layer) = layer {
+            assert_eq!(layer.deferred_remove, !keep, "call {index}");
+            let alias = script.is_our_alias(Path::new("/dev/mapper/noon"));
+            assert_eq!(alias, keep, "call {index}");
+            finished += 1;
+        }
     }
     assert!(finished > 0, "it dies behind the handover too");
+}
+
+/// Whether the guest's flushes end at the snapshot.
+fn ends_flushes(script: &Script) -> bool {
+    script.restart(never);
+    let device = script.query(Address::Name("vm")).expect("it is there");
+    script.ends_flushes(device.number)
+}
+
+/// A swap of its tables resets that.
+#[test]
+fn a_snapshot_that_ends_flushes_does_so_behind_a_checkpoint_a_rollback_and_a_repair() {
+    for durability in [Durability::Processes, Durability::PowerCuts] {
+        let wanted = durability == Durability::Processes;
+        let (script, _) = machine_of(durability);
+        assert_eq!(ends_flushes(&script), wanted);
+        script.restart(never);
+        drop(freeze(&script).expect("nothing fails"));
+        let calls = script.calls.take();
+        assert_eq!(ends_flushes(&script), wanted);
+        script.world.borrow_mut().missing.insert(BACK.into());
+        go_back(&script).expect("nothing fails");
+        assert_eq!(ends_flushes(&script), wanted);
+
+        // Killed in the pause, behind the handover.
+        let (script, _) = machine_of(durability);
+        let paused = calls.iter().position(|step| *step == Step::Suspend);
+        let paused = paused.expect("it suspends");
+        script.restart(move |_, nth| (nth > paused + 2).then_some(Errno::EIO));
+        let _ = freeze(&script).map(drop);
+        script.restart(never);
+        let repaired = repair_every(&script).expect("it can be asked");
+        assert!(repaired.iter().all(|each| each.outcome.is_ok()));
+        let (_, waits) = writes_to(&script);
+        assert!(!waits && script.query(Address::Name("noon")).is_ok());
+        assert_eq!(ends_flushes(&script), wanted);
+    }
+}
+
+/// Another program has set the COW device to end them: the next one takes the flushes of a disk that is to have them.
+#[test]
+fn a_setting_of_the_cow_device_is_not_taken_for_the_snapshots() {
+    let (script, _) = machine_of(Durability::Processes);
+    let (minor, _) = writes_to(&script);
+    let cow = DeviceNumber::at(7, minor);
+    script.world.borrow_mut().flushless.insert(cow);
+    drop(freeze(&script).expect("nothing fails"));
+    assert!(!ends_flushes(&script));
+}
+
+#[test]
+fn flushes_that_cannot_be_ended_again_are_no_failure_of_a_checkpoint() {
+    let (script, _) = machine_of(Durability::Processes);
+    script.restart(|step, _| (step == Step::EndFlushes).then_some(Errno::EROFS));
+    drop(freeze(&script).expect("the disk works"));
+    script.world.borrow_mut().missing.insert(BACK.into());
+    go_back(&script).expect("the disk works");
+    assert!(!ends_flushes(&script));
 }
 
 const BACK: &str = "/the/back";
@@ -247,6 +330,36 @@ fn whichever_call_of_a_rollback_fails_the_snapshot_is_as_it_was_or_back_at_its_c
             );
         }
         clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+    }
+}
+
+/// As a SIGKILL: the snapshot is then as before, or back at its checkpoint, and does not wait.
+#[test]
+fn whichever_call_a_rollback_dies_at_one_repair_ends_it() {
+    let calls = {
+        let (script, _) = frozen_machine();
+        go_back(&script).expect("nothing fails");
+        script.calls.take().len()
+    };
+    for index in 0..calls {
+        let (script, handles) = frozen_machine();
+        script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
+        let _ = go_back(&script).map(drop);
+        script.restart(never);
+        for item in repair_every(&script).expect("it can be asked") {
+            assert!(item.outcome.is_ok(), "call {index}: {item:?}");
+        }
+        script.restart(never);
+        let again = repair_every(&script).expect("it can be asked");
+        assert!(again.is_empty(), "call {index}: {again:?}");
+        let (_, waits) = writes_to(&script);
+        assert!(!waits, "it waits after call {index}");
+        let device = script.query(Address::Name("vm")).expect("it is there");
+        assert!(!device.inactive_table, "call {index}");
+        clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+        let mut left = script.world.borrow().residue();
+        left.retain(|path| path.starts_with("/dev"));
+        assert!(left.is_empty(), "call {index}: {left:?}");
     }
 }
 

@@ -15,6 +15,7 @@ use super::{GrowOptions, Snapshot, SnapshotOptions};
 use crate::base::{DeviceName, DeviceUuid, Handles, Kind, Store};
 use crate::dm::SnapshotStatus;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
+use crate::kernel::DeviceMapper;
 use crate::kernel::fake::Script;
 use crate::kernel::fake::world::*;
 use crate::teardown::clean;
@@ -165,6 +166,18 @@ fn recover_makes_the_same_snapshot_over_a_longer_file() {
         world.loops[&params.origin.minor()].path,
         Path::new("/image")
     );
+}
+
+#[test]
+fn a_recovered_snapshot_ends_flushes_if_the_old_one_did() {
+    let (script, old) = machine(Some("Overflow"));
+    let old = old.dev.expect("a number");
+    script.end_flushes(old).expect("nothing fails");
+    let new = recover(&script).expect("nothing fails").into_handles();
+    assert!(script.ends_flushes(new.dev.expect("a number")));
+    let (script, _) = machine(Some("Overflow"));
+    let new = recover(&script).expect("nothing fails").into_handles();
+    assert!(!script.ends_flushes(new.dev.expect("a number")));
 }
 
 #[test]

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use crate::backing::{CowOptions, CowSize};
 use crate::base::{ChunkSize, Digest, Durability, OriginIdentity, SectorSize, Store};
+use crate::error::Refusal;
 
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
 ///
@@ -25,7 +26,8 @@ pub struct SnapshotOptions {
     pub(crate) discard: bool,
     pub(crate) trust_discards: bool,
     pub(crate) sector_size: SectorSize,
-    pub(crate) durability: Durability,
+    /// The durability that the caller named.
+    durability: Option<Durability>,
     /// The caller named a store.
     store_given: bool,
 }
@@ -51,11 +53,11 @@ impl SnapshotOptions {
     /// one, unless [`store`](Self::store) names one; one that contradicts, in whichever order they are set, is
     /// refused. With [`PowerCuts`](Durability::PowerCuts) any store is taken, and the guest's flushes reach it.
     ///
-    /// The setting is of the live table: [`recover`](crate::snapshot::recover()), a checkpoint, a merge and tables that
-    /// others load bring the guest's flushes back, which costs time and no data. Where sysfs cannot be written,
-    /// [`Warning::FlushesKept`](crate::Warning::FlushesKept) says that they were not ended.
+    /// A checkpoint, a rollback, a [`recover`](crate::snapshot::recover()) and a [`repair`](crate::repair()) keep what the
+    /// disk has. A table that another program loads brings the guest's flushes back, which costs time and no data. Where
+    /// sysfs cannot be written, [`Warning::FlushesKept`](crate::Warning::FlushesKept) says that they were not ended.
     pub fn durability(&mut self, durability: Durability) -> &mut Self {
-        self.durability = durability;
+        self.durability = Some(durability);
         if !self.store_given {
             self.cow.store = match durability {
                 Durability::ThrowAway => Store::Transient,
@@ -63,6 +65,32 @@ impl SnapshotOptions {
             };
         }
         self
+    }
+
+    /// Returns the durability that was named, or the default.
+    pub(crate) fn named_durability(&self) -> Durability {
+        self.durability.unwrap_or_default()
+    }
+
+    /// Sets the durability, unless the caller named one, or a store.
+    pub(crate) fn default_durability(&mut self, durability: Durability) {
+        if self.durability.is_none() && !self.store_given {
+            self.durability(durability);
+        }
+    }
+
+    /// Refuses a store that does not have the durability that was named.
+    pub(crate) fn check_durability(&self) -> Result<(), Refusal> {
+        let (durability, store) = (self.named_durability(), self.cow.store);
+        let contradicts = match durability {
+            Durability::ThrowAway => store.is_persistent(),
+            Durability::Processes => !store.is_persistent(),
+            Durability::PowerCuts => false,
+        };
+        match contradicts {
+            true => Err(Refusal::StoreOfDurability { durability, store }),
+            false => Ok(()),
+        }
     }
 
     /// Sets the chunk size, the unit of copying.

@@ -5,8 +5,8 @@ use super::create::create;
 use super::grow::lengthen;
 use super::{GrowOptions, Snapshot, SnapshotOptions};
 use crate::backing::check_identity;
-use crate::base::{DeviceId, DeviceName, SectorSize};
-use crate::call::ask;
+use crate::base::{DeviceId, DeviceName, Durability, SectorSize};
+use crate::call::{ask, ends_flushes};
 use crate::dm::{Discard, SnapshotStatus};
 use crate::error::{Error, Refusal, Result, Step, policy};
 use crate::find::{bound, live, reach, whole};
@@ -33,6 +33,9 @@ pub(crate) fn recover_on<H: Host>(
         .chunk_size(live.params.chunk)
         .direct_io(live.cow.status.direct_io)
         .discard(live.params.discard != Discard::Unsupported);
+    if ends_flushes(host, live.device.number, live.params.cow) {
+        anew.durability(Durability::Processes);
+    }
     let sectors = || host.loop_sector_bytes(&live.cow.device);
     if ask(Step::SizeLoop, &live.cow.node, sectors)? == SectorSize::Bytes4096.bytes() {
         anew.sector_size(SectorSize::Bytes4096);

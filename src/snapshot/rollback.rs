@@ -9,7 +9,7 @@ use super::layer;
 use super::{Base, CheckpointOptions};
 use crate::backing::{Evidence, open_cow, unmake};
 use crate::base::{DeviceId, DeviceName, Handles, Kind, Sectors};
-use crate::call::{absent, ask, ask_unobserved, resume};
+use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, resume};
 use crate::dm::{SnapshotParams, Target, TargetLine};
 use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
 use crate::find::{Live, locked, status_of};
@@ -72,6 +72,7 @@ pub(crate) fn rollback<H: Host>(
         let path = cow.to_owned();
         return Err(unmade(Refusal::CowNotBlank { path }.into()));
     }
+    let flushes_end = ends_flushes(host, v.dev, live.params.cow);
     let mut done = Done::default();
     let mut swap = || -> Result<()> {
         // Open, and with it locked, to the end.
@@ -104,6 +105,10 @@ pub(crate) fn rollback<H: Host>(
     };
     if let Err(error) = swap() {
         return Err(unmade(undo(host, &v, error, &done)));
+    }
+    if flushes_end {
+        // Where it fails, flushes reach the COW file: it takes longer, and nothing is lost.
+        let _ = end_flushes(host, v.dev, &v.mapper);
     }
     Ok(status_of(host, &DeviceId::from(&v.uuid))?.handles())
 }

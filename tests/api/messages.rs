@@ -110,6 +110,12 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             "chunks of 4 sectors (2048 bytes) are smaller than the disk's sectors of 4096 bytes",
         ),
         (
+            Refusal::NothingToKeep {
+                name: "vm-42".to_owned(),
+            },
+            r#"nothing of "vm-42" can be kept: its store is transient, and goes with the device"#,
+        ),
+        (
             Refusal::StoreOfDurability {
                 durability: Durability::ThrowAway,
                 store: Store::Persistent,

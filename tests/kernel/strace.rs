@@ -50,6 +50,41 @@ fn no_helpers(calls: &[String]) {
     }
 }
 
+/// What a durability costs a create: the write to sysfs that ends the flushes at our device, and nothing at the loop
+/// device's. A transient store has no mark to write.
+#[test]
+fn a_create_sets_one_queue_of_ours_or_none_by_its_durability() {
+    let scene = Scene::new();
+    let counts = ["power-cuts", "processes", "throw-away"].map(|durability| {
+        let (name, cow) = (scene.name(), scene.cow(durability));
+        let words = ["create", "--durability", durability].map(Path::new);
+        let files = [scene.image(), &cow, name.as_ref()];
+        let (handles, calls) = traced(&scene, &[words.as_slice(), &files].concat());
+        no_helpers(&calls);
+        let created = work(&calls, "/dev/loop-control", "write(1,");
+        println!(
+            "{durability}, {} calls:\n{}",
+            created.len(),
+            created.join("\n")
+        );
+        let opened = created.iter().filter(|call| call.contains("write_cache"));
+        let opened: Vec<_> = opened.collect();
+        match durability {
+            "power-cuts" => assert_eq!(opened, [""; 0]),
+            _ => assert!(
+                opened.len() == 1 && opened[0].contains("/sys/block/dm-"),
+                "{opened:#?}"
+            ),
+        }
+        let file = scene.file(format!("{durability}.json"), handles);
+        traced(&scene, &["cleanup".as_ref(), &file]);
+        created.len()
+    });
+    let [power_cuts, processes, throw_away] = counts;
+    assert_eq!(processes, power_cuts + 3, "open, write, close");
+    assert!(throw_away <= power_cuts + 3, "{counts:?}");
+}
+
 #[test]
 fn create_and_cleanup_run_nothing_and_wait_for_nobody() {
     let scene = Scene::new();

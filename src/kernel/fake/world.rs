@@ -49,6 +49,8 @@ pub(crate) struct World {
     pub(crate) missing: BTreeSet<PathBuf>,
     /// Inode to size, of files that are no longer as they were made.
     pub(crate) sizes: BTreeMap<u64, u64>,
+    /// Loop devices that another program has set to end flushes.
+    pub(crate) flushless: BTreeSet<DeviceNumber>,
     /// What every live device says of itself, if it is not in working order.
     pub(crate) status: Option<&'static str>,
 }

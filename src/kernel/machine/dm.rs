@@ -1,6 +1,6 @@
 //! The machine's dm devices, with their nodes and aliases.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::files::facts;
 use super::mapper::EventFd;
 use super::{Machine, alias, holders};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Sectors};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
 use crate::error::errno_of;
 use crate::kernel::seam::{DevId, Device, DeviceMapper, FileKind, TargetVersion};
@@ -32,6 +32,23 @@ impl DeviceMapper for Machine {
 
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
         self.mapper()?.load(uuid, line)
+    }
+
+    fn park(
+        &self,
+        uuid: &DeviceUuid,
+        length: Sectors,
+        held: [DeviceNumber; 2],
+    ) -> Result<(), Errno> {
+        self.mapper()?.park(uuid, length, held)
+    }
+
+    fn parked(
+        &self,
+        uuid: &DeviceUuid,
+        inactive: bool,
+    ) -> Result<Option<[DeviceNumber; 2]>, Errno> {
+        self.mapper()?.parked(uuid, inactive)
     }
 
     fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno> {
@@ -97,6 +114,11 @@ impl DeviceMapper for Machine {
             file.write_all(b"write through")
         };
         end().map_err(|error: io::Error| errno_of(&error))
+    }
+
+    fn ends_flushes(&self, number: DeviceNumber) -> bool {
+        let setting = fs::read_to_string(format!("/sys/dev/block/{number}/queue/write_cache"));
+        setting.is_ok_and(|setting| setting.trim_end() == "write through")
     }
 
     fn find_node(&self, number: DeviceNumber) -> Option<PathBuf> {

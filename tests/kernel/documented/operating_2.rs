@@ -2,11 +2,12 @@
 use std::time::Duration;
 
 use dmsnap::pool::{CowFate, WhenEmpty};
-use dmsnap::{Origin, PoolOptions};
+use dmsnap::{Durability, Origin, PoolOptions};
 
 let origin = Origin::open("/images/base.ext4")?;
 let mut options = PoolOptions::new();
 options.size(4).when_empty(WhenEmpty::Wait(Duration::from_secs(5)));
+options.durability(Durability::PowerCuts); // its disks are kept
 let pool = options.open(&origin, "/var/lib/vms")?;
 drop(origin); // the pool has its own
 

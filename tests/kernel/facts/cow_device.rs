@@ -68,6 +68,66 @@ fn write_through(device: &Device) {
     assert_eq!(now.trim(), "write through");
 }
 
+fn cache_of(number: &str) -> String {
+    let file = format!("/sys/dev/block/{number}/queue/write_cache");
+    let setting = fs::read_to_string(file).expect("sysfs has it");
+    setting.trim().to_owned()
+}
+
+// drivers/md/dm-table.c, dm_table_set_restrictions: a table brings the limits of its queue, and with them this setting.
+#[test]
+fn the_write_cache_setting_of_a_dm_device_is_its_live_tables() {
+    let scene = Scene::new();
+    let mut stack = Stack::over(&scene);
+    let (file, cow) = stack.cow();
+    let image = stack.image.clone();
+    let mut v = stack.snapshot(&image, &cow);
+    assert_eq!(cache_of(&v.number), "write back");
+    write_through(&v);
+    let stays = |v: &Device, after: &str| {
+        assert_eq!(cache_of(&v.number), "write through", "after {after}");
+    };
+
+    v.suspend();
+    stays(&v, "a suspension");
+    v.resume();
+    stays(&v, "a resume without another table");
+    let (first, other) = (v.name.clone(), scene.name());
+    run!("dmsetup", "rename", &v.name, &other);
+    v.name = other;
+    stays(&v, "a rename");
+    run!("dmsetup", "rename", &v.name, &first);
+    v.name = first;
+    let opened = File::options().write(true).open(&file).expect("ours");
+    opened.set_len(2 * COW_BYTES).expect("room");
+    run!(
+        "losetup",
+        "-c",
+        &stack.loops.last().expect("the COW's").device
+    );
+    stays(&v, "a longer COW device");
+    v.load(&stack.table(&image, &cow));
+    stays(&v, "a table that was only loaded");
+    v.clear();
+    stays(&v, "a table that was dropped");
+
+    // The same one once more, as it is swapped when a disk is made longer; another COW device; none of all, and back.
+    v.load(&stack.table(&image, &cow));
+    v.resume();
+    assert_eq!(cache_of(&v.number), "write back", "after the same table");
+    write_through(&v);
+    let (_, next) = stack.cow();
+    v.load(&stack.table(&image, &next));
+    v.resume();
+    assert_eq!(cache_of(&v.number), "write back", "over another device");
+    write_through(&v);
+    v.load(&format!("0 {} error", stack.sectors));
+    v.resume();
+    v.load(&stack.table(&image, &cow));
+    v.resume();
+    assert_eq!(cache_of(&v.number), "write back", "after an error table");
+}
+
 /// Writes and flushes that reach the COW's loop device when 64 new chunks are written, each with an fsync.
 fn requests_of_64_writes(device: &Device, cow: &str) -> [u64; 2] {
     let (writer, node) = (device.open(), File::open(device.node()).expect("it opens"));

@@ -12,7 +12,8 @@ use dmsnap::pool::{Claimed, CowFate, WhenEmpty};
 use dmsnap::teardown::Fate;
 use dmsnap::timings::Timings;
 use dmsnap::{
-    CowSize, ErrorKind, Origin, Pool, PoolOptions, ReapOptions, SnapshotOptions, Teardown, cleanup,
+    CowSize, Durability, ErrorKind, Origin, Pool, PoolOptions, ReapOptions, SnapshotOptions,
+    Teardown, cleanup,
 };
 
 use crate::common::reading::{
@@ -123,7 +124,7 @@ fn a_claimed_snapshot_is_like_any_other_and_a_released_device_serves_again() {
         let name = handles.name.as_ref().expect("a name").as_str();
         assert!(dm_exists(name) && alias_exists(name) && claimed.cow.exists());
         assert_eq!(claimed.cow.parent(), Some(scene.dir()));
-        assert!(dm_table(name).ends_with(" P 8"), "{}", dm_table(name));
+        assert!(dm_table(name).ends_with(" N 8"), "{}", dm_table(name));
         assert_eq!(&dmsnap::adopt(name).expect("it is ours"), handles);
         live(claimed.snapshot.device(), tag).unwrap_or_else(|why| panic!("{why}"));
         devices.push(handles.device.clone().expect("a device"));
@@ -156,7 +157,10 @@ fn a_claimed_snapshot_is_like_any_other_and_a_released_device_serves_again() {
 #[test]
 fn the_cow_file_is_kept_or_handed_back_as_asked() {
     let scene = Scene::new();
-    let pool = pool(&scene, 1);
+    let origin = Origin::open(scene.image()).expect("an image");
+    let mut options = options(1);
+    options.durability(Durability::PowerCuts);
+    let pool = options.open(&origin, scene.dir()).expect("a pool");
     for fate in [CowFate::Keep, CowFate::HandBack] {
         assert!(pool.wait_ready(1, PATIENCE));
         let claimed = claim(&scene, &pool);
