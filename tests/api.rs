@@ -69,7 +69,8 @@ fn cases() -> ProptestConfig {
 }
 
 fn device_numbers() -> impl Strategy<Value = DeviceNumber> + Clone {
-    (0..=0xfffu32, 0..=0xf_ffffu32).prop_map(|(major, minor)| DeviceNumber { major, minor })
+    (0..=0xfffu32, 0..=0xf_ffffu32)
+        .prop_map(|(major, minor)| DeviceNumber::new(major, minor).expect("within bounds"))
 }
 
 fn sectors() -> impl Strategy<Value = Sectors> {

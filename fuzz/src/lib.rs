@@ -217,9 +217,6 @@ impl Numbers<'_> {
     fn device(&mut self) -> DeviceNumber {
         let bits = self.next();
         let low = |bits: u64| u32::try_from(bits).expect("masked");
-        DeviceNumber {
-            major: low(bits >> 20 & 0xfff),
-            minor: low(bits & 0xf_ffff),
-        }
+        DeviceNumber::new(low(bits >> 20 & 0xfff), low(bits & 0xf_ffff)).expect("within bounds")
     }
 }

@@ -5,13 +5,13 @@ use std::path::Path;
 use super::cow::Mark;
 use super::half_merged::is_half_merged;
 use super::{Backing, CowOptions, Reader};
-use crate::base::OriginIdentity;
+use crate::base::{Digest, OriginIdentity};
 use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
 use crate::store::{
-    self, BLANK_BYTES, Chain, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe, StoreError,
-    StoreFault,
+    self, BLANK_BYTES, Chain, Content, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe,
+    StoreError, StoreFault,
 };
 
 /// Refuses an image of another size or modification time than `expected`, unless `any_origin` takes it.
@@ -41,7 +41,7 @@ pub(crate) fn check_store<H: Host, O>(
     host: &H,
     cow: &Backing<'_, H::File>,
     origin: &Backing<'_, O>,
-    sample: Sample<'_>,
+    evidence: Evidence<'_>,
     options: &CowOptions,
 ) -> Result<Option<Mark>> {
     let path = || cow.path.to_owned();
@@ -57,7 +57,7 @@ pub(crate) fn check_store<H: Host, O>(
     }
     let Some(header) = probed? else {
         return Ok(Some(Mark {
-            sample: sample.for_a_new_store()?,
+            content: evidence.for_a_new_store()?,
             fresh: true,
             chain: None,
         }));
@@ -72,7 +72,7 @@ pub(crate) fn check_store<H: Host, O>(
         .into());
     }
     thawed(cow, &header)?;
-    check_header(origin, cow, &header, sample, options.any_origin)?;
+    check_header(origin, cow, &header, evidence, options.any_origin)?;
     if header.origin.is_none() && !options.any_origin && !options.known_origin {
         check_unmarked(host, origin, cow)?;
     }
@@ -86,16 +86,14 @@ pub(crate) fn check_store<H: Host, O>(
     });
     let chain = now.filter(|now| header.chain != Some(*now));
     let same = header.origin == Some(origin.identity()) && header.merging_into.is_none();
-    if same && chain.is_none() {
+    let known = header.content.unwrap_or_default();
+    let unmarked = known.with(evidence.given) != known;
+    if same && chain.is_none() && !unmarked {
         return Ok(None);
     }
-    let sample = if same {
-        header.sample
-    } else {
-        Some((sample.take)()?)
-    };
+    let known = if same { known } else { (evidence.take)()? };
     Ok(Some(Mark {
-        sample,
+        content: some(known.with(evidence.given)),
         fresh: false,
         chain,
     }))
@@ -137,28 +135,56 @@ pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
     Ok(())
 }
 
-/// Computes an image's fingerprint when it is needed, and says whether new stores get it.
+/// Finds out what an image holds when that is needed, and says whether new stores are marked with it.
 #[derive(Clone, Copy)]
-pub(crate) struct Sample<'a> {
-    pub(crate) take: &'a dyn Fn() -> Result<u128>,
-    /// True if a new store is marked with the fingerprint: it is known already, or the image's modification time is a
-    /// whole second and thus no evidence. Otherwise a `create` saves the time of reading the image.
+pub(crate) struct Evidence<'a> {
+    /// The caller's digest of it.
+    pub(crate) given: Option<Digest>,
+    pub(crate) take: &'a dyn Fn() -> Result<Content>,
+    /// True if a new store is marked with what the image holds: it is known already, or the image's modification time is
+    /// a whole second and thus no evidence. Otherwise a `create` saves the time of reading the image.
     pub(crate) marks: bool,
 }
 
-impl Sample<'_> {
-    fn for_a_new_store(&self) -> Result<Option<u128>> {
-        self.marks.then(self.take).transpose()
+impl Evidence<'_> {
+    /// Of what is known by other means: nothing is asked, and no new store is marked.
+    pub(crate) const NONE: Evidence<'static> = Evidence {
+        given: None,
+        take: &|| Ok(Content::default()),
+        marks: false,
+    };
+
+    fn for_a_new_store(&self) -> Result<Option<Content>> {
+        let content = self.marks.then(self.take).transpose()?;
+        Ok(some(content.unwrap_or_default().with(self.given)))
+    }
+
+    /// True if the image holds what the store was made over, by the caller's digest; `None` without one in both.
+    fn given_for(&self, then: Content) -> Option<bool> {
+        Content::default().with(self.given).has_digest_of(&then)
+    }
+
+    /// The same by whatever tells most.
+    fn is_for(&self, then: Content) -> Result<Option<bool>> {
+        match self.given_for(then) {
+            None if then == Content::default() => Ok(None),
+            None => (self.take)().map(|now| now.is_that_of(&then)),
+            given => Ok(given),
+        }
     }
 }
 
-/// Refuses an image that the store was neither made over nor half merged into. It compares size and modification time,
-/// and the fingerprint if those differ or are no evidence.
+fn some(content: Content) -> Option<Content> {
+    Some(content).filter(|content| *content != Content::default())
+}
+
+/// Refuses an image that the store was neither made over nor half merged into. It compares the caller's digest, if there
+/// is one; without, size and modification time, and what the image holds if those differ or are no evidence.
 pub(crate) fn check_header<O, F>(
     origin: &Backing<'_, O>,
     cow: &Backing<'_, F>,
     header: &Header,
-    sample: Sample<'_>,
+    evidence: Evidence<'_>,
     any_origin: bool,
 ) -> Result<()> {
     let parent = header.chain.map_or(0, |chain| chain.parent);
@@ -174,13 +200,17 @@ pub(crate) fn check_header<O, F>(
         return Ok(());
     }
     let found = origin.identity();
-    let same_content = || match header.sample.filter(|_| header.merging_into.is_none()) {
-        Some(then) => (sample.take)().map(|now| Some(now == then)),
-        None => Ok(None),
-    };
+    let content = header.content.filter(|_| header.merging_into.is_none());
+    let content = content.unwrap_or_default();
+    let same_content = || evidence.is_for(content);
     match header.origin {
         Some(then) if then == found => {
-            if found.is_undated() && same_content()? == Some(false) {
+            let same = if found.is_undated() {
+                same_content()?
+            } else {
+                evidence.given_for(content)
+            };
+            if same == Some(false) {
                 let path = origin.path.to_owned();
                 return Err(Refusal::OriginDiffers { path }.into());
             }

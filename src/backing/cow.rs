@@ -2,16 +2,16 @@
 
 use std::path::Path;
 
-use super::check::{Sample, check_header, check_store, probe_store, thawed, valid};
+use super::check::{Evidence, check_header, check_store, probe_store, thawed, valid};
+use super::content::content;
 use super::file::{in_use, inspect, lock, open, open_replaced};
 use super::make::{self, unmake};
-use super::sample::sample;
 use super::{Attached, Backing, CowOptions, Warning};
 use crate::base::Store;
 use crate::call::ask;
 use crate::error::{Refusal, Result, Step};
 use crate::kernel::{FileKind, Host};
-use crate::store::{self, Chain, Header};
+use crate::store::{self, Chain, Content, Header};
 
 /// A COW file that was opened, locked and checked: a snapshot can use it.
 pub(crate) struct Cow<'a, F> {
@@ -51,8 +51,8 @@ impl<F> Cow<'_, F> {
 /// What is written into a store's header about the origin that it is made over.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mark {
-    /// The origin's fingerprint.
-    pub(crate) sample: Option<u128>,
+    /// What is known of the origin's content.
+    pub(crate) content: Option<Content>,
     /// True if the store is new, with nothing behind its header.
     pub(crate) fresh: bool,
     /// The store's new place in a stack of layers, if that changes.
@@ -64,13 +64,13 @@ pub(crate) fn open_cow<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
     origin: &Backing<'_, O>,
-    sample: Sample<'_>,
+    evidence: Evidence<'_>,
     options: &CowOptions,
 ) -> Result<Cow<'a, H::File>> {
     let Some(size) = options.make else {
         let (mut backing, locked) = open_made_cow(host, path, options)?;
         admit_file(&backing, origin)?;
-        let mark = admit_cow(host, &backing, locked, origin, sample, options)?;
+        let mark = admit_cow(host, &backing, locked, origin, evidence, options)?;
         let warning = mend_size(host, &mut backing, options)?;
         return Ok(Cow {
             backing,
@@ -80,7 +80,7 @@ pub(crate) fn open_cow<'a, H: Host, O>(
         });
     };
     let made = make::make(host, path, size, origin, options)?;
-    match admit_cow(host, &made.backing, Ok(()), origin, sample, options) {
+    match admit_cow(host, &made.backing, Ok(()), origin, evidence, options) {
         Ok(mark) => Ok(Cow {
             backing: made.backing,
             mark,
@@ -145,12 +145,13 @@ pub(crate) fn open_merged_cow<'a, H: Host>(
             .into());
         }
     };
-    let fingerprint = Sample {
-        take: &|| sample(host, origin),
+    let evidence = Evidence {
+        given: options.digest,
+        take: &|| content(host, origin),
         marks: true,
     };
     thawed(&cow, &header)?;
-    check_header(origin, &cow, &header, fingerprint, options.any_origin)?;
+    check_header(origin, &cow, &header, evidence, options.any_origin)?;
     Ok((cow, header))
 }
 
@@ -160,7 +161,7 @@ pub(crate) fn open_layer_cow<'a, H: Host, O>(
     host: &H,
     path: &'a Path,
     origin: &Backing<'_, O>,
-    sample: Sample<'_>,
+    evidence: Evidence<'_>,
     options: &CowOptions,
 ) -> Result<(Backing<'a, H::File>, Header, Chain)> {
     let (cow, locked) = open_made_cow(host, path, options)?;
@@ -175,7 +176,7 @@ pub(crate) fn open_layer_cow<'a, H: Host, O>(
     let header = valid(&cow, header)?;
     let chain = header.chain.filter(|chain| chain.id != 0);
     let chain = chain.ok_or_else(not_frozen)?;
-    check_header(origin, &cow, &header, sample, false)?;
+    check_header(origin, &cow, &header, evidence, false)?;
     Ok((cow, header, chain))
 }
 
@@ -238,7 +239,7 @@ fn admit_cow<H: Host, O>(
     cow: &Backing<'_, H::File>,
     locked: Result<()>,
     origin: &Backing<'_, O>,
-    sample: Sample<'_>,
+    evidence: Evidence<'_>,
     options: &CowOptions,
 ) -> Result<Option<Mark>> {
     let path = || cow.path.to_owned();
@@ -257,5 +258,5 @@ fn admit_cow<H: Host, O>(
     if cow.facts.links == 0 {
         return Err(Refusal::CowUnlinked { path: path() }.into());
     }
-    check_store(host, cow, origin, sample, options)
+    check_store(host, cow, origin, evidence, options)
 }

@@ -36,7 +36,7 @@ mod tests {
     fn file(inode: u64, seconds: i64) -> FileFacts {
         FileFacts {
             id: FileId {
-                dev: DeviceNumber { major: 8, minor: 1 },
+                dev: DeviceNumber::at(8, 1),
                 inode,
             },
             kind: FileKind::Regular,
@@ -58,7 +58,7 @@ mod tests {
                 mtime_ns: 100 * SECOND,
             }),
             merging_into,
-            sample: None,
+            content: None,
             chain: None,
         }
     }
@@ -85,7 +85,7 @@ mod tests {
     #[test]
     fn a_cow_device_has_no_time_to_go_by() {
         let mut cow = file(2, 0);
-        cow.kind = FileKind::BlockDevice(DeviceNumber { major: 8, minor: 2 });
+        cow.kind = FileKind::BlockDevice(DeviceNumber::at(8, 2));
         assert!(is_half_merged(&file(1, 1000), &cow, &header(Some(1))));
         assert!(!is_half_merged(&file(1, 99), &cow, &header(Some(1))));
     }

@@ -3,6 +3,7 @@
 mod attach;
 mod binding;
 mod check;
+mod content;
 mod cow;
 mod file;
 mod half_merged;
@@ -16,8 +17,9 @@ mod warning;
 pub(crate) use attach::{Attached, attach, loop_length};
 pub(crate) use binding::{Binding, binding, diskseq};
 pub(crate) use check::{
-    Sample, check_header, check_identity, check_unmarked, probe_store, unsound, valid,
+    Evidence, check_header, check_identity, check_unmarked, probe_store, unsound, valid,
 };
+pub(crate) use content::content;
 pub(crate) use cow::{Cow, Mark, admit_file, open_cow, open_layer_cow, open_merged_cow};
 pub(crate) use file::{
     Backing, open_cow_file, open_locked_origin, open_origin, open_store, open_unlocked,
@@ -26,7 +28,6 @@ pub(crate) use make::unmake;
 pub(crate) use options::CowOptions;
 pub use options::CowSize;
 pub(crate) use reader::Reader;
-pub(crate) use sample::sample;
 pub(crate) use stack::{DEEPEST, Ground, Place, in_order, shallow};
 pub use warning::Warning;
 pub(crate) use warning::note_sizes;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::base::{ChunkSize, OriginIdentity, Store};
+use crate::base::{ChunkSize, Digest, OriginIdentity, Store};
 use crate::error::Retry;
 
 /// The size of a COW file that is made. It is rounded up to whole chunks, and by one more chunk where the kernel would
@@ -26,7 +26,9 @@ pub(crate) struct CowOptions {
     pub(crate) chunk: ChunkSize,
     /// The origin over which the store must have been made.
     pub(crate) expected_origin: Option<OriginIdentity>,
-    /// Skips that check.
+    /// The caller's digest of the image.
+    pub(crate) digest: Option<Digest>,
+    /// Takes any origin.
     pub(crate) any_origin: bool,
     /// Takes a store that does not say what it was made over: the kernel has said that it is this one's.
     pub(crate) known_origin: bool,

@@ -11,7 +11,7 @@ const BLOCK: usize = 16 << 10;
 /// Computes FNV-1a (128 bits, eight bytes at a time) over the image's size, its head, its tail and two blocks between.
 /// The head has a file system's superblock and descriptors. Unlike a digest of everything, equal fingerprints are no
 /// proof that two images are equal.
-pub(crate) fn sample<H: Files>(host: &H, image: &Backing<'_, H::File>) -> Result<u128> {
+pub(super) fn sample<H: Files>(host: &H, image: &Backing<'_, H::File>) -> Result<u128> {
     let bytes = image.facts.size_bytes;
     let mut sum = word(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d, bytes);
     let block = BLOCK as u64;

@@ -134,10 +134,7 @@ mod tests {
 
     #[test]
     fn a_text_says_what_it_is_by_its_form() {
-        let number = DeviceNumber {
-            major: 254,
-            minor: 3,
-        };
+        let number = DeviceNumber::at(254, 3);
         for (text, id) in [
             ("vm-42", DeviceId::Name("vm-42".into())),
             ("DMSNAP-1", DeviceId::Uuid("DMSNAP-1".into())),

@@ -2,6 +2,7 @@
 //! system call.
 
 mod device_id;
+mod digest;
 mod durability;
 mod handles;
 mod identity;
@@ -15,6 +16,7 @@ mod units;
 mod uuid;
 
 pub use device_id::DeviceId;
+pub use digest::{Digest, InvalidDigest};
 pub use durability::Durability;
 pub use handles::{FileId, Handles, LoopHandle};
 pub use identity::OriginIdentity;

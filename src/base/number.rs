@@ -12,20 +12,53 @@ use std::str::FromStr;
     serde(try_from = "String", into = "String")
 )]
 pub struct DeviceNumber {
-    /// The major number, which stands for the driver.
-    pub major: u32,
-    /// The minor number, which stands for one of the driver's devices.
-    pub minor: u32,
+    major: u32,
+    minor: u32,
 }
 
+/// The kernel's bounds: 12 bits of major, 20 of minor.
+const MAJOR_MAX: u32 = 0xfff;
+const MINOR_MAX: u32 = 0xf_ffff;
+
 impl DeviceNumber {
-    /// Converts from the `dev_t` of user space (`st_dev`, `st_rdev`).
+    /// Makes the number of a driver and one of its devices.
+    ///
+    /// # Errors
+    ///
+    /// [`InvalidNumber`] for a major above 4095 or a minor above 1048575.
+    pub fn new(major: u32, minor: u32) -> Result<Self, InvalidNumber> {
+        if major > MAJOR_MAX || minor > MINOR_MAX {
+            let text = format!("{major}:{minor}");
+            return Err(InvalidNumber { text });
+        }
+        Ok(Self { major, minor })
+    }
+
+    /// The same, of numbers that the kernel has given, which are within its bounds.
+    pub(crate) const fn at(major: u32, minor: u32) -> Self {
+        Self {
+            major: major & MAJOR_MAX,
+            minor: minor & MINOR_MAX,
+        }
+    }
+
+    /// Returns the major number, which stands for the driver.
+    #[must_use]
+    pub const fn major(self) -> u32 {
+        self.major
+    }
+
+    /// Returns the minor number, which stands for one of the driver's devices.
+    #[must_use]
+    pub const fn minor(self) -> u32 {
+        self.minor
+    }
+
+    /// Converts from the `dev_t` of user space (`st_dev`, `st_rdev`). Bits beyond the kernel's bounds, which no device has,
+    /// are dropped.
     #[must_use]
     pub fn from_dev_t(dev: u64) -> Self {
-        Self {
-            major: libc::major(dev),
-            minor: libc::minor(dev),
-        }
+        Self::at(libc::major(dev), libc::minor(dev))
     }
 
     /// Converts to the `dev_t` of user space.
@@ -39,10 +72,7 @@ impl DeviceNumber {
         let minor = (dev & 0xff) | ((dev >> 12) & 0xf_ff00);
         let major = (dev >> 8) & 0xfff;
         let low = |bits: u64| u32::try_from(bits).unwrap_or(u32::MAX);
-        Self {
-            major: low(major),
-            minor: low(minor),
-        }
+        Self::at(low(major), low(minor))
     }
 
     /// Converts to the encoding that ioctls use.
@@ -87,7 +117,7 @@ impl FromStr for DeviceNumber {
                 .flatten()
                 .filter(|number| *number <= max)
         };
-        match (number(major, 0xfff), number(minor, 0xf_ffff)) {
+        match (number(major, MAJOR_MAX), number(minor, MINOR_MAX)) {
             (Some(major), Some(minor)) => Ok(Self { major, minor }),
             _ => Err(refused()),
         }
@@ -120,7 +150,8 @@ mod tests {
     #[test]
     fn device_numbers_survive_every_encoding() {
         for (major, minor) in [(0, 0), (7, 0), (254, 255), (254, 256), (4095, 0xf_ffff)] {
-            let number = DeviceNumber { major, minor };
+            let number = DeviceNumber::new(major, minor).expect("within bounds");
+            assert_eq!((number.major(), number.minor()), (major, minor));
             assert_eq!(DeviceNumber::from_kernel(number.to_kernel()), number);
             assert_eq!(DeviceNumber::from_dev_t(number.to_dev_t()), number);
             assert_eq!(number.to_string().parse(), Ok(number));
@@ -140,5 +171,8 @@ mod tests {
         ] {
             assert!(bad.parse::<DeviceNumber>().is_err(), "{bad}");
         }
+        assert!(DeviceNumber::new(4096, 0).is_err() && DeviceNumber::new(0, 1 << 20).is_err());
+        let all = DeviceNumber::from_dev_t(u64::MAX);
+        assert_eq!(all.to_string().parse(), Ok(all));
     }
 }

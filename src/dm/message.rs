@@ -379,10 +379,7 @@ mod tests {
 
     #[test]
     fn a_head_holds_what_was_put_in_it() {
-        let number = DeviceNumber {
-            major: 254,
-            minor: 300,
-        };
+        let number = DeviceNumber::at(254, 300);
         let mut head = Head::to(Address::Number(number))
             .with_flags(SUSPEND)
             .with_cookie(0x6f_0000);

@@ -31,6 +31,7 @@ use super::Step;
 /// | ReadDiskseq, TargetVersion, SyncFile, Link | EINVAL, ENOTTY, ENOSYS | Unsupported |
 /// | AttachLoop | ENOTTY, ENOSYS | Unsupported |
 /// | PunchHole | EOPNOTSUPP, ENODEV, ENOSYS | Unsupported |
+/// | MeasureFile | ENODATA, EINVAL, ENOTTY, EOPNOTSUPP, ENOSYS | Unsupported |
 /// | * | EPERM, EACCES | NoPermission |
 /// | * | ENOMEM, ENOSPC, ENFILE, EMFILE, EDQUOT | Exhausted |
 /// | * | * | Fatal |
@@ -41,7 +42,8 @@ use super::Step;
 /// an open device, and every lookup answers ENXIO for one that is not there (`drivers/md/dm-ioctl.c`).
 /// `LOOP_CONFIGURE` answers EINVAL for a file that cannot back a loop device, and kernels before 5.8 answer it too.
 /// `renameat2` with `RENAME_NOREPLACE` answers EINVAL where the file system has no such thing (rename(2)).
-/// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)).
+/// `SEEK_DATA` answers ENXIO where a file has no more data (lseek(2)). `FS_IOC_MEASURE_VERITY` answers ENODATA for a file
+/// without fs-verity, and ENOTTY or EOPNOTSUPP where the file system or the kernel has none (fsverity.rst).
 /// `DM_TABLE_LOAD` answers EBUSY when a mount or an exclusive opener holds a loop device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum Verdict {
@@ -107,6 +109,9 @@ pub(crate) fn verdict(step: Step, errno: Errno) -> Verdict {
         ) => Verdict::Unsupported,
         (S::AttachLoop, E::ENOTTY | E::ENOSYS) => Verdict::Unsupported,
         (S::PunchHole, E::EOPNOTSUPP | E::ENODEV | E::ENOSYS) => Verdict::Unsupported,
+        (S::MeasureFile, E::ENODATA | E::EINVAL | E::ENOTTY | E::EOPNOTSUPP | E::ENOSYS) => {
+            Verdict::Unsupported
+        }
         (_, E::EPERM | E::EACCES) => Verdict::NoPermission,
         (_, E::ENOMEM | E::ENOSPC | E::ENFILE | E::EMFILE | E::EDQUOT) => Verdict::Exhausted,
         _ => Verdict::Fatal,
@@ -157,7 +162,7 @@ mod tests {
     #[test]
     fn the_documented_table_is_the_policy_for_every_step_and_errno() {
         let rows = documented();
-        assert_eq!(rows.len(), 22);
+        assert_eq!(rows.len(), 23);
         let fits =
             |names: &[String], name: &str| names.iter().any(|each| each == "*" || each == name);
         for step in Step::ALL {

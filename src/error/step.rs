@@ -36,6 +36,8 @@ steps! {
     SizeFile = "set aside space for",
     /// `fstat` or `stat` of the origin image, the COW file or a device node, or `BLKROGET`.
     InspectFile = "inspect",
+    /// `FS_IOC_MEASURE_VERITY` of the origin image.
+    MeasureFile = "measure",
     /// `flock` of the origin image or the COW file.
     LockFile = "lock",
     /// `pread` of the COW file or the origin image.

@@ -284,8 +284,8 @@ impl Stack {
             ..place(lowest)
         };
         let chain = Some(chain).filter(|chain| *chain != Chain::default());
-        let content = lowest.origin.zip(lowest.sample);
-        let content = content.map(|(origin, sample)| store::content(origin, sample));
+        let content = lowest.origin.zip(lowest.content);
+        let content = content.map(|(origin, content)| store::content(origin, content));
         let (marks, length) =
             store::marks(first.unwrap_or([0; 64]), chain.map(store::chain), content);
         (marks.to_vec(), length)

@@ -19,11 +19,11 @@ pub use flatten::{FlattenOptions, Flattened};
 use output::Output;
 
 use crate::backing::{
-    Backing, CowOptions, Reader, Sample, check_header, check_identity, check_unmarked, open_origin,
-    open_store, sample, unsound,
+    Backing, CowOptions, Evidence, Reader, check_header, check_identity, check_unmarked, content,
+    open_origin, open_store, unsound,
 };
 pub use crate::base::Progress;
-use crate::base::{DeviceId, SECTOR_BYTES, Sectors};
+use crate::base::{DeviceId, Digest, SECTOR_BYTES, Sectors};
 use crate::call::ask;
 use crate::error::{Error, Refusal, Result, Step};
 use crate::find;
@@ -47,6 +47,7 @@ use crate::store::{ExceptionStore, Extent, Piece, overlay};
 #[derive(Clone, Debug)]
 pub struct ExportOptions {
     replace: bool,
+    digest: Option<Digest>,
     any_origin: bool,
     invalid_store: bool,
     reflink: bool,
@@ -72,6 +73,7 @@ impl Default for ExportOptions {
     fn default() -> Self {
         Self {
             replace: false,
+            digest: None,
             any_origin: false,
             invalid_store: false,
             reflink: true,
@@ -91,6 +93,12 @@ impl ExportOptions {
     /// Replaces an output that exists and is a regular file. It stays as it is until the new one is complete.
     pub fn replace(&mut self, replace: bool) -> &mut Self {
         self.replace = replace;
+        self
+    }
+
+    /// Says what the origin holds, as [`SnapshotOptions::digest`](crate::SnapshotOptions::digest) does.
+    pub fn digest(&mut self, digest: impl Into<Digest>) -> &mut Self {
+        self.digest = Some(digest.into());
         self
     }
 
@@ -343,13 +351,14 @@ impl<H: Host> Source<'_, H> {
             let path = path.to_owned();
             return Err(Refusal::CowInvalid { path }.into());
         }
-        let fingerprint = Sample {
-            take: &|| sample(self.host, &self.origin),
+        let evidence = Evidence {
+            given: options.digest,
+            take: &|| content(self.host, &self.origin),
             marks: false,
         };
         if lowest {
             let (header, any) = (store.header(), options.any_origin);
-            check_header(&self.origin, cow, header, fingerprint, any)?;
+            check_header(&self.origin, cow, header, evidence, any)?;
             // The kernel writes over the mark as it marks a store invalid: then the caller's word has to do.
             let unmarked = header.origin.is_none() && store.is_valid();
             if unmarked && !any && !self.live {

@@ -198,7 +198,7 @@ fn root_of(read: &Read) -> (Root, Standing) {
     // By its file: it may be on several loop devices.
     let file = facts
         .and_then(|facts| facts.backing)
-        .map(|file| Root::File([file.dev.major.into(), file.dev.minor.into(), file.inode]));
+        .map(|file| Root::File([file.dev.major().into(), file.dev.minor().into(), file.inode]));
     match (image, file, read.origin) {
         (Some(image), Some(file), _) => (file, image),
         (Some(image), None, Some(dev)) => (Root::Device(dev), image),

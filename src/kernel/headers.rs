@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 const INCLUDED: &str = "#include <stddef.h>\n#include <stdio.h>\n#include <linux/dm-ioctl.h>\n\
-    #include <linux/fs.h>\n#include <linux/loop.h>\n";
+    #include <linux/fs.h>\n#include <linux/fsverity.h>\n#include <linux/loop.h>\n";
 
 /// Asserts that each C expression has the value beside it.
 pub(crate) fn assert_agree<T: Into<u64> + Copy>(pins: &[(T, &str)]) {

@@ -48,6 +48,7 @@ const BLKSSZGET: Request = 0x1268;
 const BLKGETSIZE64: Request = 0x8008_1272;
 const BLKGETDISKSEQ: Request = 0x8008_1280;
 const FICLONE: Request = 0x4004_9409;
+const FS_IOC_MEASURE_VERITY: Request = 0xC004_6686;
 const DM_IOCTL: Request = 0xC138_FD00;
 
 /// `LO_FLAGS_READ_ONLY`.
@@ -101,6 +102,14 @@ struct LoopConfig {
     block_size: u32,
     info: LoopInfo,
     reserved: [u64; 8],
+}
+
+/// `struct fsverity_digest`, with room for the longest digest.
+#[repr(C)]
+struct VerityDigest {
+    algorithm: u16,
+    size: u16,
+    digest: [u8; 64],
 }
 
 fn check(answer: libc::c_int) -> Result<libc::c_int, Errno> {
@@ -280,6 +289,28 @@ pub(crate) fn clone_file(output: BorrowedFd<'_>, source: BorrowedFd<'_>) -> Resu
     check(unsafe { libc::ioctl(output.as_raw_fd(), FICLONE as _, source.as_raw_fd()) }).map(drop)
 }
 
+/// `FS_IOC_MEASURE_VERITY` (5.4): the hash algorithm's number, and the digest of a file with fs-verity. ENODATA for another
+/// file, ENOTTY or EOPNOTSUPP where its file system or the kernel has no fs-verity.
+pub(crate) fn measure_verity(file: BorrowedFd<'_>) -> Result<(u16, Vec<u8>), Errno> {
+    let mut measured = VerityDigest {
+        algorithm: 0,
+        size: 64,
+        digest: [0; 64],
+    };
+    // SAFETY: `file` is open for as long as it is borrowed; the kernel writes the 4 bytes before `digest`, and of that at
+    // most as many as `size` says, its length; other kinds of files answer ENOTTY.
+    check(unsafe {
+        libc::ioctl(
+            file.as_raw_fd(),
+            FS_IOC_MEASURE_VERITY as _,
+            &raw mut measured,
+        )
+    })?;
+    let digest = measured.digest.get(..usize::from(measured.size));
+    let digest = digest.ok_or(Errno::EOVERFLOW)?;
+    Ok((measured.algorithm, digest.to_vec()))
+}
+
 /// `sync_file_range` with `SYNC_FILE_RANGE_WRITE` (2.6.17): has what is dirty there written out, and waits for nothing.
 pub(crate) fn start_writeback(
     file: BorrowedFd<'_>,
@@ -417,6 +448,18 @@ mod tests {
                 offset_of!(LoopInfo, init),
                 "offsetof(struct loop_info64, lo_init)",
             ),
+            (
+                offset_of!(VerityDigest, algorithm),
+                "offsetof(struct fsverity_digest, digest_algorithm)",
+            ),
+            (
+                offset_of!(VerityDigest, size),
+                "offsetof(struct fsverity_digest, digest_size)",
+            ),
+            (
+                offset_of!(VerityDigest, digest),
+                "offsetof(struct fsverity_digest, digest)",
+            ),
             (size_of::<LoopConfig>(), "sizeof(struct loop_config)"),
             (
                 offset_of!(LoopConfig, fd),
@@ -451,6 +494,7 @@ mod tests {
             (BLKGETSIZE64, "BLKGETSIZE64"),
             (BLKGETDISKSEQ, "BLKGETDISKSEQ"),
             (FICLONE, "FICLONE"),
+            (FS_IOC_MEASURE_VERITY, "FS_IOC_MEASURE_VERITY"),
             (DM_IOCTL | 9, "DM_TABLE_LOAD"),
             (LO_READ_ONLY, "LO_FLAGS_READ_ONLY"),
             (LO_AUTOCLEAR, "LO_FLAGS_AUTOCLEAR"),

@@ -16,7 +16,8 @@ use crate::backing::{
 };
 pub use crate::base::Progress;
 use crate::base::{
-    ChunkSize, DeviceName, Handles, Kind, MERGING, OriginIdentity, SectorSize, Sectors, Store,
+    ChunkSize, DeviceName, Digest, Handles, Kind, MERGING, OriginIdentity, SectorSize, Sectors,
+    Store,
 };
 use crate::call::{absent, ask, timings};
 use crate::dm::{Discard, SnapshotParams, SnapshotStatus, Target, TargetLine};
@@ -41,6 +42,7 @@ use crate::{store, teardown};
 /// ```
 #[derive(Clone, Debug, Default)]
 pub struct MergeOptions {
+    digest: Option<Digest>,
     any_origin: bool,
     name: Option<String>,
     deadline: Option<Duration>,
@@ -78,6 +80,13 @@ impl MergeOptions {
     #[must_use]
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Says what the image holds before the merge, as [`SnapshotOptions::digest`](crate::SnapshotOptions::digest) does. A
+    /// merge that was cut off goes on without: the image holds something else by then.
+    pub fn digest(&mut self, digest: impl Into<Digest>) -> &mut Self {
+        self.digest = Some(digest.into());
+        self
     }
 
     /// Takes the image as it is, whatever the COW file was made over, as
@@ -166,6 +175,7 @@ pub(crate) fn merge<H: Host>(
         host.open_loop_control()
     })?;
     let admitted = CowOptions {
+        digest: options.digest,
         any_origin: options.any_origin,
         deadline: options.deadline,
         ..CowOptions::default()

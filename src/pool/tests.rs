@@ -482,11 +482,8 @@ fn info_of(made: &MappedDevice, cow_loop: u32) -> SnapshotInfo {
         interrupted: false,
         open_count: 0,
         params: Some(SnapshotParams {
-            origin: DeviceNumber { major: 7, minor: 0 },
-            cow: DeviceNumber {
-                major: 7,
-                minor: cow_loop,
-            },
+            origin: DeviceNumber::at(7, 0),
+            cow: DeviceNumber::at(7, cow_loop),
             store: Store::Persistent,
             chunk: ChunkSize::default(),
             discard: Discard::Unsupported,

@@ -154,7 +154,7 @@ fn write_mark<H: Host>(
         })
     };
     let first = store::mark(origin, None);
-    let second = mark.sample.map(|sample| store::content(origin, sample));
+    let second = mark.content.map(|content| store::content(origin, content));
     if mark.fresh {
         let (whole, length) = store::marks(first, above.map(store::chain), second);
         return write(&whole[..length], MARK_AT);

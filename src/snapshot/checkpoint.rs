@@ -11,7 +11,7 @@ use super::create::{link, open_controls};
 use super::layer::{Layer, attach_layer, base, facts, hold};
 use super::{Base, Origin, Snapshot, fingerprint};
 use crate::backing::{
-    Attached, Backing, Cow, CowOptions, CowSize, DEEPEST, Sample, attach, open_cow, probe_store,
+    Attached, Backing, Cow, CowOptions, CowSize, DEEPEST, Evidence, attach, open_cow, probe_store,
     unmake, valid,
 };
 use crate::base::{
@@ -22,7 +22,7 @@ use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{Live, locked, reach, whole};
 use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
-use crate::store::{self, CHAIN_AT, Chain, Header, MARK_AT};
+use crate::store::{self, CHAIN_AT, Chain, Content, Header, MARK_AT};
 use crate::teardown::rebuilt;
 
 /// How to freeze what a live snapshot has, while its VM runs.
@@ -188,9 +188,9 @@ pub(crate) fn checkpoint<H: Host>(
     }
 
     // Over an image, the first time: by it a copy with another modification time is known.
-    let sample = match (header.sample, header.origin) {
+    let content = match (header.content, header.origin) {
         (None, Some(image)) if below.parent == 0 => fingerprint::of_image(host, &live, image),
-        (sample, _) => sample,
+        (content, _) => content,
     };
     let id = ask(Step::Random, &v.mapper, || host.random())?;
     let origin = Backing {
@@ -207,11 +207,7 @@ pub(crate) fn checkpoint<H: Host>(
     };
     let mut cow_options = options.cow.clone();
     (cow_options.store, cow_options.chunk) = (live.params.store, live.params.chunk);
-    let no_sample = Sample {
-        take: &|| Ok(0),
-        marks: false,
-    };
-    let c1 = open_cow(host, cow, &origin, no_sample, &cow_options)?;
+    let c1 = open_cow(host, cow, &origin, Evidence::NONE, &cow_options)?;
     let unmade = |error| match cow_options.make {
         Some(_) => unmake(host, error, cow, c1.backing.facts.id),
         None => error,
@@ -232,7 +228,7 @@ pub(crate) fn checkpoint<H: Host>(
         length: Sectors::from_bytes_floor(origin.facts.size_bytes),
         c0: &c0,
         header: &header,
-        sample,
+        content,
         held: (&node, &held),
         c1: (&c1, &c1_loop),
         named: Chain { id, ..below },
@@ -302,8 +298,8 @@ struct Parts<'a, H: Host> {
     c0: &'a Backing<'a, H::File>,
     /// C0's, as it was.
     header: &'a Header,
-    /// The image's fingerprint.
-    sample: Option<u128>,
+    /// What is known of the image's content.
+    content: Option<Content>,
     held: (&'a Path, &'a H::File),
     c1: (&'a Cow<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
@@ -358,8 +354,8 @@ impl<H: Host> Parts<'_, H> {
         done.marked = true;
         let image = self.header.origin;
         let content = image
-            .zip(self.sample)
-            .map(|(image, sample)| store::content(image, sample));
+            .zip(self.content)
+            .map(|(image, content)| store::content(image, content));
         let (marks, length) = store::marks([0; 64], Some(store::chain(self.named)), content);
         self.write(self.c0, &marks[CHAIN_AT - MARK_AT..length], CHAIN_AT)?;
         let above = Chain {
@@ -368,8 +364,8 @@ impl<H: Host> Parts<'_, H> {
             ..Chain::default()
         };
         let content = self
-            .sample
-            .map(|sample| store::content(self.identity, sample));
+            .content
+            .map(|content| store::content(self.identity, content));
         let first = store::mark(self.identity, None);
         let (marks, length) = store::marks(first, Some(store::chain(above)), content);
         self.write(cow, &marks[..length], MARK_AT)?;

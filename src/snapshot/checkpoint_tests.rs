@@ -102,7 +102,7 @@ fn writes_to(script: &Script) -> (u32, bool) {
     assert!(valid, "its exceptions are lost");
     assert!(!device.inactive_table || device.suspended);
     (
-        live.params().expect("a snapshot").cow.minor,
+        live.params().expect("a snapshot").cow.minor(),
         device.suspended,
     )
 }
@@ -267,7 +267,7 @@ fn a_snapshot_that_ends_flushes_does_so_behind_a_checkpoint_a_rollback_and_a_rep
 fn a_setting_of_the_cow_device_is_not_taken_for_the_snapshots() {
     let (script, _) = machine_of(Durability::Processes);
     let (minor, _) = writes_to(&script);
-    let cow = DeviceNumber { major: 7, minor };
+    let cow = DeviceNumber::at(7, minor);
     script.world.borrow_mut().flushless.insert(cow);
     drop(freeze(&script).expect("nothing fails"));
     assert!(!ends_flushes(&script));

@@ -10,8 +10,8 @@ use super::build::{
 };
 use super::{Base, Origin, Snapshot, SnapshotOptions};
 use crate::backing::{
-    Backing, Cow, Sample, Warning, attach, check_identity, loop_length, open_cow, open_origin,
-    sample, unmake,
+    Backing, Cow, Evidence, Warning, attach, check_identity, content, loop_length, open_cow,
+    open_origin, unmake,
 };
 use crate::base::{DeviceName, Handles, Kind, SectorSize};
 use crate::call::{ask, spans};
@@ -75,11 +75,12 @@ pub(crate) fn create<H: Host>(
     check_target(host, options)?;
     let origin = open_origin(host, origin, &options.cow)?;
     check_sectors(options, &origin)?;
-    let fingerprint = Sample {
-        take: &|| sample(host, &origin),
+    let evidence = Evidence {
+        given: options.cow.digest,
+        take: &|| content(host, &origin),
         marks: origin.identity().is_undated(),
     };
-    let cow = open_cow(host, cow, &origin, fingerprint, &options.cow)?;
+    let cow = open_cow(host, cow, &origin, evidence, &options.cow)?;
 
     let mut handles = Handles {
         origin: Some(origin.identity()),
@@ -166,11 +167,10 @@ pub(crate) fn prepare<'a, H: Host>(
         origin: Some(image.identity()),
         ..Handles::default()
     };
-    let fingerprint = Sample {
-        take: &|| Ok(base.sample().unwrap_or_default()),
-        marks: base.sample().is_some(),
-    };
-    let cow = open_cow(host, cow, &image, fingerprint, &options.cow)?;
+    let take = || Ok(base.content());
+    let evidence = base.evidence(&take, options.cow.digest);
+    let cow = open_cow(host, cow, &image, evidence, &options.cow)?;
+
     Ok((cow, handles))
 }
 

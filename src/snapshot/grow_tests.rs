@@ -161,8 +161,11 @@ fn recover_makes_the_same_snapshot_over_a_longer_file() {
     let params = world.devices.values().next().and_then(ScriptDevice::params);
     let params = params.expect("a table");
     assert_eq!(params.store, Store::PersistentOverflow);
-    assert_eq!(world.loops[&params.cow.minor].path, Path::new(COW));
-    assert_eq!(world.loops[&params.origin.minor].path, Path::new("/image"));
+    assert_eq!(world.loops[&params.cow.minor()].path, Path::new(COW));
+    assert_eq!(
+        world.loops[&params.origin.minor()].path,
+        Path::new("/image")
+    );
 }
 
 #[test]

@@ -7,7 +7,7 @@ use super::build::{MappedDevice, load, undone};
 use super::create::{link, open_controls};
 use super::origin::MadeNode;
 use super::{Base, CheckpointOptions, Origin};
-use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
+use crate::backing::{Attached, Backing, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
     ChunkSize, DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, MAPPER_DIR,
     SectorSize, Sectors, Store,
@@ -128,11 +128,9 @@ pub(super) fn attach_layer<H: Host>(
 ) -> Result<(Base<H::Loop>, Handles)> {
     open_controls(host)?;
     let image = below.image();
-    let sample = Sample {
-        take: &|| Ok(below.sample().unwrap_or_default()),
-        marks: false,
-    };
-    let (cow, header, chain) = open_layer_cow(host, cow, &image, sample, &options.cow)?;
+    let take = || Ok(below.content());
+    let evidence = below.evidence(&take, None);
+    let (cow, header, chain) = open_layer_cow(host, cow, &image, evidence, &options.cow)?;
     attach_file(host, below, &cow, header.chunk, chain, name, options.keep)
 }
 
@@ -233,7 +231,7 @@ pub(super) fn base<H: Host>(
     let (id, facts) = uuid.layer().zip(facts(uuid, number)).ok_or_else(refusal)?;
     let device = Attached {
         path: number.dm_node(),
-        number: number.minor,
+        number: number.minor(),
         dev: number,
         device,
     };
@@ -241,7 +239,8 @@ pub(super) fn base<H: Host>(
         length: loop_length(host, &device)?,
         path,
         facts,
-        sample: None,
+        content: None,
+        digest: None,
         device,
         _node: MadeNode,
         handle: None,

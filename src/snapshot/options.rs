@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::backing::{CowOptions, CowSize};
-use crate::base::{ChunkSize, Durability, OriginIdentity, SectorSize, Store};
+use crate::base::{ChunkSize, Digest, Durability, OriginIdentity, SectorSize, Store};
 use crate::error::Refusal;
 
 /// Options for making a snapshot, in the manner of [`std::fs::OpenOptions`].
@@ -168,6 +168,22 @@ impl SnapshotOptions {
     /// asked; this is for COW files made elsewhere.
     pub fn expect_origin(&mut self, origin: OriginIdentity) -> &mut Self {
         self.cow.expected_origin = Some(origin);
+        self
+    }
+
+    /// Says what the image holds, by a digest that the caller has of it, such as an image store's SHA-256.
+    ///
+    /// It is kept in the COW file's header. When that is used again and a digest is given, the two decide, whatever the
+    /// modification time says: a faithful copy is taken, and another image of equal size and time is refused
+    /// ([`Refusal::OriginDiffers`](crate::error::Refusal::OriginDiffers)). dmsnap takes the caller's word for it, and does
+    /// not read the image. Over a layer it counts for nothing, as a layer has an id of its own.
+    ///
+    /// Without it, an image with another modification time, or with one that is no evidence (a whole second), is known by
+    /// the digest of fs-verity where both the image and the one that the COW file was made over have one, and otherwise by
+    /// a fingerprint of some blocks, where the COW file has that: if it was made over such an image, or over an
+    /// [`Origin`](crate::Origin).
+    pub fn digest(&mut self, digest: impl Into<Digest>) -> &mut Self {
+        self.cow.digest = Some(digest.into());
         self
     }
 

@@ -6,14 +6,17 @@ use std::time::Duration;
 
 use super::build::OriginDevice;
 use crate::backing::{
-    Attached, Backing, CowOptions, attach, diskseq, loop_length, open_locked_origin, sample,
+    Attached, Backing, CowOptions, Evidence, attach, content, diskseq, loop_length,
+    open_locked_origin,
 };
-use crate::base::{LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node};
+use crate::base::{
+    Digest, LoopHandle, OriginIdentity, SECTOR_BYTES, SectorSize, Sectors, loop_node,
+};
 use crate::call::ask;
 use crate::error::{Result, Step, Verdict};
 use crate::kernel::{FileFacts, Host, LOOP_CONTROL, LoopDevice, Loops, MACHINE, SHARED_ORIGIN};
 use crate::kernel::{LO_AUTOCLEAR, LO_READ_ONLY};
-use crate::store::Chain;
+use crate::store::{Chain, Content};
 
 /// An origin image that is attached to a loop device, which any number of snapshots share.
 ///
@@ -38,8 +41,10 @@ pub struct Origin(pub(crate) Arc<Base<LoopDevice>>);
 pub(crate) struct Base<L> {
     pub(super) path: PathBuf,
     pub(super) facts: FileFacts,
-    /// A fingerprint of what it held when it was opened; a layer has none.
-    pub(super) sample: Option<u128>,
+    /// What it held when it was opened; `None` for a layer.
+    pub(super) content: Option<Content>,
+    /// The caller's digest of it.
+    pub(super) digest: Option<Digest>,
     pub(super) length: Sectors,
     pub(super) device: Attached<L>,
     /// Behind the device, so that it is dropped once that is closed.
@@ -72,8 +77,22 @@ impl<L> Base<L> {
         }
     }
 
-    pub(crate) fn sample(&self) -> Option<u128> {
-        self.sample
+    pub(super) fn content(&self) -> Content {
+        self.content.unwrap_or_default()
+    }
+
+    /// What stores are held against, and new ones are marked with. `take` returns [`Self::content`]; `given` is the digest
+    /// that the caller has given for this store alone.
+    pub(super) fn evidence<'a>(
+        &self,
+        take: &'a dyn Fn() -> Result<Content>,
+        given: Option<Digest>,
+    ) -> Evidence<'a> {
+        Evidence {
+            given: given.or(self.digest).filter(|_| self.above.is_none()),
+            take,
+            marks: self.content.is_some(),
+        }
     }
 
     pub(crate) fn over(&self) -> OriginDevice<'_> {
@@ -121,7 +140,7 @@ impl Origin {
 /// Options for opening an [`Origin`].
 #[derive(Clone, Debug, Default)]
 pub struct OriginOptions {
-    lock: CowOptions,
+    cow: CowOptions,
 }
 
 impl OriginOptions {
@@ -133,7 +152,14 @@ impl OriginOptions {
 
     /// Sets how long to wait for a program that has locked the image exclusively, as a merge does: a second by default.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
-        self.lock.deadline = Some(deadline);
+        self.cow.deadline = Some(deadline);
+        self
+    }
+
+    /// Says what the image holds, for every COW file that is used over it, as
+    /// [`SnapshotOptions::digest`](crate::SnapshotOptions::digest) does.
+    pub fn digest(&mut self, digest: impl Into<Digest>) -> &mut Self {
+        self.cow.digest = Some(digest.into());
         self
     }
 
@@ -143,7 +169,7 @@ impl OriginOptions {
     ///
     /// Those of [`Origin::open`].
     pub fn open(&self, path: impl AsRef<Path>) -> Result<Origin> {
-        let base = open(&MACHINE, path.as_ref(), &self.lock)?;
+        let base = open(&MACHINE, path.as_ref(), &self.cow)?;
         Ok(Origin(Arc::new(base)))
     }
 }
@@ -182,7 +208,8 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path, options: &CowOptions) -> Resu
     };
     Ok(Base {
         length: loop_length(host, &device)?,
-        sample: Some(sample(host, &origin)?),
+        content: Some(content(host, &origin)?),
+        digest: options.digest,
         above: None,
         path: path.to_owned(),
         facts: origin.facts,

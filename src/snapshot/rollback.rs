@@ -7,7 +7,7 @@ use super::checkpoint::attach_next;
 use super::create::open_controls;
 use super::layer;
 use super::{Base, CheckpointOptions};
-use crate::backing::{Sample, open_cow, unmake};
+use crate::backing::{Evidence, open_cow, unmake};
 use crate::base::{DeviceId, DeviceName, Handles, Kind, Sectors};
 use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, resume};
 use crate::dm::{SnapshotParams, Target, TargetLine};
@@ -62,12 +62,8 @@ pub(crate) fn rollback<H: Host>(
     };
     let mut cow_options = options.cow.clone();
     (cow_options.store, cow_options.chunk) = (live.params.store, live.params.chunk);
-    let no_sample = Sample {
-        take: &|| Ok(0),
-        marks: false,
-    };
     let image = base.image();
-    let next = open_cow(host, cow, &image, no_sample, &cow_options)?;
+    let next = open_cow(host, cow, &image, Evidence::NONE, &cow_options)?;
     let unmade = |error| match cow_options.make {
         Some(_) => unmake(host, error, cow, next.backing.facts.id),
         None => error,

@@ -8,7 +8,7 @@ use super::create::open_controls;
 use super::layer::{attach_file, open_with_file};
 use super::{Base, Layer, Origin};
 use crate::backing::{
-    Backing, Ground, Place, Reader, Sample, admit_file, check_header, in_order, open_cow_file,
+    Backing, Ground, Place, Reader, admit_file, check_header, in_order, open_cow_file,
     open_unlocked, probe_store, shallow, unsound, valid,
 };
 use crate::base::{DeviceId, DeviceName, DeviceUuid, FileId, Handles};
@@ -237,16 +237,14 @@ fn judge<'a, H: Host>(
         ground.above.map_or(0, |above| above.depth),
         options.any_depth,
     )?;
-    let sample = Sample {
-        take: &|| Ok(ground.sample().unwrap_or_default()),
-        marks: false,
-    };
+    let take = || Ok(ground.content());
+    let evidence = ground.evidence(&take, None);
     let length = ground.over().length;
     let mut stack = Vec::with_capacity(order.len());
     for (nth, index) in order.into_iter().enumerate() {
         let (file, header, chain) = &read[index];
         if nth == 0 {
-            check_header(&image, file, header, sample, false)?;
+            check_header(&image, file, header, evidence, false)?;
         }
         let store = ExceptionStore::open(Reader::of(host, file));
         let read = store.and_then(|store| store.over(length).summary());

@@ -1,6 +1,7 @@
 //! Reads the persistent store's header in chunk 0 (`struct disk_header`, `drivers/md/dm-snap-persistent.c`), and reads
 //! and writes the marks that dmsnap keeps behind it.
 
+use super::content::{self, CONTENT_AT, CONTENT_BYTES, Content};
 use crate::base::{ChunkSize, OriginIdentity};
 
 /// How many bytes of a COW file are read before it is used. The header has 16 bytes; the rest tells a blank file from a
@@ -40,8 +41,8 @@ pub(crate) struct Header {
     pub(crate) origin: Option<OriginIdentity>,
     /// The inode of the image into which the store is being merged, or was when a merge was cut off.
     pub(crate) merging_into: Option<u64>,
-    /// The fingerprint of the origin's content ([`content`]), if the store has one.
-    pub(crate) sample: Option<u128>,
+    /// What is known of the origin's content, if the store has a mark of that.
+    pub(crate) content: Option<Content>,
     /// The store's place in a stack of layers; `None` for one over an image that was never checkpointed.
     pub(crate) chain: Option<Chain>,
 }
@@ -157,49 +158,11 @@ pub(crate) fn mark(origin: OriginIdentity, merging_into: Option<u64>) -> [u8; 64
     mark
 }
 
-/// The offset in bytes of the second mark, which has the fingerprint of the origin's content.
-pub(crate) const CONTENT_AT: usize = 256;
-
-/// What the second mark begins with. The fingerprint follows, 128 bits; then 72 bytes of zeroes, reserved for other
-/// digests; then a checksum.
-const CONTENT: [u8; 16] = *b"dmsnap content 1";
-
-/// The length of the second mark in bytes.
-pub(crate) const CONTENT_BYTES: usize = 112;
-
-/// Makes the mark with the fingerprint of the origin's content, for origins whose modification time is no evidence. It
-/// is valid only together with the first mark: once that names another origin, as after a merge, this one counts no
-/// more.
-pub(crate) fn content(origin: OriginIdentity, sample: u128) -> [u8; CONTENT_BYTES] {
-    let mut mark = [0; CONTENT_BYTES];
-    mark[..16].copy_from_slice(&CONTENT);
-    mark[16..32].copy_from_slice(&sample.to_le_bytes());
-    let sum = sum(&mark[..CONTENT_BYTES - 8], origin);
-    mark[CONTENT_BYTES - 8..].copy_from_slice(&sum.to_le_bytes());
-    mark
-}
-
-/// Computes the checksum of a mark and of the origin that it is valid for: FNV-1a, 64 bits.
-fn sum(mark: &[u8], origin: OriginIdentity) -> u64 {
-    let (size, mtime) = (
-        origin.size_bytes.to_le_bytes(),
-        origin.mtime_ns.to_le_bytes(),
-    );
-    fnv(mark.iter().chain(&size).chain(&mtime))
-}
-
-fn fnv<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
+/// FNV-1a, 64 bits.
+pub(super) fn fnv<'a>(bytes: impl Iterator<Item = &'a u8>) -> u64 {
     bytes.fold(0xcbf2_9ce4_8422_2325, |sum, byte| {
         (sum ^ u64::from(*byte)).wrapping_mul(0x100_0000_01b3)
     })
-}
-
-fn sampled(start: &[u8]) -> Option<u128> {
-    let origin = marked(start)?;
-    let mark = start.get(CONTENT_AT..CONTENT_AT + CONTENT_BYTES)?;
-    let sample = mark.strip_prefix(&CONTENT)?.first_chunk()?;
-    let sample = u128::from_le_bytes(*sample);
-    (mark == content(origin, sample)).then_some(sample)
 }
 
 fn merging_into(start: &[u8]) -> Option<u64> {
@@ -258,7 +221,7 @@ pub(crate) fn probe(start: &[u8]) -> Probe {
                 chunk,
                 origin: marked(start),
                 merging_into: merging_into(start),
-                sample: sampled(start),
+                content: marked(start).and_then(|origin| content::read(start, origin)),
                 chain,
             }),
             Err(fault) => Probe::Damaged(fault),
@@ -316,7 +279,7 @@ mod tests {
                 chunk,
                 origin: None,
                 merging_into: None,
-                sample: None,
+                content: None,
                 chain: None,
             })
         );
@@ -327,7 +290,7 @@ mod tests {
                 chunk,
                 origin: None,
                 merging_into: None,
-                sample: None,
+                content: None,
                 chain: None,
             })
         );
@@ -361,23 +324,27 @@ mod tests {
                 (header.origin, header.merging_into),
                 (Some(origin), merging)
             );
-            assert_eq!(header.sample, None, "an old mark");
+            assert_eq!(header.content, None, "an old mark");
+            let known = Content {
+                sample: Some(7),
+                digest: None,
+            };
             let at = CONTENT_AT..CONTENT_AT + CONTENT_BYTES;
-            start[at.clone()].copy_from_slice(&content(origin, 7));
-            let sample = |start: &[u8]| match probe(&start[..512]) {
-                Probe::Store(header) => header.sample,
+            start[at.clone()].copy_from_slice(&content::content(origin, known));
+            let known_of = |start: &[u8]| match probe(&start[..512]) {
+                Probe::Store(header) => header.content,
                 other => panic!("{other:?}"),
             };
-            assert_eq!(sample(&start), Some(7));
+            assert_eq!(known_of(&start), Some(known));
             let other = OriginIdentity {
                 mtime_ns: 5,
                 ..origin
             };
             start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(other, None));
-            assert_eq!(sample(&start), None, "of another origin");
+            assert_eq!(known_of(&start), None, "of another origin");
             start[MARK_AT..MARK_AT + 64].copy_from_slice(&mark(origin, None));
             start[at.start + 16] ^= 1;
-            assert_eq!(sample(&start), None, "damaged");
+            assert_eq!(known_of(&start), None, "damaged");
         }
     }
 

@@ -4,6 +4,7 @@
 //! files alone, without ioctls and without privilege. A COW file may come from anywhere: nothing that is read from it
 //! is trusted.
 
+mod content;
 mod extents;
 mod fault;
 mod header;
@@ -12,11 +13,12 @@ mod reader;
 mod sizing;
 mod writer;
 
+pub(crate) use content::{CONTENT_AT, Content, DigestOf, content};
 pub use extents::{Extent, Extents};
 pub use fault::{StoreError, StoreFault};
 pub(crate) use header::{
-    BLANK_BYTES, CHAIN_AT, CHAIN_BYTES, CONTENT_AT, Chain, Header, HeaderFault, MARK_AT,
-    PROBE_BYTES, Probe, chain, content, mark, marks, probe,
+    BLANK_BYTES, CHAIN_AT, CHAIN_BYTES, Chain, Header, HeaderFault, MARK_AT, PROBE_BYTES, Probe,
+    chain, mark, marks, probe,
 };
 pub(crate) use overlay::{Piece, overlay};
 pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};

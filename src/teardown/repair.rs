@@ -181,7 +181,7 @@ impl Seen {
     /// Returns the node of the loop device that an operation locks.
     fn lock_node(&self) -> Option<PathBuf> {
         let cow = self.live?.cow;
-        (cow.major == 7).then(|| loop_node(cow.minor))
+        (cow.major() == 7).then(|| loop_node(cow.minor()))
     }
 }
 
@@ -514,8 +514,8 @@ fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
         return Ok(None);
     };
     let table = layer.live.or(layer.inactive);
-    let cow = table.filter(|table| table.cow.major == 7);
-    let nodes = [cow.map(|table| table.cow.minor), uuid.cow_loop()];
+    let cow = table.filter(|table| table.cow.major() == 7);
+    let nodes = [cow.map(|table| table.cow.minor()), uuid.cow_loop()];
     for number in nodes.into_iter().flatten() {
         if at_work::is_locked(host, &loop_node(number), &at_work::MAKER_RETRY)? {
             return Ok(Some(Repair::InProgress));

@@ -125,7 +125,7 @@ impl Stage {
 
     /// V's table over another origin, and the next COW file.
     fn over(&self, origin: DeviceNumber) -> TargetLine {
-        let cow = DeviceNumber { major: 7, minor: 9 };
+        let cow = DeviceNumber::at(7, 9);
         let params = SnapshotParams {
             origin,
             cow,
@@ -307,7 +307,7 @@ fn whichever_call_of_a_repair_fails_or_is_its_last_the_next_repair_ends_it() {
 /// Repairs while that is done by a process that lives, which holds the loop devices it is told to.
 fn repair_beside(steps: &[Do], holds_c0: bool) -> Vec<(String, crate::Result<Repair>)> {
     let stage = Stage::new();
-    let c0 = loop_node(stage.params.cow.minor);
+    let c0 = loop_node(stage.params.cow.minor());
     let c0 = stage.script.open_loop(&c0, false).expect("it is there");
     if holds_c0 {
         assert_eq!(stage.script.lock_loop(&c0, true), Ok(()));

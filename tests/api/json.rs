@@ -44,10 +44,7 @@ fn whole() -> Handles {
     let mut cow = LoopHandle::at("/dev/loop7");
     cow.diskseq = Some(31);
     cow.backing = Some(FileId {
-        dev: DeviceNumber {
-            major: 0,
-            minor: 25,
-        },
+        dev: DeviceNumber::new(0, 25).expect("within bounds"),
         inode: 1234,
     });
     let mut handles = Handles::default();

@@ -524,6 +524,7 @@ fn every_step_makes_a_sentence() {
         (Step::Suspend, "cannot suspend X"),
         (Step::Resume, "cannot resume X"),
         (Step::EndFlushes, "cannot end the flushes of X"),
+        (Step::MeasureFile, "cannot measure X"),
         (Step::Merge, "cannot merge by X"),
         (Step::SetUuid, "cannot give a uuid to X"),
         (Step::Remove, "cannot remove X"),

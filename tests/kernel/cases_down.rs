@@ -224,6 +224,21 @@ fn a_snapshot_of_a_snapshot_is_reaped_from_the_top_down_in_one_sweep() {
     cleanup.args(["remove", "--deadline", "100ms", &names[0]]);
     let line = complaint(&finish(&mut cleanup));
     println!("message: removal of what another stands on: {line}");
+    let upper = format!("dm device {:?} stands on it through /dev/loop", names[1]);
+    assert!(line.contains(&upper), "{line}");
+    let top = Path::new("/dev").join(format!("dm-{}", dm_info(&names[2], "minor")));
+    let mapped = scene.name();
+    let linear = format!("0 8 linear {} 0", number(&top));
+    let device = Foreign::create(&mapped, &linear);
+    let mut remove = dmsnap();
+    remove.args(["remove", "--deadline", "100ms", &names[2]]);
+    let line = complaint(&finish(&mut remove));
+    println!("message: removal of what a linear device stands on: {line}");
+    assert!(
+        line.contains(&format!("dm device {mapped:?} stands on it")),
+        "{line}"
+    );
+    drop(device);
 
     let ours = |name: &str| names.iter().any(|each| each == name);
     let reaped = ReapOptions::new()

@@ -114,7 +114,7 @@ fn the_node_is_there_when_the_library_returns() {
     let scene = Scene::new();
     for _ in 0..10 {
         let snapshot = scene.snapshot();
-        let node = snapshot.handles().dev.expect("a number").minor;
+        let node = snapshot.handles().dev.expect("a number").minor();
         let node = format!("/dev/dm-{node}");
         assert_eq!(snapshot.device(), Path::new(&node));
         assert_eq!(

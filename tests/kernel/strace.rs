@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, SystemTime};
 
 use crate::common::tools::success;
 use crate::common::{Scene, dmsnap_under};
@@ -88,12 +89,29 @@ fn a_create_sets_one_queue_of_ours_or_none_by_its_durability() {
 fn create_and_cleanup_run_nothing_and_wait_for_nobody() {
     let scene = Scene::new();
     let (name, cow) = (scene.name(), scene.cow("cow"));
+    // A whole second, which the kernel's clock for files hits now and then, is no evidence: such an image is read.
+    let image = fs::File::options().write(true).open(scene.image());
+    let dated = SystemTime::UNIX_EPOCH + Duration::from_millis(1_700_000_000_004);
+    let dated = image.expect("writable").set_modified(dated);
+    dated.expect("it can be set");
     let create = ["create".as_ref(), scene.image(), &cow, name.as_ref()];
     let (handles, calls) = traced(&scene, &create);
     no_helpers(&calls);
     let created = work(&calls, "/dev/loop-control", "write(1,");
     println!("create, {} calls:\n{}", created.len(), created.join("\n"));
     assert!(created.len() <= 30);
+    // The image's size and time say which one it is, so it is not read: the only bytes are those of the COW file's header.
+    let reads = |call: &&String| call.starts_with("pread64(") || call.contains("MEASURE_VERITY");
+    let read: Vec<_> = created.iter().filter(reads).collect();
+    assert_eq!(read.len(), 1, "{read:#?}");
+    let (other, cow) = (scene.name(), scene.cow("with a digest"));
+    let digest = "5e".repeat(32);
+    let create = ["create".as_ref(), "--digest".as_ref(), digest.as_ref()];
+    let create = [&create[..], &[scene.image(), &cow, other.as_ref()]].concat();
+    let (_, calls) = traced(&scene, &create);
+    let with_digest = work(&calls, "/dev/loop-control", "write(1,");
+    assert_eq!(with_digest.len(), created.len(), "{with_digest:#?}");
+    success(crate::common::dmsnap().args(["remove", &other]));
 
     let file = scene.file("handles.json", handles);
     let (_, calls) = traced(&scene, &["cleanup".as_ref(), &file]);

@@ -36,7 +36,7 @@ guest_exec() {
     local status
     kernel_ensure "$guest_kernel"
     ((guest_vmm == 0)) || vmm_files "$guest_kernel"
-    ((guest_fio == 0)) || guest_files+=("$(tool fio)")
+    ((guest_fio == 0)) || guest_files+=("$(tool fio)" "$(tool fsverity)")
     guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
     trap guest_cleanup EXIT
     trap 'exit 130' INT

@@ -5,7 +5,7 @@
 packages_guest="qemu-system-x86 busybox-static|busybox cpio kmod xz-utils zstd util-linux mount
     dmsetup e2fsprogs strace debian-archive-keyring"
 packages_udev="udev dmsetup"
-packages_fio="fio"
+packages_fio="fio fsverity"
 packages_arm64="qemu-system-arm binutils"
 packages_arm64_build="gcc-aarch64-linux-gnu libc6-dev-arm64-cross"
 # bindgen, which devicemapper's build runs, loads libclang and reads clang's

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args as Arguments, Parser, Subcommand, ValueEnum};
+use dmsnap::base::Digest;
 use dmsnap::{ChunkSize, CowSize, Durability, SectorSize, SnapshotOptions, Store};
 
 use crate::amounts::{bytes, cow_size, duration, percent};
@@ -220,6 +221,9 @@ pub(crate) struct Merge {
     /// Print JSON
     #[arg(long)]
     pub(crate) json: bool,
+    /// What the image holds: the digest that the COW file was made with, if it was, decides whether it is that image
+    #[arg(long, value_name = "HEX")]
+    pub(crate) digest: Option<Digest>,
     /// Merge even though the image's size or modification time is not what the COW file was made over
     #[arg(long)]
     pub(crate) any_origin: bool,
@@ -285,6 +289,9 @@ pub(crate) struct Create {
     /// Set the made COW file's space aside
     #[arg(long, requires = "make_cow")]
     reserve: bool,
+    /// What the image holds, in 32 or 64 bytes: kept in the COW file, and held against what is kept there
+    #[arg(long, value_name = "HEX")]
+    digest: Option<Digest>,
     /// Use the COW file even though the image's size or modification time is not what it was made over, or it does not say
     #[arg(long)]
     any_origin: bool,
@@ -357,6 +364,9 @@ impl Create {
             .reserve(self.reserve);
         if let Some(deadline) = self.deadline {
             options.deadline(deadline);
+        }
+        if let Some(digest) = self.digest {
+            options.digest(digest);
         }
         if let Some(store) = self.store {
             options.store(store.into());

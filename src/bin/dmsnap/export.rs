@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Args as Arguments;
+use dmsnap::base::Digest;
 use dmsnap::export::{ExportOptions, Exported, Progress};
 
 use crate::amounts::duration;
@@ -22,6 +23,9 @@ pub(crate) struct Export {
     /// Replace the output if it is a file
     #[arg(long)]
     replace: bool,
+    /// What the origin holds: the digest that the COW file was made with, if it was, decides whether it is that image
+    #[arg(long, value_name = "HEX")]
+    digest: Option<Digest>,
     /// Take the origin as it is, even though it is not what the COW file was made over
     #[arg(long)]
     any_origin: bool,
@@ -54,6 +58,9 @@ pub(crate) fn run(export: &Export) -> Result<(), Failure> {
         .any_origin(export.any_origin)
         .invalid_store(export.invalid_store)
         .reflink(!export.no_reflink);
+    if let Some(digest) = export.digest {
+        options.digest(digest);
+    }
     if let Some(deadline) = export.deadline {
         options.deadline(deadline);
     }

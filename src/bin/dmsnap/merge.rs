@@ -10,6 +10,9 @@ pub(crate) fn merge(args: &Merge) -> Result<(), Failure> {
     let job = Job::begin().map_err(Failure::Signals)?;
     let mut options = MergeOptions::new();
     options.any_origin(args.any_origin);
+    if let Some(digest) = args.digest {
+        options.digest(digest);
+    }
     if let Some(deadline) = args.deadline {
         options.deadline(deadline);
     }

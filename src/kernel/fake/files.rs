@@ -13,7 +13,7 @@ use crate::error::Step;
 use crate::kernel::{FileFacts, FileKind, Files};
 
 /// The identity of dm devices' nodes: they lie on a file system of their own.
-const NODES: DeviceNumber = DeviceNumber { major: 0, minor: 6 };
+const NODES: DeviceNumber = DeviceNumber::at(0, 6);
 
 impl ScriptFile {
     fn object(&self) -> Object {
@@ -42,7 +42,7 @@ impl Script {
                 let size = *world.sizes.get(&inode).unwrap_or(&FILE_BYTES);
                 (file_id(inode), FileKind::Regular, size, world.links(inode))
             }
-            Object::Loop(minor) => node_facts(DeviceNumber { major: 7, minor }),
+            Object::Loop(minor) => node_facts(DeviceNumber::at(7, minor)),
             Object::Mapped(number) => node_facts(number),
         };
         FileFacts {
@@ -61,7 +61,7 @@ impl Script {
 fn node_facts(number: DeviceNumber) -> (FileId, FileKind, u64, u64) {
     let id = FileId {
         dev: NODES,
-        inode: u64::from(number.major) << 32 | u64::from(number.minor),
+        inode: u64::from(number.major()) << 32 | u64::from(number.minor()),
     };
     (id, FileKind::BlockDevice(number), 0, 1)
 }
@@ -161,6 +161,12 @@ impl Files for Script {
 
     fn try_punch(&self, _file: &ScriptFile, _at: u64) -> Result<(), Errno> {
         self.call(Step::PunchHole)
+    }
+
+    /// Its file system has no fs-verity.
+    fn measure_file(&self, _file: &ScriptFile) -> Result<(u16, Vec<u8>), Errno> {
+        self.call(Step::MeasureFile)?;
+        Err(Errno::ENOTTY)
     }
 
     fn lock_file(&self, file: &ScriptFile, exclusive: bool) -> Result<(), Errno> {

@@ -112,10 +112,7 @@ impl Loops for Script {
 
     fn loop_number(&self, device: &ScriptLoop) -> Result<DeviceNumber, Errno> {
         self.call(Step::InspectLoop)?;
-        Ok(DeviceNumber {
-            major: 7,
-            minor: device.number,
-        })
+        Ok(DeviceNumber::at(7, device.number))
     }
 
     fn loop_diskseq(&self, device: &ScriptLoop) -> Result<u64, Errno> {
@@ -176,18 +173,20 @@ impl Loops for Script {
 
     fn loop_node_of(&self, number: DeviceNumber) -> Result<PathBuf, Errno> {
         self.call(Step::InspectLoop)?;
-        if number.major != 7 {
+        if number.major() != 7 {
             return Err(Errno::ENOTBLK);
         }
         let world = self.world.borrow();
-        let bound = world.loops.contains_key(&number.minor);
-        bound.then(|| loop_node(number.minor)).ok_or(Errno::ENOENT)
+        let bound = world.loops.contains_key(&number.minor());
+        bound
+            .then(|| loop_node(number.minor()))
+            .ok_or(Errno::ENOENT)
     }
 
     fn backing_path(&self, number: DeviceNumber) -> Result<PathBuf, Errno> {
         self.call(Step::InspectLoop)?;
         let world = self.world.borrow();
-        let binding = world.loops.get(&number.minor).ok_or(Errno::ENOENT)?;
+        let binding = world.loops.get(&number.minor()).ok_or(Errno::ENOENT)?;
         Ok(binding.path.clone())
     }
 }

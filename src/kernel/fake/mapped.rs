@@ -131,12 +131,9 @@ impl World {
     /// The first number that no dm device has.
     pub(super) fn free_number(&self) -> DeviceNumber {
         let all = || self.devices.values().chain(&self.dying);
-        let taken = |minor| all().any(|device| device.number.minor == minor);
+        let taken = |minor| all().any(|device| device.number.minor() == minor);
         let minor = (0..).find(|minor| !taken(*minor)).unwrap_or(0);
-        DeviceNumber {
-            major: MAPPED,
-            minor,
-        }
+        DeviceNumber::at(MAPPED, minor)
     }
 
     /// The dm devices that hold the device by one of their tables.
@@ -176,7 +173,7 @@ impl World {
         let mapped: Vec<_> = mapped.collect();
         if let Some(params) = table.params() {
             let is_there =
-                |number: &DeviceNumber| number.major != MAPPED || mapped.contains(number);
+                |number: &DeviceNumber| number.major() != MAPPED || mapped.contains(number);
             if ![params.origin, params.cow].iter().all(is_there) {
                 return Err(Errno::ENODEV);
             }

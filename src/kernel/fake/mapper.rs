@@ -139,7 +139,7 @@ impl DeviceMapper for Script {
         if table.merges() {
             return Ok(Some(("snapshot-merge".to_owned(), world.merge_on())));
         }
-        let sectors = world.loops[&params.cow.minor].bytes / 512;
+        let sectors = world.loops[&params.cow.minor()].bytes / 512;
         let text = match (table.valid, world.status) {
             (false, _) => "Invalid".to_owned(),
             (true, Some(status)) => status.to_owned(),
@@ -187,10 +187,10 @@ impl DeviceMapper for Script {
         self.call(Step::Query)?;
         let minor = loop_at(path);
         let known = self.world.borrow().number_of(path);
-        Ok(Some(known.unwrap_or(DeviceNumber {
-            major: if minor.is_some() { 7 } else { 254 },
-            minor: minor.unwrap_or(0),
-        })))
+        Ok(Some(known.unwrap_or(DeviceNumber::at(
+            if minor.is_some() { 7 } else { 254 },
+            minor.unwrap_or(0),
+        ))))
     }
 
     fn is_present(&self, _number: DeviceNumber) -> bool {

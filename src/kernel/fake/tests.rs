@@ -18,14 +18,14 @@ const C1: DeviceNumber = loop_number(2);
 const C2: DeviceNumber = loop_number(3);
 
 const fn loop_number(minor: u32) -> DeviceNumber {
-    DeviceNumber { major: 7, minor }
+    DeviceNumber::at(7, minor)
 }
 
 fn machine() -> Script {
     let script = Script::new(|_, _| None);
     for device in [IMAGE, C0, C1, C2] {
         let mut world = script.world.borrow_mut();
-        world.bind_foreign(device.minor, u64::from(device.minor));
+        world.bind_foreign(device.minor(), u64::from(device.minor()));
     }
     script
 }
@@ -302,7 +302,7 @@ fn a_third_table_of_the_same_origin_and_cow_device_is_refused() {
 fn a_store_whose_header_says_so_is_invalid_from_its_load_on() {
     let script = machine();
     let start = [&b"SnAp"[..], &[0; 4]].concat();
-    let inode = u64::from(C0.minor);
+    let inode = u64::from(C0.minor());
     script.world.borrow_mut().contents.insert(inode, start);
     assert!(Device::live(&script, "v", IMAGE, C0).is_invalid());
     assert!(!Device::live(&script, "other", IMAGE, C1).is_invalid());
@@ -360,10 +360,7 @@ fn a_live_or_inactive_table_and_an_open_node_have_a_device_open() {
     assert_eq!(above.resume(), Ok(()));
     assert_eq!(above.load(&snapshot(v.number, C2)), Ok(()));
     assert_eq!(count(&v), 1, "both tables of a device are one user");
-    let missing = DeviceNumber {
-        major: MAPPED,
-        minor: 99,
-    };
+    let missing = DeviceNumber::at(MAPPED, 99);
     assert_eq!(above.load(&snapshot(missing, C2)), Err(Errno::ENODEV));
     assert_eq!(above.remove(false), Ok(false));
     assert_eq!(v.remove(false), Ok(false));

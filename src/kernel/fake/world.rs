@@ -109,7 +109,7 @@ impl World {
 
     /// Makes a live snapshot over two bound loop devices as another program does: without a uuid.
     pub(crate) fn make_foreign(&mut self, name: &str, origin: u32, cow: u32) {
-        let number = |minor| DeviceNumber { major: 7, minor };
+        let number = |minor| DeviceNumber::at(7, minor);
         let params = SnapshotParams {
             origin: number(origin),
             cow: number(cow),
@@ -117,10 +117,7 @@ impl World {
             chunk: ChunkSize::DEFAULT,
             discard: Discard::Unsupported,
         };
-        let number = DeviceNumber {
-            major: MAPPED,
-            minor: 200,
-        };
+        let number = DeviceNumber::at(MAPPED, 200);
         let line = TargetLine {
             start: Sectors::default(),
             length: Sectors::new(2048),
@@ -228,7 +225,7 @@ impl World {
 
     /// The loop device or dm device that a node leads to.
     pub(super) fn number_of(&self, path: &Path) -> Option<DeviceNumber> {
-        let minor = loop_at(path).map(|minor| DeviceNumber { major: 7, minor });
+        let minor = loop_at(path).map(|minor| DeviceNumber::at(7, minor));
         minor.or_else(|| self.mapped_at(path))
     }
 
@@ -243,7 +240,7 @@ impl World {
 
     /// Whether the kernel takes what the COW device holds for a store in order: its `valid` word is not 0.
     pub(super) fn is_valid_store(&self, cow: DeviceNumber) -> bool {
-        let bound = self.loops.get(&cow.minor).filter(|_| cow.major == 7);
+        let bound = self.loops.get(&cow.minor()).filter(|_| cow.major() == 7);
         let content = bound.map(|bound| self.content(bound.backing.inode));
         content
             .and_then(|content| content.get(..8))
@@ -271,10 +268,7 @@ impl World {
     /// A loop device that is to go with its last user goes when nobody has it open and no table holds it.
     pub(super) fn let_go_of_loops(&mut self) {
         let is_idle = |number: &u32, binding: &Binding| {
-            let device = DeviceNumber {
-                major: 7,
-                minor: *number,
-            };
+            let device = DeviceNumber::at(7, *number);
             binding.autoclear
                 && self.openers(Object::Loop(*number)) == 0
                 && self.holding(device).next().is_none()
@@ -299,7 +293,7 @@ pub(super) fn loop_at(path: &Path) -> Option<u32> {
 
 pub(crate) fn file_id(inode: u64) -> FileId {
     FileId {
-        dev: DeviceNumber { major: 8, minor: 1 },
+        dev: DeviceNumber::at(8, 1),
         inode,
     }
 }

@@ -29,7 +29,7 @@ pub(crate) fn find_node(number: DeviceNumber) -> Option<PathBuf> {
 pub(crate) fn make(path: &Path, number: DeviceNumber, node: Option<&Path>) -> Result<(), Errno> {
     let place = || match node {
         Some(_) => {
-            symlink(format!("{SPELLING}{}", number.minor), path).map_err(|error| errno_of(&error))
+            symlink(format!("{SPELLING}{}", number.minor()), path).map_err(|error| errno_of(&error))
         }
         None => {
             nodes::note_missing();

@@ -108,7 +108,7 @@ impl DeviceMapper for Machine {
     }
 
     fn end_flushes(&self, number: DeviceNumber) -> Result<(), Errno> {
-        let path = format!("/sys/block/dm-{}/queue/write_cache", number.minor);
+        let path = format!("/sys/block/dm-{}/queue/write_cache", number.minor());
         let end = || {
             let mut file = OpenOptions::new().write(true).open(path)?;
             file.write_all(b"write through")

@@ -134,6 +134,10 @@ impl Files for Machine {
         nix::fcntl::fallocate(file, flags, at, 4096)
     }
 
+    fn measure_file(&self, file: &OwnedFd) -> Result<(u16, Vec<u8>), Errno> {
+        sys::measure_verity(file.as_fd())
+    }
+
     fn lock_file(&self, file: &OwnedFd, exclusive: bool) -> Result<(), Errno> {
         sys::lock(file.as_fd(), exclusive)
     }

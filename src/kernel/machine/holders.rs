@@ -12,10 +12,8 @@ const NAMED: usize = 4;
 
 /// Returns each holder in words, such as `mounted at /mnt` or `firecracker (pid 812)`.
 pub(crate) fn holders(number: DeviceNumber) -> Vec<String> {
-    let mut found: Vec<_> = stacked(number)
-        .iter()
-        .map(|entry| format!("in use by /dev/{}", entry.file_name().to_string_lossy()))
-        .collect();
+    let mut found: Vec<_> = stacked(number).iter().map(user).collect();
+    found.extend(loops(number));
     found.extend(mounts(number));
     found.extend(swaps(number));
     found.extend(processes(number));
@@ -35,6 +33,40 @@ pub(crate) fn stacked_on(number: DeviceNumber) -> Vec<DeviceNumber> {
 fn stacked(number: DeviceNumber) -> Vec<DirEntry> {
     let devices = fs::read_dir(format!("/sys/dev/block/{number}/holders"));
     devices.into_iter().flatten().flatten().collect()
+}
+
+/// Says which device an entry of a `holders` directory is.
+fn user(entry: &DirEntry) -> String {
+    match fs::read_to_string(entry.path().join("dm/name")) {
+        Ok(name) => format!("dm device {:?} stands on it", name.trim_end()),
+        Err(_) => format!("in use by /dev/{}", entry.file_name().to_string_lossy()),
+    }
+}
+
+/// Returns the loop devices over the device, and what stands on them, as a snapshot over another one does: a loop device
+/// has its file open, and is in no `holders` directory.
+fn loops(number: DeviceNumber) -> Vec<String> {
+    let entries = fs::read_dir("/sys/block").into_iter().flatten().flatten();
+    let over = entries.filter(|entry| {
+        let backing = fs::read_to_string(entry.path().join("loop/backing_file"));
+        backing.is_ok_and(|path| is_device(Path::new(path.trim_end_matches('\n')), number))
+    });
+    over.flat_map(|entry| {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let dev = fs::read_to_string(entry.path().join("dev")).unwrap_or_default();
+        let users = dev.trim_end().parse().map(stacked).unwrap_or_default();
+        let mut users: Vec<_> = users.iter().map(user).collect();
+        match users.is_empty() {
+            true => vec![format!("in use by /dev/{name}")],
+            false => {
+                users
+                    .iter_mut()
+                    .for_each(|user| *user += &format!(" through /dev/{name}"));
+                users
+            }
+        }
+    })
+    .collect()
 }
 
 /// Returns the mounts of the device in this mount namespace, or in the first other one that has any. In

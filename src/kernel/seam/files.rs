@@ -69,6 +69,8 @@ pub(crate) trait Files {
     fn look(&self, path: &Path, follow: bool) -> Result<FileFacts, Errno>;
     /// Punches a hole at `at`, behind the file's end, where it changes nothing: it tells whether holes can be punched.
     fn try_punch(&self, file: &Self::File, at: u64) -> Result<(), Errno>;
+    /// Returns the digest of a file with fs-verity, and the number of its algorithm.
+    fn measure_file(&self, file: &Self::File) -> Result<(u16, Vec<u8>), Errno>;
     fn lock_file(&self, file: &Self::File, exclusive: bool) -> Result<(), Errno>;
     fn read_at(&self, file: &Self::File, buffer: &mut [u8], at: usize) -> Result<usize, Errno>;
     fn write_at(&self, file: &Self::File, bytes: &[u8], at: usize) -> Result<(), Errno>;

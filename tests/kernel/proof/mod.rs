@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 use crate::common::{guard, stated_kernel, udev};
 
 /// Whether the long form was asked for.
-fn long() -> bool {
+pub(crate) fn long() -> bool {
     std::env::var_os("DMSNAP_TEST_LONG").is_some_and(|value| value == "1")
 }
 
