@@ -289,6 +289,9 @@ pub(crate) struct Create {
     /// Set the made COW file's space aside
     #[arg(long, requires = "make_cow")]
     reserve: bool,
+    /// Have the kernel's table of changed chunks made for so much, 64M unless named; more may change
+    #[arg(long, value_name = "SIZE", value_parser = cow_size, requires = "make_cow")]
+    expected_changes: Option<CowSize>,
     /// What the image holds, in 32 or 64 bytes: kept in the COW file, and held against what is kept there
     #[arg(long, value_name = "HEX")]
     digest: Option<Digest>,
@@ -370,6 +373,9 @@ impl Create {
         }
         if let Some(store) = self.store {
             options.store(store.into());
+        }
+        if let Some(size) = self.expected_changes {
+            options.expected_changes(size);
         }
         if let Some(size) = self.make_cow {
             options.make_cow(size);
