@@ -8,6 +8,9 @@ use super::OriginIdentity;
 /// The length in bytes of the longest uuid: `DM_UUID_LEN` is 129 with its NUL.
 const UUID_MAX: usize = 128;
 
+/// Behind a layer's word: it is kept.
+const KEPT: &str = "-kept";
+
 /// The uuid of one of dmsnap's dm devices: `DMSNAP-` and a unique text, at most 128 bytes.
 ///
 /// A device gets its uuid once and keeps it through every rename, and no two devices have the same: an ioctl that names
@@ -109,9 +112,21 @@ impl DeviceUuid {
         number.try_into().ok()
     }
 
+    /// Makes the uuid of a layer with the id `id`, as [`Self::fresh`] does; it says whether the layer is to be kept.
+    pub(crate) fn of_layer(id: u128, origin: OriginIdentity, cow_loop: u32, keep: bool) -> Self {
+        let Self(uuid) = Self::fresh(id, origin, cow_loop, Kind::Layer);
+        Self(if keep { uuid + KEPT } else { uuid })
+    }
+
+    /// Returns true for a layer that stays when its last user is gone.
+    pub(crate) fn is_kept(&self) -> bool {
+        self.kind() == Kind::Layer && self.0.ends_with(KEPT)
+    }
+
     /// Returns the kind of the device.
     pub(crate) fn kind(&self) -> Kind {
-        let is = |kind: &Kind| self.0.ends_with(kind.suffix());
+        let word = self.0.strip_suffix(KEPT).unwrap_or(&self.0);
+        let is = |kind: &Kind| word.ends_with(kind.suffix());
         [Kind::Adopted, Kind::Shared, Kind::Pooled, Kind::Layer]
             .into_iter()
             .find(is)
@@ -197,6 +212,15 @@ mod tests {
             assert_eq!(ours.kind(), kind);
             assert_eq!(ours.layer(), (kind == Kind::Layer).then_some(7));
         }
+        for keep in [false, true] {
+            let layer = DeviceUuid::of_layer(7, origin, 300, keep);
+            assert_eq!((layer.kind(), layer.layer()), (Kind::Layer, Some(7)));
+            assert_eq!(
+                (layer.origin(), layer.cow_loop()),
+                (Some(origin), Some(300))
+            );
+            assert_eq!(layer.is_kept(), keep, "{layer}");
+        }
         assert_eq!(DeviceUuid::new(ours.as_str()), Ok(ours));
         let signed = DeviceUuid::new("DMSNAP-0-+5-0-0").expect("a uuid");
         assert_eq!(signed.origin(), None, "not as it is printed");
@@ -205,7 +229,7 @@ mod tests {
             mtime_ns: -1,
         };
         assert!(
-            DeviceUuid::fresh(u128::MAX, largest, u32::MAX, Kind::Shared)
+            DeviceUuid::of_layer(u128::MAX, largest, u32::MAX, true)
                 .as_str()
                 .len()
                 <= UUID_MAX

@@ -44,9 +44,13 @@ const UUID_BYTES: usize = 129;
 const HAS_UUID: u32 = 1;
 const HAS_NO_UUID: u32 = 2;
 
-/// The offset of the target's name in `struct dm_target_spec`.
+/// The offsets in `struct dm_target_spec` of the way to the next one, and of the target's name.
+const NEXT: usize = 20;
 const TARGET_TYPE: usize = 24;
 const SPEC_BYTES: usize = 40;
+
+/// The room of one target among several: a multiple of 8, as the kernel reads them where they lie.
+pub(crate) const TARGET_ROOM: usize = SPEC_BYTES + 64;
 
 /// A message in a buffer of at least [`HEAD_BYTES`].
 #[derive(Debug)]
@@ -122,15 +126,30 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
 
     /// Writes one target behind the head: `struct dm_target_spec` and its NUL-terminated parameters.
     pub(crate) fn with_target(mut self, start: u64, length: u64, kind: &str, params: &str) -> Self {
-        let at = HEAD_BYTES;
         self.put(TARGET_COUNT, 1);
-        let bytes = self.0.as_mut();
-        bytes[at..at + 8].copy_from_slice(&start.to_ne_bytes());
-        bytes[at + 8..at + 16].copy_from_slice(&length.to_ne_bytes());
-        let room = bytes.len() - at - SPEC_BYTES;
-        self.put_text(at + TARGET_TYPE, SPEC_BYTES - TARGET_TYPE, kind);
-        self.put_text(at + SPEC_BYTES, room, params);
+        let room = self.0.as_ref().len() - HEAD_BYTES;
+        self.put_target(HEAD_BYTES, room, [start, length], kind, params);
         self
+    }
+
+    /// Writes several targets behind the head, each in [`TARGET_ROOM`] bytes.
+    pub(crate) fn with_targets(mut self, targets: &[([u64; 2], &str, &str)]) -> Self {
+        self.put(TARGET_COUNT, u32::try_from(targets.len()).unwrap_or(0));
+        for (nth, (place, kind, params)) in targets.iter().enumerate() {
+            let at = HEAD_BYTES + nth * TARGET_ROOM;
+            self.put_target(at, TARGET_ROOM, *place, kind, params);
+            self.put(at + NEXT, u32::try_from(TARGET_ROOM).unwrap_or(0));
+        }
+        self
+    }
+
+    fn put_target(&mut self, at: usize, room: usize, place: [u64; 2], kind: &str, params: &str) {
+        for (nth, sectors) in place.into_iter().enumerate() {
+            let at = at + nth * 8;
+            self.0.as_mut()[at..at + 8].copy_from_slice(&sectors.to_ne_bytes());
+        }
+        self.put_text(at + TARGET_TYPE, SPEC_BYTES - TARGET_TYPE, kind);
+        self.put_text(at + SPEC_BYTES, room - SPEC_BYTES, params);
     }
 
     pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
@@ -179,6 +198,11 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Message<B> {
             .as_ref()
             .get(self.u32_at(DATA_START) as usize..)
             .unwrap_or_default()
+    }
+
+    /// How many targets the answer has.
+    pub(crate) fn target_count(&self) -> u32 {
+        self.u32_at(TARGET_COUNT)
     }
 
     fn u32_at(&self, at: usize) -> u32 {
@@ -237,6 +261,22 @@ pub(crate) fn first_target(payload: &[u8]) -> Option<(&str, &str)> {
 pub(crate) fn first_line(payload: &[u8]) -> Option<(String, String)> {
     let line = first_target(payload).filter(|(kind, _)| !kind.is_empty());
     line.map(|(kind, text)| (kind.to_owned(), text.to_owned()))
+}
+
+/// Returns every target's name and text in an answer to `DM_TABLE_STATUS`. There, `next` counts from the first one
+/// (`retrieve_status`).
+pub(crate) fn lines(payload: &[u8], count: u32) -> Vec<(&str, &str)> {
+    let mut lines = Vec::new();
+    let mut at = 0;
+    for _ in 0..count {
+        let rest = payload.get(at..).unwrap_or_default();
+        let (Some(line), Some(next)) = (first_target(rest), u32_at(rest, NEXT)) else {
+            break;
+        };
+        lines.push(line);
+        at = next as usize;
+    }
+    lines
 }
 
 /// A device in the answer to `DM_LIST_DEVICES`.
@@ -327,6 +367,7 @@ mod tests {
             (UUID_BYTES, "sizeof((struct dm_ioctl){}.uuid)"),
             (0, "offsetof(struct dm_target_spec, sector_start)"),
             (8, "offsetof(struct dm_target_spec, length)"),
+            (NEXT, "offsetof(struct dm_target_spec, next)"),
             (TARGET_TYPE, "offsetof(struct dm_target_spec, target_type)"),
             (SPEC_BYTES, "sizeof(struct dm_target_spec)"),
             (8, "offsetof(struct dm_name_list, next)"),
@@ -370,6 +411,34 @@ mod tests {
         }
         payload[41] = 0xff;
         assert_eq!(first_target(&payload), None, "not UTF-8");
+    }
+
+    #[test]
+    fn several_targets_are_written_one_behind_the_other_and_read_again() {
+        let targets = [
+            ([0, 2048], "error", ""),
+            ([2048, 8], "linear", "7:300 0"),
+            ([2056, 8], "linear", "254:12 0"),
+        ];
+        let message = Message::new(vec![0; HEAD_BYTES + 3 * TARGET_ROOM]).with_targets(&targets);
+        assert_eq!(message.target_count(), 3);
+        let mut payload = message.payload().to_vec();
+        let starts: Vec<_> = payload
+            .chunks(TARGET_ROOM)
+            .map(|spec| spec[..2].to_vec())
+            .collect();
+        assert_eq!(starts, [[0, 0], [0, 8], [8, 8]]);
+        // The kernel counts from the first one.
+        for nth in 1..=3_usize {
+            let next = u32::try_from(nth * TARGET_ROOM).expect("small");
+            let at = (nth - 1) * TARGET_ROOM + NEXT;
+            payload[at..at + 4].copy_from_slice(&next.to_ne_bytes());
+        }
+        let texts = targets.map(|(_, kind, params)| (kind, params));
+        assert_eq!(lines(&payload, 3), texts);
+        for cut in 0..payload.len() {
+            assert!(texts.starts_with(&lines(&payload[..cut], 3)));
+        }
     }
 
     fn entry(name: &str, uuid: Option<&str>, last: bool) -> Vec<u8> {

@@ -34,7 +34,8 @@ pub struct SnapshotInfo {
     /// True if the kernel removes the device when its last user closes it.
     pub deferred_remove: bool,
     /// True if a killed process left the device in the middle of an operation, for example suspended, so that its guest
-    /// hangs. [`repair`](crate::repair()) lets it go on.
+    /// hangs; and for a layer that a snapshot stands on, if it was not made to its end or has no data for it.
+    /// [`repair`](crate::repair()) lets it go on.
     #[cfg_attr(feature = "serde", serde(default))]
     pub interrupted: bool,
     /// How many users have it open.
@@ -217,8 +218,15 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
         true => ask(Step::Status, &path, || host.status(&uuid))?,
         false => None,
     };
-    let half_way = (devices.is_some() || uuid.kind() == Kind::Layer)
-        && is_half_way(host, &device, &uuid, &path)?;
+    let invalid = status
+        .as_ref()
+        .is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid));
+    let half_way = match uuid.kind() {
+        Kind::Layer => {
+            device.suspended || !device.live_table || is_unfinished(host, &device, invalid)
+        }
+        _ => devices.is_some() && is_half_way(host, &device, &uuid, &path)?,
+    };
     let mut info = SnapshotInfo {
         name: device.name.clone(),
         uuid,
@@ -250,12 +258,19 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
     Ok(Read { info, origin })
 }
 
-/// True if the device is in the middle of an operation: a snapshot that is suspended or has a second table, or a layer
-/// that is suspended or has no table yet.
+/// True if a snapshot stands on the layer, and the layer has no data for it, or nobody said when it is to go.
+fn is_unfinished<H: Host>(host: &H, layer: &Device, invalid: bool) -> bool {
+    layer.open_count > 0 && (invalid || !is_finished(host, layer))
+}
+
+/// True if the checkpoint that made the layer came to its end: the layer will be removed with its last user, or has an
+/// alias, as a kept one has.
+pub(crate) fn is_finished<H: Host>(host: &H, layer: &Device) -> bool {
+    layer.deferred_remove || host.is_our_alias(&Path::new(MAPPER_DIR).join(&layer.name))
+}
+
+/// True if the snapshot is in the middle of an operation: it is suspended or has a second table.
 fn is_half_way<H: Host>(host: &H, device: &Device, uuid: &DeviceUuid, path: &Path) -> Result<bool> {
-    if uuid.kind() == Kind::Layer {
-        return Ok(device.suspended || !device.live_table);
-    }
     if !device.live_table || device.suspended || !device.inactive_table {
         return Ok(device.live_table && device.suspended);
     }

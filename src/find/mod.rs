@@ -14,7 +14,7 @@ mod tree;
 pub use adopt::adopt;
 pub(crate) use layers::layers_of;
 pub use list::{LoopFacts, SnapshotInfo, State, list, status};
-pub(crate) use list::{ours as all, status_of};
+pub(crate) use list::{is_finished, ours as all, status_of};
 pub(crate) use lock::locked;
 pub(crate) use lookup::{
     Bound, Live, bound, find, find_snapshot, live, reach, still, whole, whole_file,

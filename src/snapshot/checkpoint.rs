@@ -23,6 +23,7 @@ use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{Live, locked, reach, whole};
 use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
 use crate::store::{self, CHAIN_AT, Chain, Header, MARK_AT};
+use crate::teardown::rebuilt;
 
 /// How to freeze what a live snapshot has, while its VM runs.
 ///
@@ -233,11 +234,12 @@ pub(crate) fn checkpoint<H: Host>(
         held: (&node, &held),
         c1: (&c1.backing, &c1_loop),
         named: Chain { id, ..below },
+        keep: options.keep,
         ends_flushes: ends_flushes(host, v.dev, live.params.cow),
     };
     let mut done = Done::default();
     match parts.freeze(name, &mut done) {
-        Ok(b) => parts.finish(&b, options.keep).map_err(|error| {
+        Ok(b) => parts.finish(&b).map_err(|error| {
             // The snapshot stands on it already.
             let left = vec![Leftover::new(&b.mapper, error.clone())];
             error.leaving(left)
@@ -304,6 +306,7 @@ struct Parts<'a, H: Host> {
     c1: (&'a Backing<'a, H::File>, &'a Attached<H::Loop>),
     /// C0's place under the layer's id. It is frozen only when the layer has it.
     named: Chain,
+    keep: bool,
     /// The guest's flushes end at V, also over its new table.
     ends_flushes: bool,
 }
@@ -324,7 +327,7 @@ impl<H: Host> Parts<'_, H> {
         let Self { host, v, .. } = self;
         let (cow, cow_loop) = self.c1;
         let mapper = name.mapper_path();
-        let uuid = DeviceUuid::fresh(self.named.id, self.identity, cow_loop.number, Kind::Layer);
+        let uuid = DeviceUuid::of_layer(self.named.id, self.identity, cow_loop.number, self.keep);
         let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
         let b = MappedDevice {
             name: name.clone(),
@@ -373,14 +376,24 @@ impl<H: Host> Parts<'_, H> {
         // From here to the last resume the guest waits: nothing else may come in between.
         let paused = ask_unobserved(Step::Suspend, &v.mapper, || host.suspend(&v.uuid))?;
         done.suspended = true;
-        if !paused.inactive_table {
-            let name = v.name.to_string();
-            let why = "its new table was taken away meanwhile";
-            return Err(Refusal::NotFreezable { name, why }.into());
+        if paused.inactive_table {
+            ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
+            done.handed_over = true;
+            resume(*host, &v.uuid, &v.mapper)?;
+            // Whoever resumed V before B had the exceptions has lost them for B.
+            let handed = ask(Step::Status, &b.mapper, || host.status(&b.uuid))?;
+            if handed.is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)) {
+                rebuilt(*host, &v.uuid)?;
+            }
+        } else {
+            // Somebody cleared it, or swapped it in by a resume: then V reads a layer that never gets the exceptions.
+            if !rebuilt(*host, &v.uuid)? {
+                let name = v.name.to_string();
+                let why = "its new table was taken away meanwhile";
+                return Err(Refusal::NotFreezable { name, why }.into());
+            }
+            done.handed_over = true;
         }
-        ask_unobserved(Step::Resume, &b.mapper, || host.resume(&b.uuid))?;
-        done.handed_over = true;
-        resume(*host, &v.uuid, &v.mapper)?;
         if self.ends_flushes {
             // Where it fails, flushes reach the COW file: it takes longer, and nothing is lost.
             let _ = end_flushes(*host, v.dev, &v.mapper);
@@ -433,8 +446,8 @@ impl<H: Host> Parts<'_, H> {
 
     /// Makes the layer known. One that goes with its last user gets no alias where it has a node: the kernel, which
     /// takes it away, knows of none.
-    fn finish(&self, b: &MappedDevice, keep: bool) -> Result<(Base<H::Loop>, Handles)> {
-        let Self { host, .. } = self;
+    fn finish(&self, b: &MappedDevice) -> Result<(Base<H::Loop>, Handles)> {
+        let Self { host, keep, .. } = *self;
         let node = host.find_node(b.dev);
         let mark = store::chain(Chain {
             frozen: true,
@@ -443,9 +456,9 @@ impl<H: Host> Parts<'_, H> {
         self.write(self.c0, &mark, CHAIN_AT)?;
         let device = match node {
             Some(node) if !keep => node,
-            _ => link(*host, b)?,
+            _ => link(host, b)?,
         };
-        let open = hold(*host, &device)?;
+        let open = hold(host, &device)?;
         if !keep {
             // Somebody stands on it, so this is for later.
             let address = Address::Uuid(b.uuid.as_str());
@@ -453,14 +466,7 @@ impl<H: Host> Parts<'_, H> {
         }
         let mut handles = b.handles();
         handles.origin = Some(self.identity);
-        let base = base(
-            *host,
-            device.clone(),
-            &b.uuid,
-            b.dev,
-            self.named.depth,
-            open,
-        )?;
+        let base = base(host, device.clone(), &b.uuid, b.dev, self.named.depth, open)?;
         handles.device = Some(device);
         Ok((base, handles))
     }

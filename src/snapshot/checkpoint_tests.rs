@@ -61,8 +61,13 @@ fn machine_of(durability: Durability) -> (Script, Handles) {
 }
 
 fn freeze(script: &Script) -> Result<(Base<ScriptLoop>, Handles)> {
+    freeze_as(script, false)
+}
+
+fn freeze_as(script: &Script, keep: bool) -> Result<(Base<ScriptLoop>, Handles)> {
     let mut options = CheckpointOptions::new();
     options
+        .keep(keep)
         .make_cow(CowSize::Bytes(1 << 20))
         .deadline(Duration::ZERO);
     checkpoint(
@@ -125,7 +130,7 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
     assert_eq!(script.world.borrow().residue(), files);
 
     let of = |step| calls.iter().filter(|call| **call == step).count();
-    assert_eq!(calls.len(), 52, "{calls:?}");
+    assert_eq!(calls.len(), 53, "{calls:?}");
     assert_eq!((of(Step::Suspend), of(Step::Resume)), (1, 2));
     let suspended = calls.iter().position(|call| *call == Step::Suspend);
     let paused = &calls[suspended.expect("it suspends")..];
@@ -178,9 +183,18 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
 /// As a SIGKILL: nothing that comes behind is done, and what the process had open is closed.
 #[test]
 fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
+    dies_and_is_repaired(false);
+}
+
+#[test]
+fn a_layer_that_was_to_be_kept_is_kept_by_the_repair_too() {
+    dies_and_is_repaired(true);
+}
+
+fn dies_and_is_repaired(keep: bool) {
     let calls = {
         let (script, _) = machine();
-        freeze(&script).map(drop).expect("nothing fails");
+        freeze_as(&script, keep).map(drop).expect("nothing fails");
         script.calls.take().len()
     };
     let mut finished = 0;
@@ -188,7 +202,7 @@ fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
         let (script, _) = machine();
         let (before, _) = writes_to(&script);
         script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
-        let _ = freeze(&script).map(drop);
+        let _ = freeze_as(&script, keep).map(drop);
         script.restart(never);
         for item in repair_every(&script).expect("it can be asked") {
             assert!(item.outcome.is_ok(), "call {index}: {item:?}");
@@ -201,7 +215,12 @@ fn whichever_call_a_checkpoint_dies_at_one_repair_ends_it() {
         let layer = script.query(Address::Name("noon"));
         assert_eq!(cow != before, layer.is_ok(), "call {index}");
         assert_eq!(is_frozen(&script), layer.is_ok(), "call {index}");
-        finished += usize::from(layer.is_ok_and(|layer| layer.deferred_remove));
+        if let Ok(layer) = layer {
+            assert_eq!(layer.deferred_remove, !keep, "call {index}");
+            let alias = script.is_our_alias(Path::new("/dev/mapper/noon"));
+            assert_eq!(alias, keep, "call {index}");
+            finished += 1;
+        }
     }
     assert!(finished > 0, "it dies behind the handover too");
 }
@@ -311,6 +330,36 @@ fn whichever_call_of_a_rollback_fails_the_snapshot_is_as_it_was_or_back_at_its_c
             );
         }
         clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+    }
+}
+
+/// As a SIGKILL: the snapshot is then as before, or back at its checkpoint, and does not wait.
+#[test]
+fn whichever_call_a_rollback_dies_at_one_repair_ends_it() {
+    let calls = {
+        let (script, _) = frozen_machine();
+        go_back(&script).expect("nothing fails");
+        script.calls.take().len()
+    };
+    for index in 0..calls {
+        let (script, handles) = frozen_machine();
+        script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
+        let _ = go_back(&script).map(drop);
+        script.restart(never);
+        for item in repair_every(&script).expect("it can be asked") {
+            assert!(item.outcome.is_ok(), "call {index}: {item:?}");
+        }
+        script.restart(never);
+        let again = repair_every(&script).expect("it can be asked");
+        assert!(again.is_empty(), "call {index}: {again:?}");
+        let (_, waits) = writes_to(&script);
+        assert!(!waits, "it waits after call {index}");
+        let device = script.query(Address::Name("vm")).expect("it is there");
+        assert!(!device.inactive_table, "call {index}");
+        clean(&script, &handles, &Retry::ONCE).expect("no loop device is held");
+        let mut left = script.world.borrow().residue();
+        left.retain(|path| path.starts_with("/dev"));
+        assert!(left.is_empty(), "call {index}: {left:?}");
     }
 }
 

@@ -9,7 +9,7 @@ use super::origin::MadeNode;
 use super::{Base, CheckpointOptions, Origin};
 use crate::backing::{Attached, Backing, Sample, attach, loop_length, open_layer_cow, probe_store};
 use crate::base::{
-    ChunkSize, DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, Kind, MAPPER_DIR,
+    ChunkSize, DeviceId, DeviceName, DeviceNumber, DeviceUuid, FileId, Handles, MAPPER_DIR,
     SectorSize, Sectors, Store,
 };
 use crate::call::ask;
@@ -170,7 +170,7 @@ pub(super) fn attach_file<H: Host>(
             }),
         };
         let identity = image.identity();
-        let uuid = DeviceUuid::fresh(chain.id, identity, cow_loop.number, Kind::Layer);
+        let uuid = DeviceUuid::of_layer(chain.id, identity, cow_loop.number, keep);
         let mapper = name.mapper_path();
         let dev = ask(Step::Create, &mapper, || host.create(name, &uuid))?;
         let made = MappedDevice {

@@ -22,6 +22,7 @@ pub(crate) use pool_mark::is_alive;
 pub use reap::{Fate, ReapOptions, Reaped};
 pub use remove::{Outcome, remove};
 pub(crate) use remove::{Subject, When, remove_subject};
+pub(crate) use repair::rebuilt;
 #[cfg(test)]
 pub(crate) use repair::repair_every;
 pub use repair::{Repair, Repaired, repair, repair_all};

@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::backing::{Backing, probe_store};
-use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
+use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, Sectors, loop_node};
 use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, patiently, resume};
-use crate::dm::{Address, SnapshotParams, SnapshotStatus};
+use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
-use crate::find::{self, at_work};
+use crate::find::{self, at_work, is_finished};
 use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
 use crate::store::{self, CHAIN_AT, Chain};
 
@@ -100,7 +100,11 @@ pub(crate) fn repair_one<H: Host>(host: &H, device: &DeviceId) -> Result<Option<
         return Ok(None);
     };
     let snapshots = all.iter().filter_map(|(_, seen)| seen.as_ref().ok());
-    let mut made_from = snapshots.filter(|seen| seen.is_made_into(layer));
+    let stands_on = |seen: &Seen| {
+        let live = seen.live.filter(|_| layer.is_dead() && !is_layer(seen));
+        live.is_some_and(|table| table.origin == layer.device.number)
+    };
+    let mut made_from = snapshots.filter(|seen| seen.is_made_into(layer) || stands_on(seen));
     match made_from.next() {
         Some(snapshot) => mend(host, &snapshot.uuid),
         None => mend_layer(host, &uuid),
@@ -147,6 +151,8 @@ struct Seen {
     inactive: Option<Table>,
     /// True if the live table's status is invalid: a layer has lost its exceptions then.
     invalid: bool,
+    /// True if one of its tables is that of a layer that is being rebuilt: it fails all I/O.
+    parked: bool,
 }
 
 impl Seen {
@@ -158,12 +164,12 @@ impl Seen {
 
     /// True if this layer has got the exceptions. After a refused resume it has a live table too, but is suspended.
     fn has_taken_over(&self) -> bool {
-        self.live.is_some() && !self.device.suspended
+        self.live.is_some() && !self.device.suspended && !self.parked
     }
 
     /// True if this layer never got the exceptions, or has lost them.
     fn is_dead(&self) -> bool {
-        !self.is_strange() && (self.live.is_none() || self.invalid)
+        !self.is_strange() && (self.live.is_none() || self.invalid || self.parked)
     }
 
     /// True if the layer was being made from this snapshot: only then do the two have the same origin and COW device.
@@ -213,29 +219,38 @@ fn see<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<Seen> {
     let path = Path::new(MAPPER_DIR).join(name);
     let query = || host.query(Address::Uuid(uuid.as_str()));
     let device = ask(Step::Query, &path, query)?;
-    let slot = |inactive| {
+    let mut parked = false;
+    let mut slot = |inactive| {
         let table = || host.table(DevId::Uuid(uuid), inactive);
-        let line = ask(Step::Status, &path, table)?;
-        Ok::<_, Error>(line.and_then(|(kind, params)| {
-            let [origin, cow] = SnapshotParams::devices(&kind, &params)?;
-            Some(Table { origin, cow })
-        }))
+        let Some((kind, params)) = ask(Step::Status, &path, table)? else {
+            return Ok(None);
+        };
+        let held = match uuid.kind() == Kind::Layer && kind == "error" {
+            true => ask(Step::Status, &path, || host.parked(uuid, inactive))?,
+            false => None,
+        };
+        parked |= held.is_some();
+        let devices = SnapshotParams::devices(&kind, &params).or(held);
+        Ok::<_, Error>(devices.map(|[origin, cow]| Table { origin, cow }))
     };
     let invalid = match device.live_table && uuid.kind() == Kind::Layer {
         true => ask(Step::Status, &path, || host.status(uuid))?
             .is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)),
         false => false,
     };
+    let live = match device.live_table {
+        true => slot(false)?,
+        false => None,
+    };
+    let inactive = match device.inactive_table {
+        true => slot(true)?,
+        false => None,
+    };
     Ok(Seen {
+        live,
+        inactive,
         invalid,
-        live: match device.live_table {
-            true => slot(false)?,
-            false => None,
-        },
-        inactive: match device.inactive_table {
-            true => slot(true)?,
-            false => None,
-        },
+        parked,
         uuid: uuid.clone(),
         device,
     })
@@ -253,6 +268,8 @@ enum Plan<'a> {
     },
     /// The layer has the exceptions: resume the snapshot over it.
     Forward(&'a Seen),
+    /// The snapshot stands on a layer that has no exceptions: have the layer read them from its COW file.
+    Rebuild(&'a Seen),
     Irreparable(&'static str),
 }
 
@@ -265,10 +282,8 @@ fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> {
     let suspended = snapshot.device.suspended;
     let next = snapshot.inactive.map(|table| table.origin);
     let below = layers.iter().find(|seen| seen.device.number == live.origin);
-    if below.is_some_and(Seen::is_dead) {
-        return Some(Plan::Irreparable(
-            "it was resumed before the layer that it stands on had the data",
-        ));
+    if let Some(layer) = below.filter(|layer| layer.is_dead()) {
+        return Some(Plan::Rebuild(layer));
     }
     let layer = layers.iter().find(|layer| snapshot.is_made_into(layer));
     match layer {
@@ -338,6 +353,11 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
             finish(host, layer)?;
             Ok(Some(Repair::Finished))
         }
+        Plan::Rebuild(layer) => {
+            rebuild(host, &snapshot, layer)?;
+            finish(host, layer)?;
+            Ok(Some(Repair::Finished))
+        }
         Plan::Back {
             clear,
             layer,
@@ -363,6 +383,86 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
             }))
         }
     }
+}
+
+/// Rebuilds the layer that the snapshot stands on, if somebody resumed the snapshot before the layer had the exceptions:
+/// then reads of the snapshot fail, and the layer's COW file has all the data. The caller has the snapshot's lock.
+/// Returns true if the layer was rebuilt.
+pub(crate) fn rebuilt<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<bool> {
+    let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
+        return Ok(false);
+    };
+    match plan(&snapshot, &layers) {
+        Some(Plan::Rebuild(layer)) => rebuild(host, &snapshot, layer).map(|()| true),
+        _ => Ok(false),
+    }
+}
+
+/// Has a layer read its exceptions from its COW file, under the snapshot that stands on it, which is suspended meanwhile.
+///
+/// A table that is loaded beside one of the same COW file waits for that one's exceptions, so the layer's tables have to
+/// go before; and with its last user a loop device loses its file. So another table takes their place for the moment,
+/// which fails all I/O and holds both devices. From it the next repair knows what the layer is made of.
+fn rebuild<H: Host>(host: &H, snapshot: &Seen, layer: &Seen) -> Result<()> {
+    let irreparable = |why| Refusal::Irreparable {
+        name: snapshot.device.name.clone(),
+        why,
+    };
+    let path = |seen: &Seen| Path::new(MAPPER_DIR).join(&seen.device.name);
+    let (upper, lower) = (path(snapshot), path(layer));
+    let table = layer.live.or(layer.inactive);
+    let Table { origin, cow } =
+        table.ok_or_else(|| irreparable("the layer that it stands on has no table"))?;
+    // The checkpoint gave both tables the same store, chunk size and way with discards.
+    let above = || host.table(DevId::Uuid(&snapshot.uuid), false);
+    let above = ask(Step::Status, &upper, above)?;
+    let params = match above.map(|(kind, text)| Target::parse(&kind, &text)) {
+        Some(Ok(Target::Snapshot(params))) => SnapshotParams {
+            origin,
+            cow,
+            ..params
+        },
+        _ => return Err(irreparable("its own table cannot be read").into()),
+    };
+    let own = ask(Step::Status, &upper, || host.status(&snapshot.uuid))?;
+    if own.is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)) {
+        let why = "a write failed while the layer that it stands on could not be read";
+        return Err(irreparable(why).into());
+    }
+    let identity = layer.uuid.origin();
+    let identity = identity.ok_or_else(|| irreparable("its image is not known"))?;
+    let length = Sectors::from_bytes_floor(identity.size_bytes);
+
+    if !snapshot.device.suspended {
+        // The flush would wait for I/O that a suspended layer holds back.
+        if layer.device.suspended && layer.live.is_some() {
+            resume(host, &layer.uuid, &lower)?;
+        }
+        ask_unobserved(Step::Suspend, &upper, || host.suspend(&snapshot.uuid))?;
+    }
+    ask_unobserved(Step::Load, &lower, || {
+        host.park(&layer.uuid, length, [origin, cow])
+    })?;
+    let swap = || -> Result<()> {
+        if layer.live.is_some() {
+            ask_unobserved(Step::Suspend, &lower, || host.suspend(&layer.uuid))?;
+        }
+        resume(host, &layer.uuid, &lower)
+    };
+    if layer.live.is_some() {
+        swap()?;
+    }
+    let line = TargetLine {
+        start: Sectors::default(),
+        length,
+        target: Target::Snapshot(params),
+    };
+    let loaded = patiently(host, &LAYER_RETRY, Verdict::Exhausted, || {
+        ask_unobserved(Step::Load, &lower, || host.load(&layer.uuid, &line))
+    });
+    loaded?;
+    swap()?;
+    resume(host, &snapshot.uuid, &upper)
 }
 
 /// Reads the device as it is now, and the others for which `which` is true; `None` if it is gone.
@@ -464,25 +564,26 @@ fn layer_step<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<(Seen, Laye
         () if layer.is_strange() || half_made => None,
         () if layer.is_dead() => (!is_used).then_some(LayerStep::Remove),
         () if layer.device.suspended => Some(LayerStep::Resume),
-        () => (is_used && !is_finished(host, &layer)).then_some(LayerStep::Finish),
+        () => (is_used && !is_finished(host, &layer.device)).then_some(LayerStep::Finish),
     };
     Ok(step.map(|step| (layer, step)))
 }
 
-/// True if it is finished: it will be removed with its last user, or has an alias, as a kept one has.
-fn is_finished<H: Host>(host: &H, layer: &Seen) -> bool {
-    let alias = Path::new(MAPPER_DIR).join(&layer.device.name);
-    layer.device.deferred_remove || host.is_our_alias(&alias)
-}
-
-/// Does what a checkpoint does after its pause: the kernel is told to remove the layer with its last user. The layer
-/// gets no alias, as the kernel would not remove that.
+/// Does what a checkpoint does after its pause: a layer that is to be kept gets its alias, and of another one the kernel
+/// is told to remove it with its last user. That one gets no alias, as the kernel would not remove it.
 fn finish<H: Host>(host: &H, layer: &Seen) -> Result<()> {
-    if is_finished(host, layer) {
+    if is_finished(host, &layer.device) {
         return Ok(());
     }
     mark_frozen(host, layer)?;
     let path = Path::new(MAPPER_DIR).join(&layer.device.name);
+    if layer.uuid.is_kept() {
+        let number = layer.device.number;
+        let node = host.find_node(number);
+        return ask(Step::Link, &path, || {
+            host.make_alias(&path, number, node.as_deref())
+        });
+    }
     let address = Address::Uuid(layer.uuid.as_str());
     let flag = || host.remove(address, true);
     absent(ask(Step::Remove, &path, flag)).map(drop)

@@ -94,6 +94,7 @@ const ALONE: &[(&str, &str)] = &[
         "takes a device by the number that another had; sweeps the host",
     ),
     ("proof::kill", "counts system calls; sweeps the host"),
+    ("proof::meddling", "counts system calls; sweeps the host"),
     ("proof::races", "counts system calls; sweeps the host"),
     ("proof::scale", "measures the host's memory"),
     ("proof::soak", "measures the host's memory; sweeps the host"),

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::opens::Object;
 use super::world::World;
-use crate::base::DeviceNumber;
+use crate::base::{DeviceNumber, Sectors};
 use crate::dm::{SnapshotParams, Target, TargetLine};
 
 /// The major number of the fake's dm devices.
@@ -37,6 +37,8 @@ pub(crate) struct Table {
     chunkless: bool,
     /// Of a snapshot: whether it can be read.
     pub(crate) valid: bool,
+    /// What a table that fails all I/O holds.
+    pub(crate) held: Option<[DeviceNumber; 2]>,
 }
 
 impl Table {
@@ -46,6 +48,7 @@ impl Table {
             active: true,
             chunkless: false,
             valid: true,
+            held: None,
         }
     }
 
@@ -88,7 +91,7 @@ impl Table {
                 [params.origin, params.cow].contains(&number)
             }
             Target::Linear { device, .. } => *device == number,
-            _ => false,
+            _ => self.held.is_some_and(|held| held.contains(&number)),
         }
     }
 }
@@ -167,6 +170,7 @@ impl World {
             active: false,
             chunkless: false,
             valid: true,
+            held: None,
         };
         let mapped = self.devices.values().map(|device| device.number);
         let mapped: Vec<_> = mapped.collect();
@@ -186,6 +190,30 @@ impl World {
             }
             table.chunkless = !is_new;
         }
+        self.replace(uuid, table)
+    }
+
+    /// Loads a table that fails all I/O and holds two devices.
+    pub(super) fn park(
+        &mut self,
+        uuid: &str,
+        length: Sectors,
+        held: [DeviceNumber; 2],
+    ) -> Result<(), Errno> {
+        let line = TargetLine {
+            start: Sectors::default(),
+            length,
+            target: Target::Error,
+        };
+        let table = Table {
+            active: false,
+            held: Some(held),
+            ..Table::live(line)
+        };
+        self.replace(uuid, table)
+    }
+
+    fn replace(&mut self, uuid: &str, table: Table) -> Result<(), Errno> {
         let device = self.devices.get_mut(uuid).ok_or(Errno::ENXIO)?;
         let old = device.inactive.replace(table);
         self.destroy(old);

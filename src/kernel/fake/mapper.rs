@@ -7,7 +7,7 @@ use nix::errno::Errno;
 
 use super::Script;
 use super::world::{ScriptDevice, loop_at};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Sectors};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
 use crate::error::Step;
 use crate::kernel::{DevId, Device, DeviceMapper, TargetVersion};
@@ -42,6 +42,32 @@ impl DeviceMapper for Script {
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
         self.call(Step::Load)?;
         self.world.borrow_mut().load(uuid.as_str(), line)
+    }
+
+    fn park(
+        &self,
+        uuid: &DeviceUuid,
+        length: Sectors,
+        held: [DeviceNumber; 2],
+    ) -> Result<(), Errno> {
+        self.call(Step::Load)?;
+        self.world.borrow_mut().park(uuid.as_str(), length, held)
+    }
+
+    fn parked(
+        &self,
+        uuid: &DeviceUuid,
+        inactive: bool,
+    ) -> Result<Option<[DeviceNumber; 2]>, Errno> {
+        self.call(Step::Status)?;
+        let world = self.world.borrow();
+        let device = world.devices.get(uuid.as_str()).ok_or(Errno::ENXIO)?;
+        let slot = if inactive {
+            &device.inactive
+        } else {
+            &device.live
+        };
+        Ok(slot.as_ref().and_then(|table| table.held))
     }
 
     fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno> {

@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use super::files::facts;
 use super::mapper::EventFd;
 use super::{Machine, alias, holders};
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Sectors};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
 use crate::error::errno_of;
 use crate::kernel::seam::{DevId, Device, DeviceMapper, FileKind, TargetVersion};
@@ -32,6 +32,23 @@ impl DeviceMapper for Machine {
 
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno> {
         self.mapper()?.load(uuid, line)
+    }
+
+    fn park(
+        &self,
+        uuid: &DeviceUuid,
+        length: Sectors,
+        held: [DeviceNumber; 2],
+    ) -> Result<(), Errno> {
+        self.mapper()?.park(uuid, length, held)
+    }
+
+    fn parked(
+        &self,
+        uuid: &DeviceUuid,
+        inactive: bool,
+    ) -> Result<Option<[DeviceNumber; 2]>, Errno> {
+        self.mapper()?.parked(uuid, inactive)
     }
 
     fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno> {

@@ -24,7 +24,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout};
 use nix::sys::stat::Mode;
 
 use super::mapper_crate::Control;
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Kind};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Kind, Sectors};
 use crate::dm::{Address, HEAD_BYTES, Head, Listed, Message, SnapshotStatus, TargetLine, message};
 use crate::error::policy;
 use crate::kernel::seam::{DevId, Device, MAPPER_CONTROL, TargetVersion};
@@ -98,6 +98,53 @@ impl Mapper {
             TABLE_LOAD,
             &mut message.with_target(start, length, kind, &params),
         )
+    }
+
+    /// Loads a table that fails all I/O for `length`, and holds the two devices behind it, 8 sectors of each.
+    pub(crate) fn park(
+        &self,
+        uuid: &DeviceUuid,
+        length: Sectors,
+        held: [DeviceNumber; 2],
+    ) -> Result<(), Errno> {
+        const HELD: u64 = 8;
+        let end = length.count();
+        let mut buffer = [0; HEAD_BYTES + 3 * message::TARGET_ROOM];
+        let message = Message::new(&mut buffer[..]);
+        let message = message.with_address(Address::Uuid(uuid.as_str()));
+        let [first, second] = held.map(|device| format!("{device} 0"));
+        self.send(
+            TABLE_LOAD,
+            &mut message.with_targets(&[
+                ([0, end], "error", ""),
+                ([end, HELD], "linear", &first),
+                ([end + HELD, HELD], "linear", &second),
+            ]),
+        )
+    }
+
+    /// Returns the devices that a table of [`Self::park`] holds; `None` for any other table.
+    pub(crate) fn parked(
+        &self,
+        uuid: &DeviceUuid,
+        inactive: bool,
+    ) -> Result<Option<[DeviceNumber; 2]>, Errno> {
+        const ROOM: usize = 512;
+        let slot = if inactive {
+            message::QUERY_INACTIVE_TABLE
+        } else {
+            0
+        };
+        let mut buffer = [0; HEAD_BYTES + ROOM];
+        let message = Message::new(&mut buffer[..]).with_flags(slot | message::STATUS_TABLE);
+        let mut message = message.with_address(Address::Uuid(uuid.as_str()));
+        self.send(TABLE_STATUS, &mut message)?;
+        let lines = message::lines(message.payload(), message.target_count());
+        let [("error", _), ("linear", first), ("linear", second)] = lines[..] else {
+            return Ok(None);
+        };
+        let device = |params: &str| params.strip_suffix(" 0")?.parse().ok();
+        Ok(device(first).zip(device(second)).map(<[_; 2]>::from))
     }
 
     /// Drops the inactive table, if there is one.

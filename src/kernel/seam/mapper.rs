@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use crate::base::{DeviceName, DeviceNumber, DeviceUuid};
+use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Sectors};
 use crate::dm::{Address, Listed, SnapshotStatus, TargetLine};
 
 /// The control node of device-mapper, which takes its ioctls.
@@ -58,6 +58,17 @@ pub(crate) trait DeviceMapper {
     fn target_version(&self) -> Result<TargetVersion, Errno>;
     fn create(&self, name: &DeviceName, uuid: &DeviceUuid) -> Result<DeviceNumber, Errno>;
     fn load(&self, uuid: &DeviceUuid, line: &TargetLine) -> Result<(), Errno>;
+    /// Loads a table of that length which fails all I/O, and behind its end holds two devices: they stay while nothing
+    /// else has them.
+    fn park(
+        &self,
+        uuid: &DeviceUuid,
+        length: Sectors,
+        held: [DeviceNumber; 2],
+    ) -> Result<(), Errno>;
+    /// Returns the two devices of such a table; `None` for any other table.
+    fn parked(&self, uuid: &DeviceUuid, inactive: bool)
+    -> Result<Option<[DeviceNumber; 2]>, Errno>;
     /// Drops the inactive table.
     fn clear(&self, uuid: &DeviceUuid) -> Result<(), Errno>;
     fn resume(&self, uuid: &DeviceUuid) -> Result<u32, Errno>;

@@ -8,7 +8,7 @@
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::trace::{self, Call, Injected};
 use super::world::World;
@@ -238,28 +238,202 @@ fn sigkill_at_every_ioctl_of_a_repair_and_another_one() {
     assert!(suspended > 0);
 }
 
+/// A snapshot with data in it, to be frozen.
+struct Freezing<'a> {
+    world: &'a World,
+    layer: String,
+    next: PathBuf,
+    back: PathBuf,
+}
+
+impl<'a> Freezing<'a> {
+    fn new(world: &'a World) -> Self {
+        Self {
+            world,
+            layer: format!("{}-layer", world.victim()),
+            next: world.scene.path("next.cow"),
+            back: world.scene.path("back.cow"),
+        }
+    }
+
+    fn checkpoint(&self, keep: bool) -> Vec<&str> {
+        let next = self.next.to_str().expect("ASCII");
+        let mut words = vec!["checkpoint", "--make-cow", "1M", self.world.victim()];
+        words.extend([self.layer.as_str(), next]);
+        words.extend(keep.then_some("--keep"));
+        words
+    }
+
+    fn node(&self) -> PathBuf {
+        Path::new("/dev/mapper").join(self.world.victim())
+    }
+
+    fn prepare(&self) {
+        self.world.make_victim();
+        let disk = Direct::open(&self.node());
+        disk.write(7, 8192, 4096).expect("room");
+    }
+
+    fn done(&self, arguments: &[&str], when: &str) {
+        let done = self.world.dmsnap(arguments);
+        assert!(done.status.success(), "{when}: {done:?}");
+    }
+
+    fn end(&self, when: &str) {
+        self.done(&["remove", self.world.victim()], when);
+        for file in [&self.next, &self.back] {
+            let _ = fs::remove_file(file);
+        }
+        self.world.assert_as_before(when);
+    }
+}
+
+/// Behind the last resume nobody waits; the sweep alone ends it all the same, and a layer that is to be kept is.
+#[test]
+fn a_checkpoint_that_was_killed_behind_its_pause_is_finished_by_a_sweep() {
+    let world = World::new();
+    let log = world.scene.path("strace.log");
+    let freezing = Freezing::new(&world);
+    let (victim, layer) = (world.victim(), freezing.layer.as_str());
+    for (keep, last) in [(false, "DM_DEV_REMOVE"), (true, "symlink")] {
+        let arguments = freezing.checkpoint(keep);
+        freezing.prepare();
+        let calls = trace::calls(&log, &arguments);
+        if keep {
+            freezing.done(&["remove", victim], "without a kill");
+            freezing.done(&["remove", layer], "without a kill");
+            let _ = fs::remove_file(&freezing.next);
+            world.assert_as_before("without a kill");
+        } else {
+            freezing.end("without a kill");
+        }
+        let call = calls.iter().rfind(|call| call.is_about(last));
+        let call = call.unwrap_or_else(|| panic!("no call about {last}: {calls:?}"));
+        freezing.prepare();
+        let injected = trace::with(&log, call, "signal=KILL", "", &arguments);
+        assert!(injected.hit, "not reached: {call:?}");
+        assert_eq!(dm_info(victim, "attr"), "L--w", "nobody waits");
+        let reap = ["reap", "--keep", victim, "--keep", layer];
+        freezing.done(&[&reap[..], &["--keep", &world.live_name()]].concat(), last);
+        let state = run!("dmsetup", "info", layer);
+        assert_eq!(state.contains("DEFERRED REMOVE"), !keep, "{state}");
+        assert_eq!(Path::new("/dev/mapper").join(layer).is_symlink(), keep);
+        if keep {
+            freezing.done(&["remove", victim], last);
+            assert_eq!(dm_info(layer, "attr"), "L--w", "it is kept");
+            freezing.done(&["remove", layer], last);
+            let _ = fs::remove_file(&freezing.next);
+            world.assert_as_before(last);
+        } else {
+            freezing.end(last);
+        }
+    }
+}
+
+/// Back at the checkpoint, or as before, and nothing between.
+#[test]
+fn sigkill_at_every_ioctl_of_a_rollback_then_one_repair() {
+    let world = World::new();
+    let log = world.scene.path("strace.log");
+    let freezing = Freezing::new(&world);
+    let back = freezing.back.to_str().expect("ASCII");
+    let rollback = ["rollback", "--make-cow", "1M", world.victim(), back];
+    let prepare = || {
+        freezing.prepare();
+        freezing.done(&freezing.checkpoint(false), "frozen");
+        let disk = Direct::open(&freezing.node());
+        disk.write(8, 8192, 4096).expect("room");
+        disk.write(8, 16384, 4096).expect("room");
+    };
+    prepare();
+    let calls = trace::calls(&log, &rollback);
+    freezing.end("after the run without a kill");
+    let changing = calls
+        .iter()
+        .filter(|call| call.name == "ioctl" && !call.only_looks());
+    for (place, call) in changing.enumerate() {
+        let paused = call.is_about("DM_DEV_SUSPEND");
+        if !has_its_turn(place) && !paused {
+            continue;
+        }
+        prepare();
+        let injected = trace::with(&log, call, "signal=KILL", "", &rollback);
+        assert!(injected.hit, "not reached: {call:?}");
+        let left = dm_info(world.victim(), "attr");
+        let repaired = world.dmsnap(&["repair"]);
+        assert!(repaired.status.success(), "{call:?}: {repaired:?}");
+        let said = String::from_utf8_lossy(&repaired.stdout);
+        println!("      {:40}  {left}  {}", call.brief(), said.trim_end());
+        assert_eq!(dm_info(world.victim(), "attr"), "L--w", "{call:?}");
+        let disk = Direct::open(&freezing.node());
+        let before = disk.reads(8, 8192, 4096);
+        assert!(before || disk.reads(7, 8192, 4096), "{call:?}");
+        assert_eq!(disk.reads(8, 16384, 4096), before, "{call:?}: between");
+        drop(disk);
+        freezing.end(&format!("killed at {call:?}, and repaired"));
+    }
+}
+
+/// The output has no name until it is whole, and the files are as they were.
+#[test]
+fn sigkill_at_every_call_of_a_flattening() {
+    let world = World::new();
+    let log = world.scene.path("strace.log");
+    let freezing = Freezing::new(&world);
+    freezing.prepare();
+    freezing.done(&freezing.checkpoint(false), "frozen");
+    Direct::open(&freezing.node())
+        .write(8, 16384, 4096)
+        .expect("room");
+    freezing.done(&["remove", world.victim()], "down");
+    world.assert_as_before("frozen, and down");
+    let flat = world.scene.path("flat.cow");
+    let cows = [world.scene.path("victim.cow"), freezing.next.clone()];
+    let [one, two] = cows.each_ref().map(|cow| cow.to_str().expect("ASCII"));
+    let arguments = ["flatten", one, two, flat.to_str().expect("ASCII")];
+    let read = || {
+        cows.each_ref()
+            .map(|cow| fs::read(cow).expect("a COW file"))
+    };
+    let before = read();
+    let calls = trace::calls_from(&log, &arguments, &[one]);
+    let whole = fs::read(&flat).expect("it was made");
+    fs::remove_file(&flat).expect("ours");
+    let mut named = 0;
+    for (_, call) in fatal(calls) {
+        let injected = trace::with(&log, &call, "signal=KILL", "", &arguments);
+        assert!(injected.hit, "not reached: {call:?}");
+        let made = fs::read(&flat).ok();
+        println!("      {:40}  {}", call.brief(), made.is_some());
+        if let Some(made) = made {
+            assert!(made == whole, "{call:?}: not whole");
+            fs::remove_file(&flat).expect("ours");
+            named += 1;
+        }
+        assert!(read() == before, "{call:?}: a COW file has changed");
+    }
+    let left: Vec<_> = fs::read_dir(world.scene.dir())
+        .expect("a directory")
+        .flatten()
+        .map(|entry| entry.file_name())
+        .collect();
+    println!("{named} of the deaths left the output: {left:?}");
+    assert!(
+        !left
+            .iter()
+            .any(|name| name.to_string_lossy().contains("flat"))
+    );
+}
+
 #[test]
 fn sigkill_at_every_ioctl_of_a_checkpoint_then_one_repair() {
     let world = World::new();
     let log = world.scene.path("strace.log");
-    let (victim, layer) = (
-        world.victim().to_owned(),
-        format!("{}-layer", world.victim()),
-    );
-    let next = world.scene.path("next.cow");
-    let path = next.to_str().expect("ASCII");
-    let arguments = ["checkpoint", "--make-cow", "1M", &victim, &layer, path];
-    let node = Path::new("/dev/mapper").join(&victim);
-    let prepare = || {
-        world.make_victim();
-        Direct::open(&node).write(7, 8192, 4096).expect("room");
-    };
-    let end = |when: &str| {
-        let removed = world.dmsnap(&["remove", &victim]);
-        assert!(removed.status.success(), "{when}: {removed:?}");
-        let _ = fs::remove_file(&next);
-        world.assert_as_before(when);
-    };
+    let freezing = Freezing::new(&world);
+    let (victim, node) = (world.victim(), freezing.node());
+    let arguments = freezing.checkpoint(false);
+    let prepare = || freezing.prepare();
+    let end = |when: &str| freezing.end(when);
     prepare();
     let calls = trace::calls(&log, &arguments);
     end("after the run without a kill");
@@ -270,13 +444,13 @@ fn sigkill_at_every_ioctl_of_a_checkpoint_then_one_repair() {
         prepare();
         let injected = trace::with(&log, call, "signal=KILL", "", &arguments);
         assert!(injected.hit, "not reached: {call:?}");
-        let left = dm_info(&victim, "attr");
+        let left = dm_info(victim, "attr");
         let repaired = world.dmsnap(&["repair"]);
         assert!(repaired.status.success(), "{call:?}: {repaired:?}");
         let said = String::from_utf8_lossy(&repaired.stdout);
         println!("      {:40}  {left}  {}", call.brief(), said.trim_end());
         suspended += usize::from(left.ends_with("sw"));
-        assert_eq!(dm_info(&victim, "attr"), "L--w", "{call:?}");
+        assert_eq!(dm_info(victim, "attr"), "L--w", "{call:?}");
         let again = world.dmsnap(&["repair"]);
         assert!(
             again.status.success() && again.stdout.is_empty(),

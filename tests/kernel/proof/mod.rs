@@ -14,6 +14,7 @@ mod forks;
 mod full_disk;
 mod identity;
 mod kill;
+mod meddling;
 mod races;
 mod scale;
 mod soak;

@@ -26,6 +26,12 @@ pub(super) struct Call {
 
 /// The calls of a run, from the first open of a control node to the end.
 pub(super) fn calls(log: &Path, arguments: &[&str]) -> Vec<Call> {
+    let nodes = ["\"/dev/mapper/control\"", "\"/dev/loop-control\""];
+    calls_from(log, arguments, &nodes)
+}
+
+/// The calls of a run, from the first one about one of these to the end.
+pub(super) fn calls_from(log: &Path, arguments: &[&str], about: &[&str]) -> Vec<Call> {
     let done = finish(under_strace(log, &[]).args(arguments));
     assert!(
         done.status.success(),
@@ -33,10 +39,10 @@ pub(super) fn calls(log: &Path, arguments: &[&str]) -> Vec<Call> {
         String::from_utf8_lossy(&done.stderr)
     );
     let all = read(log);
-    let first = all.iter().position(|call| {
-        call.line.contains("\"/dev/mapper/control\"") || call.line.contains("\"/dev/loop-control\"")
-    });
-    let first = first.unwrap_or_else(|| panic!("{arguments:?} opened no control node: {all:?}"));
+    let first = all
+        .iter()
+        .position(|call| about.iter().any(|what| call.line.contains(what)));
+    let first = first.unwrap_or_else(|| panic!("{arguments:?}, nothing about {about:?}: {all:?}"));
     all[first..].to_vec()
 }
 
