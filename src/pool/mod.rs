@@ -94,9 +94,10 @@ pub struct PoolStatus {
 
 /// A stock of ready snapshots over one origin, with their COW files.
 ///
-/// A thread of the pool keeps [`PoolOptions::size`] of them ready. [`claim`](Self::claim) gives one to the caller by
+/// A thread of the pool keeps [`PoolOptions::size`] of them ready, and where their flushes are to end
+/// ([`PoolOptions::durability`]) another one sees to that. [`claim`](Self::claim) gives one to the caller by
 /// renaming its dm device, which is one ioctl: so the name alone says whether a device is claimed, also after a kill.
-/// [`release`](Self::release) renames it back and deletes its COW file. A second thread then takes the device's table
+/// [`release`](Self::release) renames it back and deletes its COW file. Another thread then takes the device's table
 /// away, and the device, a spare one now, gets another snapshot later.
 ///
 /// Names of unclaimed devices begin with `dmsnap-pool-`. One of them is the pool's keeper: a dm device without data
@@ -114,6 +115,7 @@ pub struct PoolStatus {
 pub struct Pool {
     shared: Arc<Shared>,
     refill: Option<JoinHandle<()>>,
+    settle: Option<JoinHandle<()>>,
     recycle: Option<JoinHandle<Vec<TakenBack>>>,
     keeper: Option<Keeper<Machine>>,
 }
@@ -175,7 +177,7 @@ impl Pool {
     /// The snapshot may be one that another pool over the same image made, of this or of a dead process: handles are
     /// all that is needed. Forget them then: the device keeps its uuid for the next VM that gets it.
     ///
-    /// The dm device is renamed and is the pool's from then on. The pool's second thread takes its table away and keeps
+    /// The dm device is renamed and is the pool's from then on. A thread of the pool takes its table away and keeps
     /// it for another snapshot; [`wait_recycled`](Self::wait_recycled) waits for that. If somebody opens the device
     /// meanwhile it is removed, as the page cache may have data of the old disk. A COW file that is kept is the
     /// caller's alone when this returns.
@@ -267,18 +269,22 @@ impl Pool {
         self.shared.lock().closing = true;
         self.shared.claimed.notify_one();
         self.shared.released.notify_one();
+        self.shared.made.notify_one();
         // They do not panic; if they did, what they had would be the next pool's to find.
         let _ = self.refill.take().map(JoinHandle::join);
+        let _ = self.settle.take().map(JoinHandle::join);
         let on_the_way = self.recycle.take().map(JoinHandle::join);
         let on_the_way = on_the_way.and_then(std::result::Result::ok);
         let State {
-            ready,
+            mut ready,
+            made,
             mut taken_back,
             spares,
             left: old,
             ..
         } = std::mem::take(&mut *self.shared.lock());
         taken_back.extend(on_the_way.into_iter().flatten());
+        ready.extend(made);
         let mut left = Vec::new();
         let mut note = |path: &Path, done: Result<()>| {
             if let Err(error) = done {

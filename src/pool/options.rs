@@ -140,15 +140,21 @@ impl PoolOptions {
             state: Mutex::default(),
             claimed: Condvar::new(),
             released: Condvar::new(),
+            made: Condvar::new(),
             changed: Condvar::new(),
         });
         let mut pool = Pool {
             shared: Arc::clone(&shared),
             refill: None,
+            settle: None,
             recycle: None,
             keeper: Some(keeper),
         };
         let other = Arc::clone(&shared);
+        if shared.settles() {
+            let other = Arc::clone(&shared);
+            pool.settle = Some(start("dmsnap-settle", move || other.settle())?);
+        }
         pool.refill = Some(start("dmsnap-refill", move || shared.refill())?);
         pool.recycle = Some(start("dmsnap-recycle", move || other.recycle())?);
         Ok(pool)

@@ -13,7 +13,7 @@ use crate::kernel::Host;
 use crate::snapshot::{
     Base, Destination, LiveDevice, MappedDevice, Snapshot, SnapshotOptions, build, prepare, unbuilt,
 };
-use crate::teardown;
+use crate::{snapshot, teardown};
 
 /// The options, origin and directory with which a pool makes its snapshots.
 pub(crate) struct Site<'a, L> {
@@ -31,7 +31,7 @@ pub(crate) struct Ready {
     pub(crate) handles: Handles,
     /// The device's node, kept so that a claim need not look for it.
     node: Option<PathBuf>,
-    warnings: Vec<Warning>,
+    pub(crate) warnings: Vec<Warning>,
 }
 
 /// Returns the path of a ready or claimed snapshot's COW file. No two get the same `number`.
@@ -60,7 +60,7 @@ pub(crate) fn made_at(dir: &Path, path: &Path) -> Option<PathBuf> {
     (moved_to(&made) == path).then_some(made)
 }
 
-/// Makes a snapshot ready, on a new dm device of the name `name` or on a spare one, which is asked for when the COW
+/// Makes a snapshot ready but for [`settle`], on a new dm device of the name `name` or on a spare one, which is asked for when the COW
 /// file is there.
 ///
 /// Until the device uses it, the COW file's name begins with `dmsnap-pool-`, and a later pool deletes it if this
@@ -97,6 +97,15 @@ pub(crate) fn make<H: Host>(
         }),
         Err(error) => Err(unbuilt(host, options, &cow, error, &handles)),
     }
+}
+
+/// Does what is still to be done of a snapshot that was made ready, and may wait for the kernel.
+pub(crate) fn settle<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    ready: &Ready,
+) -> Option<Warning> {
+    snapshot::settle(host, options, &ready.made)
 }
 
 /// Hands a ready snapshot over to the caller. The device is the pool's until its rename, and the caller's from then on.

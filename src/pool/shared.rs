@@ -1,4 +1,4 @@
-//! The state that a pool's callers and its two threads share, and what the threads do.
+//! The state that a pool's callers and its threads share, and what the threads do.
 
 use std::collections::VecDeque;
 use std::mem::take;
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use super::ready::{self, Ready, Site};
 use super::recycle::{self, TakenBack};
 use super::{Claimed, WhenEmpty, pool_name};
-use crate::base::{DeviceName, POOLED};
+use crate::base::{DeviceName, Durability, POOLED};
 use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Refusal, Result, Retry};
 use crate::kernel::{Clock, LoopDevice, MACHINE};
@@ -30,6 +30,8 @@ pub(super) struct Shared {
     pub(super) claimed: Condvar,
     /// Notified when a snapshot was released.
     pub(super) released: Condvar,
+    /// Notified when a snapshot was made that is to be settled.
+    pub(super) made: Condvar,
     /// Notified when a snapshot became ready, a device spare, or either failed.
     pub(super) changed: Condvar,
 }
@@ -37,6 +39,10 @@ pub(super) struct Shared {
 #[derive(Debug, Default)]
 pub(super) struct State {
     pub(super) ready: VecDeque<Ready>,
+    /// Snapshots that were made, and are to be settled.
+    pub(super) made: Vec<Ready>,
+    /// How many are in `made`, or were taken from there by the thread and are not ready yet.
+    pub(super) settling: usize,
     pub(super) taken_back: Vec<TakenBack>,
     pub(super) spares: Vec<MappedDevice>,
     /// How many were popped from `ready`, and are neither claimed nor put back yet.
@@ -172,7 +178,8 @@ impl Shared {
         while !state.closing {
             let now = Instant::now();
             let put_off = state.retry_at.filter(|at| *at > now);
-            if state.ready.len() + state.leaving >= self.size || put_off.is_some() {
+            let coming = state.settling + state.leaving;
+            if state.ready.len() + coming >= self.size || put_off.is_some() {
                 let left = put_off.map(|at| at - now);
                 state = self.wait(&self.claimed, state, left);
                 continue;
@@ -184,11 +191,49 @@ impl Shared {
             state = self.lock();
             match made {
                 Ok(ready) => {
-                    state.ready.push_back(ready);
+                    if self.settles() {
+                        state.settling += 1;
+                        state.made.push(ready);
+                        self.made.notify_one();
+                    } else {
+                        state.ready.push_back(ready);
+                    }
                     (state.failures, state.last_error, state.retry_at) = (0, None, None);
                 }
                 Err(error) => state.fail(error),
             }
+            self.changed.notify_all();
+        }
+    }
+
+    /// True if there is something to settle of each snapshot that was made.
+    pub(super) fn settles(&self) -> bool {
+        self.options.named_durability() != Durability::PowerCuts
+    }
+
+    /// Runs the thread that settles snapshots: all that were made meanwhile side by side, so that they take one grace
+    /// period of RCU together, and the refill none.
+    pub(super) fn settle(&self) {
+        let _ = MACHINE.stand_back();
+        let mut state = self.lock();
+        loop {
+            while state.made.is_empty() && !state.closing {
+                state = self.wait(&self.made, state, None);
+            }
+            // What is made later is taken down with the rest.
+            if state.made.is_empty() {
+                return;
+            }
+            let mut made = take(&mut state.made);
+            drop(state);
+            let warnings =
+                in_parallel(&made, |ready| ready::settle(&MACHINE, &self.options, ready));
+            for (ready, warning) in made.iter_mut().zip(warnings) {
+                ready.warnings.extend(warning);
+            }
+            state = self.lock();
+            state.settling -= made.len();
+            state.ready.extend(made);
             self.changed.notify_all();
         }
     }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 
 use super::{CowFate, PoolOptions, keeper, ready, recycle, sweep};
-use crate::backing::{CowOptions, CowSize};
+use crate::backing::{CowOptions, CowSize, Warning};
 use crate::base::{ChunkSize, DeviceName, DeviceNumber, Durability, Handles, LoopHandle, Store};
 use crate::dm::{Address, Discard, SnapshotParams};
 use crate::error::{Error, Refusal, Retry, Step};
@@ -353,6 +353,29 @@ fn a_throw_away_disk_is_not_released_to_keep_its_cow_file() {
         assert!(made.is_some(), "it serves again");
         assert!(!stage.residue().contains(Path::new("/pool/dmsnap-1-1.cow")));
     }
+}
+
+#[test]
+fn a_throw_away_disk_ends_flushes_before_it_is_ready_and_the_claim_does_nothing_more() {
+    let mut stage = Stage::new();
+    stage.options = PoolOptions::new().made_with().expect("no contradiction");
+    let mut ready = stage.made(1, None);
+    assert!(!stage.script.ends_flushes(ready.made.dev));
+    let warning = ready::settle(&stage.script, &stage.options, &ready);
+    assert_eq!(warning, None);
+    assert!(stage.script.ends_flushes(ready.made.dev));
+    stage.script.restart(never);
+    let claimed = ready::claim(&stage.script, &stage.site(), &mut ready, &name("vm"));
+    assert_eq!(*stage.script.calls.borrow(), [Step::Rename, Step::Link]);
+    let again = stage.release(claimed.expect("nothing fails").handles());
+    let again = stage.made(2, again.expect("nothing fails"));
+    assert!(!stage.script.ends_flushes(again.made.dev), "another table");
+
+    let fails = |step, _| (step == Step::EndFlushes).then_some(Errno::EROFS);
+    stage.script.restart(fails);
+    let errno = Errno::EROFS as i32;
+    let warning = ready::settle(&stage.script, &stage.options, &again);
+    assert_eq!(warning, Some(Warning::FlushesKept { errno }));
 }
 
 #[test]

@@ -45,7 +45,7 @@ pub(crate) struct LiveDevice<L> {
     _lock: Attached<L>,
 }
 
-/// Attaches the COW file, loads the snapshot's table and resumes it. `handles` names at any moment what there is to
+/// Attaches the COW file, loads the snapshot's table and resumes it; [`settle`] is still to come. `handles` names at any moment what there is to
 /// undo.
 pub(crate) fn build<H: Host>(
     host: &H,
@@ -120,7 +120,6 @@ pub(crate) fn build<H: Host>(
         write_mark(host, cow, identity, origin.above, mark)?;
     }
     ask(Step::Resume, &made.mapper, || host.resume(&made.uuid))?;
-    warnings.extend(flushes_kept(host, options.named_durability(), &made));
     Ok(LiveDevice {
         made,
         warnings,
@@ -128,10 +127,17 @@ pub(crate) fn build<H: Host>(
     })
 }
 
-/// Has the guest's flushes end at the device, unless they are wanted, and warns if they do not. A hypervisor may read
+/// Has the guest's flushes end at the live device, unless they are wanted, and warns if they do not. A hypervisor may read
 /// the setting when it opens the device, which nobody knows of yet.
-fn flushes_kept<H: Host>(host: &H, durability: Durability, made: &MappedDevice) -> Option<Warning> {
-    if durability == Durability::PowerCuts {
+///
+/// From Linux 6.11 on, the write to sysfs freezes the queue (`queue_attr_store`, block/blk-sysfs.c), which takes a grace
+/// period of RCU.
+pub(crate) fn settle<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    made: &MappedDevice,
+) -> Option<Warning> {
+    if options.named_durability() == Durability::PowerCuts {
         return None;
     }
     let error = end_flushes(host, made.dev, &made.mapper).err()?;

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use super::build::{
-    Destination, LiveDevice, MappedDevice, OriginDevice, build, check_target, undone,
+    Destination, LiveDevice, MappedDevice, OriginDevice, build, check_target, settle, undone,
 };
 use super::{Base, Origin, Snapshot, SnapshotOptions};
 use crate::backing::{
@@ -113,7 +113,7 @@ pub(crate) fn create<H: Host>(
             &destination,
             &mut handles,
         )?;
-        linked(host, built)
+        linked(host, options, built)
     };
     let built = attached();
     finish(host, options, &cow, built, handles)
@@ -141,7 +141,7 @@ pub(crate) fn create_on<H: Host>(
             &destination,
             &mut handles,
         )?;
-        linked(host, built)
+        linked(host, options, built)
     };
     let built = live();
     if built.is_ok() {
@@ -225,9 +225,14 @@ pub(crate) fn open_controls<H: Host>(host: &H) -> Result<()> {
 
 /// The path to the device, and what is worth knowing. An alias that cannot be made is that only, where the device has
 /// a node.
-fn linked<H: Host>(host: &H, mut built: LiveDevice<H::Loop>) -> Result<(PathBuf, Vec<Warning>)> {
+fn linked<H: Host>(
+    host: &H,
+    options: &SnapshotOptions,
+    mut built: LiveDevice<H::Loop>,
+) -> Result<(PathBuf, Vec<Warning>)> {
     let mut warnings = std::mem::take(&mut built.warnings);
     let made = &built.made;
+    warnings.extend(settle(host, options, made));
     let node = host.find_node(made.dev);
     let make = || host.make_alias(&made.mapper, made.dev, node.as_deref());
     match (ask(Step::Link, &made.mapper, make), node) {

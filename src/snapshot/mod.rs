@@ -22,7 +22,7 @@ mod stack_tests;
 mod tests;
 
 pub(crate) use build::{Destination, LiveDevice};
-pub(crate) use build::{MappedDevice, build, load, make_device, undone};
+pub(crate) use build::{MappedDevice, build, load, make_device, settle, undone};
 pub use checkpoint::CheckpointOptions;
 #[cfg(test)]
 pub(crate) use create::create;

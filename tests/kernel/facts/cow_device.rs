@@ -51,7 +51,7 @@ fn a_cow_device_that_is_loaded_short_and_lengthened_is_used_in_full() {
 }
 
 /// Requests that a block device has completed (Documentation/block/stat.rst): writes and flushes.
-fn completed(device: &str) -> [u64; 2] {
+pub(super) fn completed(device: &str) -> [u64; 2] {
     let file = format!("/sys/dev/block/{device}/stat");
     let text = fs::read_to_string(file).expect("sysfs has it");
     let fields: Vec<u64> = text
@@ -61,14 +61,14 @@ fn completed(device: &str) -> [u64; 2] {
     [fields[4], fields[15]]
 }
 
-fn write_through(device: &Device) {
+pub(super) fn write_through(device: &Device) {
     let file = format!("/sys/dev/block/{}/queue/write_cache", device.number);
     fs::write(&file, "write through").expect("it can be set");
     let now = fs::read_to_string(&file).expect("sysfs has it");
     assert_eq!(now.trim(), "write through");
 }
 
-fn cache_of(number: &str) -> String {
+pub(super) fn cache_of(number: &str) -> String {
     let file = format!("/sys/dev/block/{number}/queue/write_cache");
     let setting = fs::read_to_string(file).expect("sysfs has it");
     setting.trim().to_owned()
@@ -129,7 +129,7 @@ fn the_write_cache_setting_of_a_dm_device_is_its_live_tables() {
 }
 
 /// Writes and flushes that reach the COW's loop device when 64 new chunks are written, each with an fsync.
-fn requests_of_64_writes(device: &Device, cow: &str) -> [u64; 2] {
+pub(super) fn requests_of_64_writes(device: &Device, cow: &str) -> [u64; 2] {
     let (writer, node) = (device.open(), File::open(device.node()).expect("it opens"));
     let before = completed(cow);
     for nth in 0..64 {

@@ -3,6 +3,7 @@
 
 mod cow_device;
 pub(crate) mod handover;
+mod linear_below;
 
 use std::fs;
 use std::path::{Path, PathBuf};
