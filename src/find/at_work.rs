@@ -49,13 +49,13 @@ pub(crate) fn is_locked<H: Host>(host: &H, path: &Path, retry: &Retry) -> Result
 
 /// Locks a loop device for an operation on its snapshot; `None` if another process is at work on it. The kernel frees
 /// the lock when the process ends.
-pub(crate) fn lock<H: Host>(host: &H, path: &Path) -> Result<Option<H::Loop>> {
+pub(crate) fn lock<H: Host>(host: &H, path: &Path, retry: &Retry) -> Result<Option<H::Loop>> {
     // Opened for reading, so that its close does not wake udev's watch.
     let opened = ask(Step::InspectLoop, path, || host.open_loop(path, false));
     let Some(device) = absent(opened)? else {
         return Ok(None);
     };
-    if !take(host, &device, path, &MAKER_RETRY)? {
+    if !take(host, &device, path, retry)? {
         return Ok(None);
     }
     let marked = ask(Step::TestLock, path, || host.loop_is_marked(&device))?;

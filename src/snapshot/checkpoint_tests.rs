@@ -16,6 +16,7 @@ use crate::backing::{CowOptions, CowSize};
 use crate::base::{DeviceName, DeviceNumber, Durability, Handles};
 use crate::dm::Address;
 use crate::error::{Error, Result, Retry, Step};
+use crate::find::at_work::MAKER_RETRY;
 use crate::kernel::DeviceMapper;
 use crate::kernel::fake::{Script, ScriptLoop};
 use crate::store::{self, Probe};
@@ -157,7 +158,7 @@ fn whichever_call_of_a_checkpoint_fails_the_snapshot_works_as_before_or_over_the
         );
         if cow == after {
             // What the end of it did not come to, a repair does.
-            let repaired = repair_every(&script).expect("nothing fails");
+            let repaired = repair_every(&script, &MAKER_RETRY).expect("nothing fails");
             assert!(
                 repaired.iter().all(|item| item.outcome.is_ok()),
                 "{repaired:?}"
@@ -204,11 +205,11 @@ fn dies_and_is_repaired(keep: bool) {
         script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
         let _ = freeze_as(&script, keep).map(drop);
         script.restart(never);
-        for item in repair_every(&script).expect("it can be asked") {
+        for item in repair_every(&script, &MAKER_RETRY).expect("it can be asked") {
             assert!(item.outcome.is_ok(), "call {index}: {item:?}");
         }
         script.restart(never);
-        let again = repair_every(&script).expect("it can be asked");
+        let again = repair_every(&script, &MAKER_RETRY).expect("it can be asked");
         assert!(again.is_empty(), "call {index}: {again:?}");
         let (cow, waits) = writes_to(&script);
         assert!(!waits, "the guest waits after call {index}");
@@ -254,7 +255,7 @@ fn a_snapshot_that_ends_flushes_does_so_behind_a_checkpoint_a_rollback_and_a_rep
         script.restart(move |_, nth| (nth > paused + 2).then_some(Errno::EIO));
         let _ = freeze(&script).map(drop);
         script.restart(never);
-        let repaired = repair_every(&script).expect("it can be asked");
+        let repaired = repair_every(&script, &MAKER_RETRY).expect("it can be asked");
         assert!(repaired.iter().all(|each| each.outcome.is_ok()));
         let (_, waits) = writes_to(&script);
         assert!(!waits && script.query(Address::Name("noon")).is_ok());
@@ -346,11 +347,11 @@ fn whichever_call_a_rollback_dies_at_one_repair_ends_it() {
         script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
         let _ = go_back(&script).map(drop);
         script.restart(never);
-        for item in repair_every(&script).expect("it can be asked") {
+        for item in repair_every(&script, &MAKER_RETRY).expect("it can be asked") {
             assert!(item.outcome.is_ok(), "call {index}: {item:?}");
         }
         script.restart(never);
-        let again = repair_every(&script).expect("it can be asked");
+        let again = repair_every(&script, &MAKER_RETRY).expect("it can be asked");
         assert!(again.is_empty(), "call {index}: {again:?}");
         let (_, waits) = writes_to(&script);
         assert!(!waits, "it waits after call {index}");

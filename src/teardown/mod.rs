@@ -25,4 +25,4 @@ pub(crate) use remove::{Subject, When, remove_subject};
 pub(crate) use repair::rebuilt;
 #[cfg(test)]
 pub(crate) use repair::repair_every;
-pub use repair::{Repair, Repaired, repair, repair_all};
+pub use repair::{Repair, RepairOptions, Repaired, repair, repair_all};

@@ -165,7 +165,7 @@ impl ReapOptions {
             |info: &Result<SnapshotInfo>| info.as_ref().is_ok_and(|info| info.interrupted);
         let mut unrepaired = Vec::new();
         if !self.dry_run && found.iter().any(|(_, info)| interrupted(info)) {
-            unrepaired = repair::repair_every(host)?;
+            unrepaired = repair::repair_every(host, &at_work::MAKER_RETRY)?;
             found = find::all(host)?;
         }
         // This comes before `keep` is asked: `keep` can know of a snapshot whose maker is done by then.

@@ -74,7 +74,7 @@ const LAYER_RETRY: Retry = Retry::until(Duration::from_secs(2));
 /// Those of [`status`](crate::status); [`Refusal::Irreparable`] with the reason why it cannot be repaired;
 /// [`Error::Failed`] names the call that failed, and the next repair goes on from there.
 pub fn repair(device: impl Into<DeviceId>) -> Result<Option<Repair>> {
-    repair_one(&MACHINE, &device.into())
+    RepairOptions::new().repair(device)
 }
 
 /// Does what [`repair`] does for all of dmsnap's devices on the host; returns those that needed it.
@@ -84,15 +84,66 @@ pub fn repair(device: impl Into<DeviceId>) -> Result<Option<Repair>> {
 /// [`Error::Failed`] if device-mapper cannot be asked for its devices at all. What fails for one device is in its
 /// [`Repaired::outcome`].
 pub fn repair_all() -> Result<Vec<Repaired>> {
-    repair_every(&MACHINE)
+    RepairOptions::new().repair_all()
 }
 
-pub(crate) fn repair_one<H: Host>(host: &H, device: &DeviceId) -> Result<Option<Repair>> {
+/// How a repair waits.
+#[derive(Clone, Debug)]
+pub struct RepairOptions {
+    patience: Retry,
+}
+
+impl Default for RepairOptions {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl RepairOptions {
+    /// Makes the default options: half a second for whoever is at work on a device.
+    #[must_use]
+    pub fn new() -> Self {
+        Self {
+            patience: at_work::MAKER_RETRY,
+        }
+    }
+
+    /// Sets for how long whoever is at work on a device is waited for, before it counts as
+    /// [`InProgress`](Repair::InProgress): half a second unless set, as a probe may have the lock for a moment.
+    pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
+        self.patience = Retry::until(deadline);
+        self
+    }
+
+    /// Does what [`repair`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`repair`].
+    pub fn repair(&self, device: impl Into<DeviceId>) -> Result<Option<Repair>> {
+        repair_one(&MACHINE, &device.into(), &self.patience)
+    }
+
+    /// Does what [`repair_all`] does.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`repair_all`].
+    pub fn repair_all(&self) -> Result<Vec<Repaired>> {
+        repair_every(&MACHINE, &self.patience)
+    }
+}
+
+pub(crate) fn repair_one<H: Host>(
+    host: &H,
+    device: &DeviceId,
+    patience: &Retry,
+) -> Result<Option<Repair>> {
     let uuid = find::status_of(host, device)?.uuid;
     let all = ours(host)?;
     let of = |(_, seen): &(String, Result<Seen>)| seen.as_ref().ok().map(|seen| seen.uuid.clone());
     if uuid.kind() != Kind::Layer {
-        return mend(host, &uuid);
+        return mend(host, &uuid, patience);
     }
     // A layer is repaired with the snapshot that it was made from.
     let layer = all.iter().find(|found| of(found).as_ref() == Some(&uuid));
@@ -106,12 +157,12 @@ pub(crate) fn repair_one<H: Host>(host: &H, device: &DeviceId) -> Result<Option<
     };
     let mut made_from = snapshots.filter(|seen| seen.is_made_into(layer) || stands_on(seen));
     match made_from.next() {
-        Some(snapshot) => mend(host, &snapshot.uuid),
-        None => mend_layer(host, &uuid),
+        Some(snapshot) => mend(host, &snapshot.uuid, patience),
+        None => mend_layer(host, &uuid, patience),
     }
 }
 
-pub(crate) fn repair_every<H: Host>(host: &H) -> Result<Vec<Repaired>> {
+pub(crate) fn repair_every<H: Host>(host: &H, patience: &Retry) -> Result<Vec<Repaired>> {
     let found = ours(host)?;
     // Layers come last: what a snapshot needs of them is done with the snapshot.
     let snapshots = found
@@ -124,8 +175,8 @@ pub(crate) fn repair_every<H: Host>(host: &H) -> Result<Vec<Repaired>> {
     for (name, seen) in snapshots.chain(layers) {
         let outcome = match seen {
             Err(error) => Err(error.clone()),
-            Ok(seen) if is_layer(seen) => mend_layer(host, &seen.uuid),
-            Ok(seen) => mend(host, &seen.uuid),
+            Ok(seen) if is_layer(seen) => mend_layer(host, &seen.uuid, patience),
+            Ok(seen) => mend(host, &seen.uuid, patience),
         };
         if let Some(outcome) = outcome.transpose() {
             let name = name.clone();
@@ -310,7 +361,7 @@ fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> {
 }
 
 /// Repairs a snapshot, with its lock held.
-fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
+fn mend<H: Host>(host: &H, uuid: &DeviceUuid, patience: &Retry) -> Result<Option<Repair>> {
     let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
         return Ok(None);
     };
@@ -320,7 +371,7 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
     let Some(node) = snapshot.lock_node() else {
         return Ok(None);
     };
-    let Some(_lock) = at_work::lock(host, &node)? else {
+    let Some(_lock) = at_work::lock(host, &node, patience)? else {
         return Ok(Some(Repair::InProgress));
     };
     // The process that was at work may be done by now, and have given the snapshot another COW file.
@@ -364,7 +415,7 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
             resume: suspended,
         } => {
             if let Some(layer) = layer {
-                if made_by_the_living(host, layer, &node)? {
+                if made_by_the_living(host, layer, &node, patience)? {
                     return Ok(Some(Repair::InProgress));
                 }
             }
@@ -487,10 +538,15 @@ fn surroundings<H: Host>(
 
 /// True if the process that makes the layer is alive: it has locked the next COW file's loop device too, which the
 /// layer's uuid names.
-fn made_by_the_living<H: Host>(host: &H, layer: &Seen, held: &Path) -> Result<bool> {
+fn made_by_the_living<H: Host>(
+    host: &H,
+    layer: &Seen,
+    held: &Path,
+    patience: &Retry,
+) -> Result<bool> {
     let node = layer.uuid.cow_loop().map(loop_node);
     match node.filter(|node| node != held) {
-        Some(node) => at_work::is_locked(host, &node, &at_work::MAKER_RETRY),
+        Some(node) => at_work::is_locked(host, &node, patience),
         None => Ok(false),
     }
 }
@@ -509,7 +565,7 @@ fn remove_layer<H: Host>(host: &H, layer: &Seen) -> Result<()> {
 }
 
 /// Repairs a layer whose snapshot needs nothing.
-fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
+fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid, patience: &Retry) -> Result<Option<Repair>> {
     let Some((layer, step)) = layer_step(host, uuid)? else {
         return Ok(None);
     };
@@ -517,7 +573,7 @@ fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<Repair>> {
     let cow = table.filter(|table| table.cow.major() == 7);
     let nodes = [cow.map(|table| table.cow.minor()), uuid.cow_loop()];
     for number in nodes.into_iter().flatten() {
-        if at_work::is_locked(host, &loop_node(number), &at_work::MAKER_RETRY)? {
+        if at_work::is_locked(host, &loop_node(number), patience)? {
             return Ok(Some(Repair::InProgress));
         }
     }

@@ -11,8 +11,9 @@ use crate::base::{
     DeviceId, DeviceName, DeviceNumber, DeviceUuid, Kind, OriginIdentity, loop_node,
 };
 use crate::dm::{Address, SnapshotParams, Target, TargetLine};
-use crate::error::{Error, Refusal, Step};
+use crate::error::{Error, Refusal, Retry, Step};
 use crate::find;
+use crate::find::at_work::MAKER_RETRY;
 use crate::kernel::fake::{Script, ScriptLoop};
 use crate::kernel::{Device, DeviceMapper, Files, LO_AUTOCLEAR, Loops};
 use crate::snapshot::{SnapshotOptions, create};
@@ -175,7 +176,7 @@ impl Stage {
     }
 
     fn repair(&self) -> Vec<(String, crate::Result<Repair>)> {
-        let repaired = repair_every(&self.script).expect("it can be asked");
+        let repaired = repair_every(&self.script, &MAKER_RETRY).expect("it can be asked");
         let outcome = |item: super::Repaired| (item.name, item.outcome);
         repaired.into_iter().map(outcome).collect()
     }
@@ -271,7 +272,7 @@ fn wherever_a_process_was_killed_one_repair_ends_it_and_a_second_one_does_nothin
         assert_eq!(stage.script.world.borrow().residue(), before, "{context}");
         // By its name it is the same.
         let stage = Stage::left(steps);
-        let by_name = repair_one(&stage.script, &DeviceId::from(name));
+        let by_name = repair_one(&stage.script, &DeviceId::from(name), &MAKER_RETRY);
         assert_eq!(by_name, Ok(Some(outcome)), "{context}");
         stage.assert_well(&context);
     }
@@ -293,7 +294,7 @@ fn whichever_call_of_a_repair_fails_or_is_its_last_the_next_repair_ends_it() {
                     let fails = nth == index + 1 || (dies && nth > index);
                     fails.then_some(Errno::EIO)
                 });
-                let _ = repair_every(&stage.script);
+                let _ = repair_every(&stage.script, &MAKER_RETRY);
                 stage.script.restart(never);
                 for (name, outcome) in stage.repair() {
                     assert!(outcome.is_ok(), "{context}: {name}: {outcome:?}");
@@ -336,6 +337,27 @@ fn nothing_is_touched_while_somebody_is_at_work() {
         found.first(),
         Some(&("v".to_owned(), Ok(Repair::InProgress)))
     );
+}
+
+/// Whoever is at work is asked about once without patience, and again until the deadline with it.
+#[test]
+fn who_is_at_work_is_waited_for_to_the_deadline() {
+    let looks = |patience: &Retry| {
+        let stage = Stage::new();
+        let c0 = loop_node(stage.params.cow.minor());
+        let c0 = stage.script.open_loop(&c0, false).expect("it is there");
+        assert_eq!(stage.script.lock_loop(&c0, true), Ok(()));
+        stage.go(&[CreateB, LoadB, LoadV, SuspendV]);
+        stage.script.restart(never);
+        let found = repair_one(&stage.script, &DeviceId::from("v"), patience);
+        assert_eq!(found, Ok(Some(Repair::InProgress)));
+        let calls = stage.script.calls.take();
+        calls.iter().filter(|call| **call == Step::TestLock).count()
+    };
+    let short = looks(&MAKER_RETRY);
+    assert_eq!(looks(&Retry::ONCE), 1);
+    assert!(short > 1, "{short}");
+    assert!(looks(&Retry::until(std::time::Duration::from_secs(5))) > short);
 }
 
 #[test]

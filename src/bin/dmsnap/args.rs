@@ -82,6 +82,9 @@ pub(crate) enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
+        /// For how long whoever is at work on a device is waited for
+        #[arg(long, default_value = "500ms", value_parser = duration)]
+        deadline: Duration,
         /// The dm devices' names, or their uuids; all of ours if there is none
         #[arg(value_name = "NAME")]
         names: Vec<String>,

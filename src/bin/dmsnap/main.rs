@@ -27,7 +27,7 @@ use clap::Parser;
 use dmsnap::error::Refusal;
 use dmsnap::find::SnapshotInfo;
 use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer, StackOptions};
-use dmsnap::teardown::{Outcome, Repaired};
+use dmsnap::teardown::{Outcome, RepairOptions, Repaired};
 use dmsnap::timings::Timings;
 use dmsnap::{DeviceId, Error, Handles, Origin, ReapOptions, Teardown, WhenBusy};
 
@@ -156,7 +156,11 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Tree { json, name } => tree::tree(name.as_deref(), json),
         Command::Adopt { name } => print_json(&dmsnap::adopt(name)?),
         Command::Reap(options) => reap(&options),
-        Command::Repair { json, names } => repair(&names, json),
+        Command::Repair {
+            json,
+            deadline,
+            names,
+        } => repair(RepairOptions::new().deadline(deadline), &names, json),
         Command::Merge(options) => merge::merge(&options),
         Command::Status { json, name } => status(&name, json),
         Command::Grow {
@@ -296,10 +300,13 @@ fn reap(options: &Reap) -> Result<(), Failure> {
     }
 }
 
-fn repair(names: &[String], json: bool) -> Result<(), Failure> {
+fn repair(options: &RepairOptions, names: &[String], json: bool) -> Result<(), Failure> {
     let repaired: Vec<Repaired> = match names {
-        [] => dmsnap::repair_all()?,
-        names => names.iter().filter_map(|name| repair_one(name)).collect(),
+        [] => options.repair_all()?,
+        names => names
+            .iter()
+            .filter_map(|name| repair_one(options, name))
+            .collect(),
     };
     let failures = repaired
         .iter()
@@ -318,8 +325,8 @@ fn repair(names: &[String], json: bool) -> Result<(), Failure> {
 }
 
 /// `None` when there was nothing to do.
-fn repair_one(name: &str) -> Option<Repaired> {
-    let outcome = dmsnap::repair(name).transpose()?;
+fn repair_one(options: &RepairOptions, name: &str) -> Option<Repaired> {
+    let outcome = options.repair(name).transpose()?;
     let name = name.to_owned();
     Some(Repaired { name, outcome })
 }
