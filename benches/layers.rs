@@ -470,7 +470,7 @@ impl Report {
         }
         let [layer, fork, plain] = self.memory.map(|bytes| bytes / 1024.0);
         text.push_str(&format!(
-            "\n\nKernel memory: {layer:.0} KiB for a layer, {fork:.0} KiB for a fork, {plain:.0} KiB for a snapshot over \
+            "\n\nKernel memory, of one sample each, which differ by hundreds of KiB from run to run: {layer:.0} KiB for a layer, {fork:.0} KiB for a fork, {plain:.0} KiB for a snapshot over \
              the image.\n"
         ));
         text
