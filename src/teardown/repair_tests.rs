@@ -352,7 +352,7 @@ fn who_is_at_work_is_waited_for_to_the_deadline() {
         let found = repair_one(&stage.script, &DeviceId::from("v"), patience);
         assert_eq!(found, Ok(Some(Repair::InProgress)));
         let calls = stage.script.calls.take();
-        calls.iter().filter(|call| **call == Step::TestLock).count()
+        calls.iter().filter(|call| **call == Step::LockLoop).count()
     };
     let short = looks(&MAKER_RETRY);
     assert_eq!(looks(&Retry::ONCE), 1);
