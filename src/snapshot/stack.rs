@@ -69,7 +69,8 @@ impl StackOptions {
         self
     }
 
-    /// Sets for how long another process that has one of the files is waited for: it may be making the same layer.
+    /// Sets for how long another process that has one of the files is waited for, 5 seconds unless set: it may be making
+    /// the same layer.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.deadline = deadline;
         self
