@@ -2,10 +2,12 @@
 //! what a killed process left half-way.
 
 mod cleanup;
+mod interrupted;
 mod many;
 mod options;
 mod pool_mark;
 mod reap;
+mod rebuild;
 mod remove;
 mod repair;
 #[cfg(test)]
@@ -20,9 +22,9 @@ pub use options::{Teardown, WhenBusy};
 pub(crate) use pool_mark::forget_cow;
 pub(crate) use pool_mark::is_alive;
 pub use reap::{Fate, ReapOptions, Reaped};
+pub(crate) use rebuild::rebuilt;
 pub use remove::{Outcome, remove};
 pub(crate) use remove::{Subject, When, remove_subject};
-pub(crate) use repair::rebuilt;
 #[cfg(test)]
 pub(crate) use repair::repair_every;
 pub use repair::{Repair, RepairOptions, Repaired, repair, repair_all};

@@ -4,16 +4,20 @@
 //! the lock of an operation. V is a snapshot, B the layer that a checkpoint of it was making (the order of the calls:
 //! load B, load V, suspend V, resume B, resume V).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
+use super::interrupted::{
+    LAYER_RETRY, LayerStep, Plan, Seen, is_layer, layer_step, ours, plan, surroundings,
+};
+use super::rebuild::rebuild;
 use crate::backing::{Backing, probe_store};
-use crate::base::{DeviceId, DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, Sectors, loop_node};
+use crate::base::{DeviceId, DeviceUuid, Kind, MAPPER_DIR, loop_node};
 use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, patiently, resume};
-use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
+use crate::dm::Address;
 use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{self, at_work, is_finished};
-use crate::kernel::{DevId, Device, Host, MACHINE, MAPPER_CONTROL};
+use crate::kernel::{Host, MACHINE};
 use crate::store::{self, CHAIN_AT, Chain};
 
 /// A device that a repair found in the middle of an operation, and what was done.
@@ -59,9 +63,6 @@ pub enum Repair {
     /// The operation was finished.
     Finished,
 }
-
-/// How long to wait for a half-made layer, which a probe may have open for a moment.
-const LAYER_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
 /// Finishes or undoes an operation in the middle of which a process was killed, so that the guest's I/O goes on.
 ///
@@ -186,180 +187,6 @@ pub(crate) fn repair_every<H: Host>(host: &H, patience: &Retry) -> Result<Vec<Re
     Ok(repaired)
 }
 
-/// The two devices in a snapshot's table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Table {
-    origin: DeviceNumber,
-    cow: DeviceNumber,
-}
-
-/// A device's state: its live table and its inactive one.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Seen {
-    device: Device,
-    uuid: DeviceUuid,
-    live: Option<Table>,
-    inactive: Option<Table>,
-    /// True if the live table's status is invalid: a layer has lost its exceptions then.
-    invalid: bool,
-    /// True if one of its tables is that of a layer that is being rebuilt: it fails all I/O.
-    parked: bool,
-}
-
-impl Seen {
-    /// True if one of its tables is no snapshot's: then a repair leaves it alone.
-    fn is_strange(&self) -> bool {
-        self.device.live_table != self.live.is_some()
-            || self.device.inactive_table != self.inactive.is_some()
-    }
-
-    /// True if this layer has got the exceptions. After a refused resume it has a live table too, but is suspended.
-    fn has_taken_over(&self) -> bool {
-        self.live.is_some() && !self.device.suspended && !self.parked
-    }
-
-    /// True if this layer never got the exceptions, or has lost them.
-    fn is_dead(&self) -> bool {
-        !self.is_strange() && (self.live.is_none() || self.invalid || self.parked)
-    }
-
-    /// True if the layer was being made from this snapshot: only then do the two have the same origin and COW device.
-    fn is_made_into(&self, layer: &Self) -> bool {
-        let of_layer = layer.live.or(layer.inactive);
-        !is_layer(self) && of_layer.is_some() && self.live == of_layer
-    }
-
-    /// Returns the node of the loop device that an operation locks.
-    fn lock_node(&self) -> Option<PathBuf> {
-        let cow = self.live?.cow;
-        (cow.major() == 7).then(|| loop_node(cow.minor()))
-    }
-}
-
-/// Reads all of dmsnap's devices; those that go away meanwhile are left out.
-fn ours<H: Host>(host: &H) -> Result<Vec<(String, Result<Seen>)>> {
-    let control = Path::new(MAPPER_CONTROL);
-    ask(Step::OpenMapper, control, || host.open_mapper())?;
-    let mut devices = ask(Step::List, control, || host.list())?;
-    devices.sort_by(|one, other| one.name.cmp(&other.name));
-    let mut all = Vec::new();
-    for device in devices {
-        // The list of Linux 5.10 has no uuids.
-        let uuid = match &device.uuid {
-            Some(uuid) => uuid.clone(),
-            None => {
-                let path = Path::new(MAPPER_DIR).join(&device.name);
-                let query = || host.query(Address::Name(&device.name));
-                match absent(ask(Step::Query, &path, query))? {
-                    Some(found) => found.uuid,
-                    None => continue,
-                }
-            }
-        };
-        let Ok(uuid) = DeviceUuid::new(uuid) else {
-            continue;
-        };
-        if let Some(seen) = absent(see(host, &uuid, &device.name)).transpose() {
-            all.push((device.name, seen));
-        }
-    }
-    Ok(all)
-}
-
-fn see<H: Host>(host: &H, uuid: &DeviceUuid, name: &str) -> Result<Seen> {
-    let path = Path::new(MAPPER_DIR).join(name);
-    let query = || host.query(Address::Uuid(uuid.as_str()));
-    let device = ask(Step::Query, &path, query)?;
-    let mut parked = false;
-    let mut slot = |inactive| {
-        let table = || host.table(DevId::Uuid(uuid), inactive);
-        let Some((kind, params)) = ask(Step::Status, &path, table)? else {
-            return Ok(None);
-        };
-        let held = match uuid.kind() == Kind::Layer && kind == "error" {
-            true => ask(Step::Status, &path, || host.parked(uuid, inactive))?,
-            false => None,
-        };
-        parked |= held.is_some();
-        let devices = SnapshotParams::devices(&kind, &params).or(held);
-        Ok::<_, Error>(devices.map(|[origin, cow]| Table { origin, cow }))
-    };
-    let invalid = match device.live_table && uuid.kind() == Kind::Layer {
-        true => ask(Step::Status, &path, || host.status(uuid))?
-            .is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)),
-        false => false,
-    };
-    let live = match device.live_table {
-        true => slot(false)?,
-        false => None,
-    };
-    let inactive = match device.inactive_table {
-        true => slot(true)?,
-        false => None,
-    };
-    Ok(Seen {
-        live,
-        inactive,
-        invalid,
-        parked,
-        uuid: uuid.clone(),
-        device,
-    })
-}
-
-/// What a snapshot's repair has to do.
-#[derive(Debug, PartialEq, Eq)]
-enum Plan<'a> {
-    /// Drop its inactive table, remove the half-made layer, resume it, in this order: the layer is busy while the table
-    /// holds it, and a snapshot is not resumed while a layer waits for its exceptions.
-    Back {
-        clear: bool,
-        layer: Option<&'a Seen>,
-        resume: bool,
-    },
-    /// The layer has the exceptions: resume the snapshot over it.
-    Forward(&'a Seen),
-    /// The snapshot stands on a layer that has no exceptions: have the layer read them from its COW file.
-    Rebuild(&'a Seen),
-    Irreparable(&'static str),
-}
-
-fn is_layer(seen: &Seen) -> bool {
-    seen.uuid.kind() == Kind::Layer
-}
-
-fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> {
-    let live = snapshot.live.filter(|_| !snapshot.is_strange())?;
-    let suspended = snapshot.device.suspended;
-    let next = snapshot.inactive.map(|table| table.origin);
-    let below = layers.iter().find(|seen| seen.device.number == live.origin);
-    if let Some(layer) = below.filter(|layer| layer.is_dead()) {
-        return Some(Plan::Rebuild(layer));
-    }
-    let layer = layers.iter().find(|layer| snapshot.is_made_into(layer));
-    match layer {
-        Some(layer) if layer.has_taken_over() => Some(match next {
-            Some(origin) if origin == layer.device.number => Plan::Forward(layer),
-            _ => Plan::Irreparable("the table that it was to go on with is gone"),
-        }),
-        Some(layer) => Some(Plan::Back {
-            clear: next.is_some(),
-            layer: Some(layer),
-            resume: suspended,
-        }),
-        // It was a rollback, or the snapshot has another table of its own.
-        None => match next {
-            Some(origin) if origin != live.origin => None,
-            _ if next.is_none() && !suspended => None,
-            _ => Some(Plan::Back {
-                clear: next.is_some(),
-                layer: None,
-                resume: suspended,
-            }),
-        },
-    }
-}
-
 /// Repairs a snapshot, with its lock held.
 fn mend<H: Host>(host: &H, uuid: &DeviceUuid, patience: &Retry) -> Result<Option<Repair>> {
     let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
@@ -436,106 +263,6 @@ fn mend<H: Host>(host: &H, uuid: &DeviceUuid, patience: &Retry) -> Result<Option
     }
 }
 
-/// Rebuilds the layer that the snapshot stands on, if somebody resumed the snapshot before the layer had the exceptions:
-/// then reads of the snapshot fail, and the layer's COW file has all the data. The caller has the snapshot's lock.
-/// Returns true if the layer was rebuilt.
-pub(crate) fn rebuilt<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<bool> {
-    let Some((snapshot, layers)) = surroundings(host, uuid, is_layer)? else {
-        return Ok(false);
-    };
-    match plan(&snapshot, &layers) {
-        Some(Plan::Rebuild(layer)) => rebuild(host, &snapshot, layer).map(|()| true),
-        _ => Ok(false),
-    }
-}
-
-/// Has a layer read its exceptions from its COW file, under the snapshot that stands on it, which is suspended meanwhile.
-///
-/// A table that is loaded beside one of the same COW file waits for that one's exceptions, so the layer's tables have to
-/// go before; and with its last user a loop device loses its file. So another table takes their place for the moment,
-/// which fails all I/O and holds both devices. From it the next repair knows what the layer is made of.
-fn rebuild<H: Host>(host: &H, snapshot: &Seen, layer: &Seen) -> Result<()> {
-    let irreparable = |why| Refusal::Irreparable {
-        name: snapshot.device.name.clone(),
-        why,
-    };
-    let path = |seen: &Seen| Path::new(MAPPER_DIR).join(&seen.device.name);
-    let (upper, lower) = (path(snapshot), path(layer));
-    let table = layer.live.or(layer.inactive);
-    let Table { origin, cow } =
-        table.ok_or_else(|| irreparable("the layer that it stands on has no table"))?;
-    // The checkpoint gave both tables the same store, chunk size and way with discards.
-    let above = || host.table(DevId::Uuid(&snapshot.uuid), false);
-    let above = ask(Step::Status, &upper, above)?;
-    let params = match above.map(|(kind, text)| Target::parse(&kind, &text)) {
-        Some(Ok(Target::Snapshot(params))) => SnapshotParams {
-            origin,
-            cow,
-            ..params
-        },
-        _ => return Err(irreparable("its own table cannot be read").into()),
-    };
-    let own = ask(Step::Status, &upper, || host.status(&snapshot.uuid))?;
-    if own.is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)) {
-        let why = "a write failed while the layer that it stands on could not be read";
-        return Err(irreparable(why).into());
-    }
-    let identity = layer.uuid.origin();
-    let identity = identity.ok_or_else(|| irreparable("its image is not known"))?;
-    let length = Sectors::from_bytes_floor(identity.size_bytes);
-
-    if !snapshot.device.suspended {
-        // The flush would wait for I/O that a suspended layer holds back.
-        if layer.device.suspended && layer.live.is_some() {
-            resume(host, &layer.uuid, &lower)?;
-        }
-        ask_unobserved(Step::Suspend, &upper, || host.suspend(&snapshot.uuid))?;
-    }
-    ask_unobserved(Step::Load, &lower, || {
-        host.park(&layer.uuid, length, [origin, cow])
-    })?;
-    let swap = || -> Result<()> {
-        if layer.live.is_some() {
-            ask_unobserved(Step::Suspend, &lower, || host.suspend(&layer.uuid))?;
-        }
-        resume(host, &layer.uuid, &lower)
-    };
-    if layer.live.is_some() {
-        swap()?;
-    }
-    let line = TargetLine {
-        start: Sectors::default(),
-        length,
-        target: Target::Snapshot(params),
-    };
-    let loaded = patiently(host, &LAYER_RETRY, Verdict::Exhausted, || {
-        ask_unobserved(Step::Load, &lower, || host.load(&layer.uuid, &line))
-    });
-    loaded?;
-    swap()?;
-    resume(host, &snapshot.uuid, &upper)
-}
-
-/// Reads the device as it is now, and the others for which `which` is true; `None` if it is gone.
-fn surroundings<H: Host>(
-    host: &H,
-    uuid: &DeviceUuid,
-    which: impl Fn(&Seen) -> bool,
-) -> Result<Option<(Seen, Vec<Seen>)>> {
-    let mut wanted = None;
-    let mut others = Vec::new();
-    for (_, seen) in ours(host)? {
-        // If one of them cannot be read, nothing can be decided.
-        let seen = seen?;
-        match seen.uuid == *uuid {
-            true => wanted = Some(seen),
-            false if which(&seen) => others.push(seen),
-            false => (),
-        }
-    }
-    Ok(wanted.map(|wanted| (wanted, others)))
-}
-
 /// True if the process that makes the layer is alive: it has locked the next COW file's loop device too, which the
 /// layer's uuid names.
 fn made_by_the_living<H: Host>(
@@ -596,33 +323,6 @@ fn mend_layer<H: Host>(host: &H, uuid: &DeviceUuid, patience: &Retry) -> Result<
         }
         _ => Ok(None),
     }
-}
-
-/// What a layer's repair has to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum LayerStep {
-    /// Remove it: it was never finished, and no snapshot uses it.
-    Remove,
-    /// Resume it: it is complete, and suspended.
-    Resume,
-    /// Finish it: a snapshot uses it, and the process that made it did not come to the end.
-    Finish,
-}
-
-fn layer_step<H: Host>(host: &H, uuid: &DeviceUuid) -> Result<Option<(Seen, LayerStep)>> {
-    let Some((layer, others)) = surroundings(host, uuid, |seen| seen.uuid.kind() != Kind::Layer)?
-    else {
-        return Ok(None);
-    };
-    let is_used = layer.device.open_count > 0;
-    let half_made = others.iter().any(|snapshot| snapshot.is_made_into(&layer));
-    let step = match () {
-        () if layer.is_strange() || half_made => None,
-        () if layer.is_dead() => (!is_used).then_some(LayerStep::Remove),
-        () if layer.device.suspended => Some(LayerStep::Resume),
-        () => (is_used && !is_finished(host, &layer.device)).then_some(LayerStep::Finish),
-    };
-    Ok(step.map(|step| (layer, step)))
 }
 
 /// Does what a checkpoint does after its pause: a layer that is to be kept gets its alias, and of another one the kernel
