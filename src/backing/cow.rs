@@ -30,7 +30,8 @@ impl<F> Cow<'_, F> {
         self.grows_to.unwrap_or(self.backing.facts.size_bytes)
     }
 
-    /// Makes the file as long as it is to be, behind its loop device and a table that is loaded.
+    /// Makes the file as long as it is to be, behind its loop device and a table that is loaded. Nobody else knows of it
+    /// yet, so it can be sized as it was made: without space for its last byte, which not every file system sets aside.
     pub(crate) fn lengthen<H: Host<File = F>>(
         &self,
         host: &H,
@@ -40,7 +41,7 @@ impl<F> Cow<'_, F> {
             return Ok(());
         };
         ask(Step::SizeFile, self.backing.path, || {
-            host.lengthen_file(&self.backing.file, bytes, false)
+            host.size_file(&self.backing.file, bytes, false)
         })?;
         ask(Step::ResizeLoop, &device.path, || {
             host.resize_loop(&device.device)

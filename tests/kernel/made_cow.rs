@@ -7,7 +7,8 @@ use std::path::Path;
 use dmsnap::error::Refusal;
 use dmsnap::{CowSize, Error, ErrorKind, SnapshotOptions};
 
-use crate::common::Scene;
+use crate::common::fixtures::Mounted;
+use crate::common::{Scene, chain, run};
 
 fn options(replace: bool) -> SnapshotOptions {
     let mut options = SnapshotOptions::new();
@@ -30,6 +31,41 @@ fn a_made_cow_file_is_private_sparse_and_new() {
     let again = options(false).create(scene.image(), &cow, &scene.name());
     let error = again.expect_err("it is there");
     assert_eq!(error.kind(), ErrorKind::Conflict, "{error}");
+}
+
+/// Such a file gets its length in two steps; neither may ask for more than the file system has.
+#[test]
+fn a_large_cow_file_is_made_where_no_space_can_be_set_aside_and_takes_none() {
+    let scene = Scene::new();
+    let name = scene.name();
+    let bytes = 80 << 20;
+    let large = || {
+        let mut options = SnapshotOptions::new();
+        options.make_cow(CowSize::Bytes(bytes));
+        options
+    };
+    let mounted = Mounted::mount(["-t", "ramfs", "none"], &scene.path("ram"));
+    let on_ramfs = mounted.at().join("cow");
+    let sparse = scene.path("large.cow");
+    for cow in [&on_ramfs, &sparse] {
+        let snapshot = large().create(scene.image(), cow, &name);
+        let snapshot =
+            snapshot.unwrap_or_else(|error| panic!("{}: {}", cow.display(), chain(&error)));
+        let made = fs::metadata(cow).expect("it is made");
+        assert_eq!(made.len(), bytes, "{}", cow.display());
+        let status = run!("dmsetup", "status", &name);
+        let room = format!("/{} ", bytes / 512);
+        assert!(status.contains(&room), "all of it is the disk's: {status}");
+        if cow == &sparse {
+            assert!(made.blocks() * 512 < 64 << 10, "{} blocks", made.blocks());
+            // Its end is a hole, too.
+            let file = fs::File::open(cow).expect("it is there");
+            let data = nix::unistd::lseek(&file, 64 << 20, nix::unistd::Whence::SeekData);
+            assert_eq!(data, Err(nix::errno::Errno::ENXIO));
+        }
+        snapshot.cleanup().expect("nobody has it open");
+    }
+    drop(mounted);
 }
 
 #[test]
