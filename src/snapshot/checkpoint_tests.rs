@@ -192,6 +192,17 @@ fn a_layer_that_was_to_be_kept_is_kept_by_the_repair_too() {
     dies_and_is_repaired(true);
 }
 
+/// One repair does all there is to do after a death at that call, and a second one finds nothing.
+fn repaired_for_good(script: &Script, index: usize) {
+    script.restart(never);
+    for item in repair_every(script, &MAKER_RETRY).expect("it can be asked") {
+        assert!(item.outcome.is_ok(), "call {index}: {item:?}");
+    }
+    script.restart(never);
+    let again = repair_every(script, &MAKER_RETRY).expect("it can be asked");
+    assert!(again.is_empty(), "call {index}: {again:?}");
+}
+
 fn dies_and_is_repaired(keep: bool) {
     let calls = {
         let (script, _) = machine();
@@ -204,13 +215,7 @@ fn dies_and_is_repaired(keep: bool) {
         let (before, _) = writes_to(&script);
         script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
         let _ = freeze_as(&script, keep).map(drop);
-        script.restart(never);
-        for item in repair_every(&script, &MAKER_RETRY).expect("it can be asked") {
-            assert!(item.outcome.is_ok(), "call {index}: {item:?}");
-        }
-        script.restart(never);
-        let again = repair_every(&script, &MAKER_RETRY).expect("it can be asked");
-        assert!(again.is_empty(), "call {index}: {again:?}");
+        repaired_for_good(&script, index);
         let (cow, waits) = writes_to(&script);
         assert!(!waits, "the guest waits after call {index}");
         let layer = script.query(Address::Name("noon"));
@@ -346,13 +351,7 @@ fn whichever_call_a_rollback_dies_at_one_repair_ends_it() {
         let (script, handles) = frozen_machine();
         script.restart(move |_, nth| (nth > index).then_some(Errno::EIO));
         let _ = go_back(&script).map(drop);
-        script.restart(never);
-        for item in repair_every(&script, &MAKER_RETRY).expect("it can be asked") {
-            assert!(item.outcome.is_ok(), "call {index}: {item:?}");
-        }
-        script.restart(never);
-        let again = repair_every(&script, &MAKER_RETRY).expect("it can be asked");
-        assert!(again.is_empty(), "call {index}: {again:?}");
+        repaired_for_good(&script, index);
         let (_, waits) = writes_to(&script);
         assert!(!waits, "it waits after call {index}");
         let device = script.query(Address::Name("vm")).expect("it is there");

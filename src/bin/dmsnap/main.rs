@@ -256,11 +256,21 @@ fn status(name: &str, json: bool) -> Result<(), Failure> {
 }
 
 fn list(json: bool) -> Result<(), Failure> {
-    let mut readable: Vec<SnapshotInfo> = Vec::new();
-    let mut unreadable = 0;
-    for snapshot in dmsnap::list()? {
-        match snapshot {
-            Ok(info) => readable.push(info),
+    print_readable(dmsnap::list()?, json, |readable| {
+        output::table(&readable.iter().collect::<Vec<_>>())
+    })
+}
+
+/// Prints what could be read; notes the rest, and fails if there is any.
+fn print_readable<T: serde::Serialize>(
+    found: Vec<dmsnap::Result<T>>,
+    json: bool,
+    text: impl FnOnce(&[T]) -> String,
+) -> Result<(), Failure> {
+    let (mut readable, mut unreadable) = (Vec::new(), 0);
+    for each in found {
+        match each {
+            Ok(each) => readable.push(each),
             Err(error) => {
                 output::note(error.one_line());
                 unreadable += 1;
@@ -270,12 +280,12 @@ fn list(json: bool) -> Result<(), Failure> {
     if json {
         print_json(&readable)?;
     } else {
-        print(output::table(&readable.iter().collect::<Vec<_>>()))?;
+        print(text(&readable))?;
     }
-    if unreadable > 0 {
-        return Err(Failure::Unreadable(unreadable));
+    match unreadable {
+        0 => Ok(()),
+        some => Err(Failure::Unreadable(some)),
     }
-    Ok(())
 }
 
 fn reap(options: &Reap) -> Result<(), Failure> {

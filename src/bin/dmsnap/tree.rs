@@ -4,34 +4,18 @@ use std::fmt::Write as _;
 
 use dmsnap::find::{SnapshotInfo, Standing, TreeNode};
 
-use crate::{Failure, output, print, print_json};
+use crate::{Failure, output, print_readable};
 
 pub(crate) fn tree(name: Option<&str>, json: bool) -> Result<(), Failure> {
     let found = match name {
         Some(name) => vec![Ok(dmsnap::find::tree_of(name)?)],
         None => dmsnap::find::tree()?,
     };
-    let (mut readable, mut unreadable) = (Vec::new(), 0);
-    for node in found {
-        match node {
-            Ok(node) => readable.push(node),
-            Err(error) => {
-                output::note(error.one_line());
-                unreadable += 1;
-            }
-        }
-    }
-    if json {
-        print_json(&readable)?;
-    } else {
+    print_readable(found, json, |readable| {
         let mut text = String::new();
         readable.iter().for_each(|node| lines(node, 0, &mut text));
-        print(text)?;
-    }
-    match unreadable {
-        0 => Ok(()),
-        some => Err(Failure::Unreadable(some)),
-    }
+        text
+    })
 }
 
 /// A line for the node, and below it those of what stands on it.
