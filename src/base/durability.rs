@@ -23,11 +23,11 @@ pub enum Durability {
     ThrowAway,
     /// Writes outlive the death of any process, also by SIGKILL, and the removal of the dm device, but **not a power
     /// cut or a crash of the host's kernel**: the COW file may then lack what the guest was told is written. The store
-    /// is a persistent one, [`Persistent`](crate::Store::Persistent) unless one is named. Its own commits still flush the COW file, two flushes for each instead of three with the
-    /// guest's.
+    /// is a persistent one, [`Persistent`](crate::Store::Persistent) unless one is named. Its own commits still flush the
+    /// COW file, two flushes for each instead of three with the guest's.
     Processes,
-    /// The default of a snapshot. Writes that the guest has flushed outlive a power cut too, if the COW file's file system and its disk do. The
-    /// store may be of any kind; a [`Transient`](crate::Store::Transient) one still goes with the dm device.
+    /// The default of a snapshot. Writes that the guest has flushed outlive a power cut too, if the COW file's file
+    /// system and its disk do. The store may be of any kind; a [`Transient`](crate::Store::Transient) one still goes with the dm device.
     #[default]
     PowerCuts,
 }

@@ -7,8 +7,8 @@ use super::{DeviceName, DeviceNumber, DeviceUuid, OriginIdentity};
 /// All that is needed to find a snapshot again and to take it down, from any process and at any later time. Store them
 /// in your database, and the COW file's path beside them, which they do not have.
 ///
-/// Any field may be empty, for example if your database never had it (`Handles::default()` has none; set those you know); [`cleanup`](crate::cleanup()) then takes down
-/// what is named. The fields that identify something (`uuid`, and the loop devices' `backing` and `diskseq`) are
+/// Any field may be empty, for example if your database never had it (`Handles::default()` has none; set those you
+/// know); [`cleanup`](crate::cleanup()) then takes down what is named. The fields that identify something (`uuid`, and the loop devices' `backing` and `diskseq`) are
 /// compared with the kernel before anything is removed: a handle from before a reboot, or a loop device that has
 /// another file by now, counts as already gone. Handles without those fields are not checked: whatever has the name or
 /// number is taken down.

@@ -7,7 +7,7 @@ use super::{Refusal, Verdict};
 /// | kind | what a control plane does |
 /// | --- | --- |
 /// | BadRequest | mend the call: the same one never succeeds |
-/// | Conflict | another name, another COW file, or the other snapshot taken down first; the same call once more only when what stands in the way is gone |
+/// | Conflict | another name, another COW file, or the other snapshot taken down first |
 /// | Busy | wait and ask again: somebody has the device open |
 /// | Gone | nothing, in a teardown; make it, in a create |
 /// | Exhausted | free memory, space, descriptors or devices; grow the COW file |

@@ -106,8 +106,8 @@ pub struct PoolStatus {
 /// [`reap`](crate::ReapOptions::reap) does.
 ///
 /// What was claimed is the pool's no more, but a snapshot like any other: a `reap` takes it down while nobody has it open,
-/// unless its `keep` is true for the name. So write the name to your database before the claim. It can be grown and
-/// exported; it cannot be checkpointed or rolled back, as its dm device is to go back to a pool.
+/// unless its `keep` is true for the name. So write the name to your database before the claim. It can be grown, and
+/// exported unless it is thrown away; it cannot be checkpointed or rolled back, as its dm device is to go back to a pool.
 ///
 /// Threads may share a pool. Dropping it does what [`drain`](Self::drain) does, but hides its errors: all that was not
 /// claimed is taken down, and claimed snapshots stay.
@@ -188,9 +188,9 @@ impl Pool {
     /// # Errors
     ///
     /// [`Refusal::NothingToKeep`](crate::error::Refusal::NothingToKeep) if the COW file is to stay and its store is a
-    /// transient one; [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) if somebody still has the disk open at the
-    /// deadline: it stays as it is, and claimed. [`Error::Debris`] lists what remains after another failure. What fails in the
-    /// thread is in [`PoolStatus::recycle_error`].
+    /// transient one; [`Error::Failed`] of kind [`Busy`](crate::ErrorKind::Busy) if somebody still has the disk open at
+    /// the deadline: it stays as it is, and claimed. [`Error::Debris`] lists what remains after another failure. What
+    /// fails in the thread is in [`PoolStatus::recycle_error`].
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let (host, site) = (&MACHINE, self.shared.site());
         let to = self.shared.reserve()?;

@@ -118,8 +118,8 @@ impl PoolOptions {
     /// # Errors
     ///
     /// [`Refusal::StoreOfDurability`](crate::error::Refusal::StoreOfDurability) for a store that does not have the
-    /// durability. [`Error::Failed`] if device-mapper or loop devices are not available, or a thread cannot be started. A failure
-    /// to make snapshots ready is in [`Pool::status`].
+    /// durability. [`Error::Failed`] if device-mapper or loop devices are not available, or a thread cannot be started.
+    /// A failure to make snapshots ready is in [`Pool::status`].
     pub fn open(&self, origin: &Origin, directory: impl AsRef<Path>) -> Result<Pool> {
         let host = &MACHINE;
         let options = self.made_with()?;

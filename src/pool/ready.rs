@@ -60,8 +60,8 @@ pub(crate) fn made_at(dir: &Path, path: &Path) -> Option<PathBuf> {
     (moved_to(&made) == path).then_some(made)
 }
 
-/// Makes a snapshot ready but for [`settle`], on a new dm device of the name `name` or on a spare one, which is asked for when the COW
-/// file is there.
+/// Makes a snapshot ready but for [`settle`], on a new dm device of the name `name` or on a spare one, which is asked for
+/// when the COW file is there.
 ///
 /// Until the device uses it, the COW file's name begins with `dmsnap-pool-`, and a later pool deletes it if this
 /// process dies. Then it gets its final name, which the caller can keep; while the device is unclaimed, a sweep finds

@@ -45,8 +45,8 @@ pub(crate) struct LiveDevice<L> {
     _lock: Attached<L>,
 }
 
-/// Attaches the COW file, loads the snapshot's table and resumes it; [`settle`] is still to come. `handles` names at any moment what there is to
-/// undo.
+/// Attaches the COW file, loads the snapshot's table and resumes it; [`settle`] is still to come. `handles` names at any
+/// moment what there is to undo.
 pub(crate) fn build<H: Host>(
     host: &H,
     options: &SnapshotOptions,

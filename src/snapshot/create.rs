@@ -170,7 +170,6 @@ pub(crate) fn prepare<'a, H: Host>(
     let take = || Ok(base.content());
     let evidence = base.evidence(&take, options.cow.digest);
     let cow = open_cow(host, cow, &image, evidence, &options.cow)?;
-
     Ok((cow, handles))
 }
 

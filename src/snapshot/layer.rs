@@ -61,8 +61,8 @@ impl Layer {
         &self.origin
     }
 
-    /// What to keep of it. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any more: neither a
-    /// snapshot nor a value of this type. So clone them, drop the value, and clean up the disks over it first.
+    /// What to keep of it. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any more:
+    /// neither a snapshot nor a value of this type. So clone them, drop the value, and clean up the disks over it first.
     #[must_use]
     pub fn handles(&self) -> &Handles {
         &self.handles

@@ -209,8 +209,8 @@ impl SnapshotOptions {
     /// chunks by it, at 8 bytes a chunk, when the snapshot is made, and never again. Unless set, 64 MiB, which takes 128 KiB
     /// with chunks of 8 sectors; a worst-case COW file over 1 GiB took 2 MiB of kernel memory, whatever was written.
     ///
-    /// More may change, up to the COW file's size; lookups in the table then take longer
-    /// ([figures](crate::guide::figures)). A file whose space is set aside ([`reserve`](Self::reserve)), and one that is
+    /// More may change, up to the COW file's size: the guide has the time that six times as much took
+    /// ([choosing](crate::guide::choosing#chunk-size)). A file whose space is set aside ([`reserve`](Self::reserve)), and one that is
     /// there, have the table of their whole size.
     pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
         self.cow.expected = Some(expected);
