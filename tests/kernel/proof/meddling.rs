@@ -57,10 +57,11 @@ impl<'a> Stage<'a> {
 
     fn arguments<'b>(&'b self, layer: &'b str, next: &'b Path) -> Vec<&'b str> {
         let next = next.to_str().expect("ASCII");
-        let made = ["checkpoint", "--make-cow", "1M", "--deadline", "50ms"];
+        let made = ["checkpoint", "--make-cow", "1M"];
         [&made[..], &[self.world.victim(), layer, next]].concat()
     }
 
+    /// Whoever holds it up for a moment, as a probe does, is waited for.
     fn checkpoint(&self) -> Vec<&str> {
         self.arguments(&self.layer, &self.next)
     }
@@ -83,7 +84,9 @@ impl<'a> Stage<'a> {
                 dmsetup("remove", &self.layer)
             }
             Other::Checkpoint => {
-                let arguments = self.arguments(&self.others_layer, &self.others_next);
+                let mut arguments = self.arguments(&self.others_layer, &self.others_next);
+                // The other one stands still, and has the lock.
+                arguments.extend(["--deadline", "50ms"]);
                 world.dmsnap(&arguments).status.success()
             }
             Other::Export => {
