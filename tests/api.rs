@@ -21,6 +21,8 @@ mod made_store;
 mod memory;
 #[path = "api/messages.rs"]
 mod messages;
+#[path = "api/obstacles.rs"]
+mod obstacles;
 #[path = "api/rooms.rs"]
 mod rooms;
 #[path = "api/store.rs"]
