@@ -10,6 +10,8 @@ use crate::base::{
 use crate::store::StoreFault;
 
 /// Why a request was turned down before any loop or dm device was touched.
+///
+/// Match a variant's fields with `..`: more may come.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {

@@ -24,6 +24,12 @@ pub(crate) fn variant(value: &impl std::fmt::Debug) -> String {
     text[..end.unwrap_or(text.len())].to_owned()
 }
 
+fn invalid_name(name: &str, fault: NameFault) -> Refusal {
+    let mut invalid = DeviceName::new("").expect_err("it is empty");
+    (invalid.name, invalid.fault) = (name.to_owned(), fault);
+    Refusal::Name(invalid)
+}
+
 /// Every refusal, with what a user reads.
 fn refusals() -> Vec<(Refusal, &'static str)> {
     let image = || Path::new("/images/base.ext4").to_owned();
@@ -45,10 +51,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"cannot name a device "a\nb": it has the character '\n' (allowed: 0-9 A-Z a-z # + - . : = @ _)"#,
         ),
         (
-            Refusal::Name(InvalidName {
-                name: "n...".to_owned(),
-                fault: NameFault::TooLong { bytes: 128 },
-            }),
+            invalid_name("n...", NameFault::TooLong { bytes: 128 }),
             r#"cannot name a device "n...": it has 128 bytes, the kernel keeps 127"#,
         ),
         (
@@ -174,10 +177,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
         ),
         (Refusal::PoolEmpty, "no device of the pool is ready"),
         (
-            Refusal::Name(InvalidName {
-                name: "dmsnap-pool-1".into(),
-                fault: NameFault::Pool,
-            }),
+            invalid_name("dmsnap-pool-1", NameFault::Pool),
             r#"cannot name a device "dmsnap-pool-1": names that begin with dmsnap-pool- are a pool's"#,
         ),
         (

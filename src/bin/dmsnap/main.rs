@@ -339,8 +339,7 @@ fn repair(options: &RepairOptions, names: &[String], json: bool) -> Result<(), F
 /// `None` when there was nothing to do.
 fn repair_one(options: &RepairOptions, name: &str) -> Option<Repaired> {
     let outcome = options.repair(name).transpose()?;
-    let name = name.to_owned();
-    Some(Repaired { name, outcome })
+    Some(Repaired::new(name, outcome))
 }
 
 fn outcome_text(outcome: Outcome) -> String {
