@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::OriginIdentity;
+use super::{LayerId, OriginIdentity};
 
 /// The length in bytes of the longest uuid: `DM_UUID_LEN` is 129 with its NUL.
 const UUID_MAX: usize = 128;
@@ -134,7 +134,14 @@ impl DeviceUuid {
             .unwrap_or(Kind::Own)
     }
 
-    /// Returns the layer's id, if the device is a layer.
+    /// Returns the layer's id, if the device is a layer: the one that its COW file's mark has
+    /// ([`StackPlace::id`](crate::store::StackPlace::id)).
+    #[must_use]
+    pub fn layer_id(&self) -> Option<LayerId> {
+        self.layer().and_then(LayerId::new)
+    }
+
+    /// Returns the layer's id as a number, if the device is a layer.
     pub(crate) fn layer(&self) -> Option<u128> {
         let digits = self.0.strip_prefix(Self::PREFIX)?.split('-').next()?;
         let id = u128::from_str_radix(digits, 16).ok()?;

@@ -44,6 +44,7 @@ fn play(name: &str) -> Result<(), Box<dyn Error>> {
         "lib_1" => include!("lib_1.rs")?,
         "checkpoint_1" => include!("checkpoint_1.rs")?,
         "checkpoint_2" => include!("checkpoint_2.rs")?,
+        "checkpoint_3" => include!("checkpoint_3.rs")?,
         "choosing_1" => include!("choosing_1.rs")?,
         "choosing_2" => include!("choosing_2.rs")?,
         "choosing_3" => include!("choosing_3.rs")?,
@@ -266,7 +267,12 @@ fn a_checkpoint_two_forks_and_the_stack_after_a_reboot() {
         success(dmsnap().args(["remove", name]));
     }
     host.scene.assert_clean();
-    host.play("checkpoint_2");
+    let (said, _) = host.play("checkpoint_2");
+    assert!(
+        said.contains("a layer's, with 0 below it: keep it"),
+        "{said}"
+    );
+    host.play("checkpoint_3");
     assert!(content(node) == afterwards, "the disk goes on");
     for name in ["vm-42", "vm-42-evening"] {
         success(dmsnap().args(["remove", name]));
