@@ -10,8 +10,8 @@ use crate::base::LayerId;
 pub struct StackPlace {
     /// True if the file is a layer's: a checkpoint made it one, and it is never written again. False if it is a disk's.
     pub frozen: bool,
-    /// The layer's id; `None` for a disk's file. A disk's file has one if a checkpoint of it was cut off: the id that the
-    /// layer was to have.
+    /// The layer's id; `None` for a disk's file. A disk's file has one if a checkpoint of it was cut off: the id that
+    /// the layer was to have.
     pub id: Option<LayerId>,
     /// The id of the layer that the file was made over; `None` for an image.
     pub parent: Option<LayerId>,
