@@ -64,6 +64,13 @@ impl CheckpointOptions {
         self
     }
 
+    /// Says how much the snapshot is expected to change from now on, where the new COW file is made, as
+    /// [`SnapshotOptions::expected_changes`](crate::SnapshotOptions::expected_changes) does.
+    pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
+        self.cow.expected = Some(expected);
+        self
+    }
+
     /// Has the new COW file's space set aside when it is made.
     pub fn reserve(&mut self, reserve: bool) -> &mut Self {
         self.cow.reserve = reserve;
