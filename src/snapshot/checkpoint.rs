@@ -65,6 +65,13 @@ impl CheckpointOptions {
         self
     }
 
+    /// Says how much the snapshot is expected to change from now on, where the new COW file is made, as
+    /// [`SnapshotOptions::expected_changes`](crate::SnapshotOptions::expected_changes) does.
+    pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
+        self.cow.expected = Some(expected);
+        self
+    }
+
     /// Sets whether the made COW file's space is allocated at once (`fallocate`), as
     /// [`SnapshotOptions::reserve`](crate::SnapshotOptions::reserve) does.
     pub fn reserve(&mut self, reserve: bool) -> &mut Self {

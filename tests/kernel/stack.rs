@@ -282,7 +282,9 @@ fn wrong_combinations(scene: &Scene, origin: &Origin, options: &StackOptions, co
     assert!(matches!(found, Refusal::CowInUse { .. }), "{found}");
     told(&found, three);
     drop(held);
-    assert!(!dm_names().iter().any(|each| each.starts_with(&name)));
+    // The kernel takes a layer down behind its last user, in a worker of its own.
+    let is_left = || dm_names().iter().any(|each| each.starts_with(&name));
+    assert!(eventually(SOON, || !is_left()), "{:?}", dm_names());
 }
 
 /// Disks that share layers are put together at the same moment: each layer is there once.

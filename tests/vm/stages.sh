@@ -87,11 +87,12 @@ fuzz_replay() {
 
 command_test() {
     # Those that take longest come first, so that none of them is the last to end. Both builds pass everything: the
-    # default one on three kernels and beside udevd, the slim one on the fourth.
+    # slim one on one kernel, the default one beside udevd, and on three kernels, which share what is the same on each.
     local kernels="latest 5.10 6.12+udev 6.1 6.12+slim" kernel begin line
     while (($# > 0)); do
         case $1 in
             --kernels) option_value "$@"; kernels=$2; shift 2 ;;
+            --whole) test_whole=1; shift ;;
             --jobs) option_value "$@"; test_jobs=$2; shift 2 ;;
             *) usage_error "test: unknown argument $1" ;;
         esac
@@ -99,8 +100,8 @@ command_test() {
     [[ -n ${kernels// /} ]] || usage_error "test: --kernels names none"
     guest_fio=1
     for kernel in $kernels; do
-        known_kernel "${kernel%+*}"
-        [[ $kernel != *+udev ]] || guest_udev=1
+        known_kernel "${kernel%%+*}"
+        [[ $kernel != *+udev* ]] || guest_udev=1
     done
     begin=$(now_ms)
     host_guest
@@ -135,6 +136,8 @@ command_test() {
         cargo test --no-default-features --features "$(slim_features)" --locked || true
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
     stage "build for arm64, Rust $(rust_version)" build_arm64 || true
+    [[ " $kernels " != *" 5.10 "* || " $kernels " != *" latest "* ]] ||
+        stage "layers carried from 5.10 to the newest" carry 5.10 latest || true
     kernel_tests
 
     printf '\n== report, %s s in all\n' "$(seconds $(($(now_ms) - begin)))"
@@ -153,12 +156,27 @@ declare -A job_spec=() job_part=() job_begin=()
 # What is still to be started, as "SPEC PART".
 job_queue=()
 
-# kernel_tests_queue SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
+# Whether every kernel passes everything, and which share of what it does not have to pass alone each SPEC has.
+test_whole=0
+declare -A test_share=()
+
+# kernel_tests_share SPEC...: those of the default build, without udevd, share.
+kernel_tests_share() {
+    local spec sharing=()
+    for spec in "$@"; do
+        [[ $spec == *+* || $spec == arm64 ]] || sharing+=("$spec")
+    done
+    for spec in "${!sharing[@]}"; do
+        test_share[${sharing[spec]}]=$((spec + 1))/${#sharing[@]}
+    done
+}
+
+# kernel_tests_queue SPEC...: a SPEC is a kernel, with "+udev", "+slim" or both in this order behind it, or neither.
 kernel_tests_queue() {
     local spec kernel part ready=()
     wait "$test_fetch" || true
     for spec in "$@"; do
-        kernel=${spec%+*}
+        kernel=${spec%%+*}
         if ! "$here/run" fetch "$kernel"; then
             stage_failures=$((stage_failures + 1))
             stage_report+=("FAILED            kernel $spec: cannot be had")
@@ -166,6 +184,7 @@ kernel_tests_queue() {
         fi
         ready+=("$spec")
     done
+    ((test_whole)) || kernel_tests_share "${ready[@]}"
     # In halves, so that no core waits long for another at the end: the longer one comes first.
     for part in rest proof; do
         for spec in "${ready[@]}"; do
@@ -194,17 +213,18 @@ kernel_tests() {
 
 # kernel_tests_begin SPEC PART: PART is "proof" or "rest".
 kernel_tests_begin() {
-    local spec=$1 part=$2 kernel=${1%+*} filter=()
+    local spec=$1 part=$2 kernel=${1%%+*} filter=()
     local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$spec")")
     [[ $kernel == arm64 ]] || options+=(--vmm --fio)
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
-    if [[ $spec == *+udev ]]; then
+    if [[ $spec == *+udev* ]]; then
         options+=(--udev)
         variables+=(DMSNAP_TEST_UDEV=1)
         # Arguments, what is in COW files, VMs, what the kernel does, and examples of calls that others make beside udevd:
         # it has no part in any of them.
         filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip documented:: --skip facts:: --skip made_cow:: --skip sizes:: --skip stores:: --skip vmm::)
     fi
+    [[ -z ${test_share[$spec]:-} ]] || filter+=("--share=${test_share[$spec]}")
     case $part in
         proof) filter+=(proof::) ;;
         rest) filter+=(--skip proof::) ;;
@@ -243,10 +263,31 @@ kernel_tests_end() {
         stage_failures=$((stage_failures + 1))
     fi
     stage_report+=("$(printf '%-6s %7s s  kernel %s (%s), %s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
-        "$spec" "$(kernel_release "${spec%+*}")" "$part" "$passed" "$failed" "$ignored")")
+        "$spec" "$(kernel_release "${spec%%+*}")" "$part" "$passed" "$failed" "$ignored")")
     while read -r line; do
         stage_report+=("                     $line")
     done < <(slowest_tests "$log")
+}
+
+# carry FROM TO: a stack of layers moves from a guest of one kernel to a guest of another, by copied files alone.
+carry() {
+    local packed=$target_dir/vm/carry file files=()
+    rm -rf "$packed"
+    "$here/run" exec --kernel "$1" --file "$here/carry/pack" --out "$packed" -- sh ./pack || return 1
+    for file in "$packed"/*; do
+        files+=(--file "$file")
+    done
+    "$here/run" exec --kernel "$2" --file "$here/carry/unpack" "${files[@]}" -- sh ./unpack
+}
+
+command_carry() {
+    (($# == 2)) || usage_error "carry wants two kernels"
+    known_kernel "$1"
+    known_kernel "$2"
+    host_guest
+    host_build
+    (cd "$root" && build_cli)
+    carry "$1" "$2"
 }
 
 command_demo() {

@@ -144,6 +144,9 @@ pub(crate) struct Checkpoint {
     /// Set its space aside
     #[arg(long, requires = "make_cow")]
     pub(crate) reserve: bool,
+    /// Have the kernel's table of changed chunks made for so much, 64M unless named; more may change
+    #[arg(long, value_name = "SIZE", value_parser = cow_size, requires = "make_cow")]
+    pub(crate) expected_changes: Option<CowSize>,
     /// Keep the layer when nobody stands on it any more
     #[arg(long)]
     pub(crate) keep: bool,
@@ -184,6 +187,9 @@ pub(crate) struct Rollback {
     /// Set its space aside
     #[arg(long, requires = "make_cow")]
     pub(crate) reserve: bool,
+    /// Have the kernel's table of changed chunks made for so much, 64M unless named; more may change
+    #[arg(long, value_name = "SIZE", value_parser = cow_size, requires = "make_cow")]
+    pub(crate) expected_changes: Option<CowSize>,
     /// How long to wait for whoever else is at work on the snapshot, such as 15s or 200ms
     #[arg(long, default_value = "15s", value_parser = duration)]
     pub(crate) deadline: Duration,
