@@ -219,6 +219,8 @@ mod tests {
             assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
             assert_eq!(ours.kind(), kind);
             assert_eq!(ours.layer(), (kind == Kind::Layer).then_some(7));
+            let id = ours.layer_id().map(|id| id.to_string());
+            assert_eq!(id, (kind == Kind::Layer).then(|| format!("{:032x}", 7)));
         }
         for keep in [false, true] {
             let layer = DeviceUuid::of_layer(7, origin, 300, keep);
