@@ -7,9 +7,9 @@
 //! ```
 //!
 //! `--test-threads=N` has N processes run at a time, [`WORKERS`] by default; `--show-output`, `--skip FILTER` and the
-//! filters mean what they mean to libtest. `--share=N/M` leaves the other shares of [`SHARED`] out: M runs, with N from 1
-//! to M, have all tests between them. Each test has a line with its time, failed ones are shown with their output at the
-//! end, and the last line is like libtest's.
+//! filters mean what they mean to libtest. With `DMSNAP_TEST_SHARE=N/M` in the environment, the other shares of [`SHARED`]
+//! are left out: M runs, with N from 1 to M, have all tests between them. Each test has a line with its time, failed ones
+//! are shown with their output at the end, and the last line is like libtest's.
 
 use std::collections::VecDeque;
 use std::env;
@@ -24,6 +24,9 @@ use crate::common::guard;
 use crate::common::scene::BESIDE_OTHERS;
 
 const NAME: &str = "side_by_side";
+
+/// Names the share of a run: libtest reads the arguments before the runner does, and knows no such option.
+const SHARE: &str = "DMSNAP_TEST_SHARE";
 
 /// What waits leaves the CPU to others.
 const WORKERS: usize = 3;
@@ -182,7 +185,8 @@ pub(crate) fn begin() {
     guard();
     let asked = Asked::of(&arguments);
     let mut tests = listed(&asked.filters);
-    if let Some(share) = asked.share {
+    if let Ok(share) = env::var(SHARE) {
+        let share = Share::parse(&share).expect("a share is N/M");
         // By their places among all, whatever the filters are.
         let others = share.others(&all);
         tests.retain(|test| !others.contains(test));
@@ -195,7 +199,6 @@ pub(crate) fn begin() {
 struct Asked {
     workers: usize,
     show_output: bool,
-    share: Option<Share>,
     filters: Vec<String>,
 }
 
@@ -229,7 +232,6 @@ impl Asked {
         let mut asked = Self {
             workers: WORKERS,
             show_output: false,
-            share: None,
             filters: Vec::new(),
         };
         let mut words = arguments.iter();
@@ -241,15 +243,10 @@ impl Asked {
                 "--test-threads" => {
                     asked.workers = words.next().map_or(WORKERS, |word| number(word))
                 }
-                word => {
-                    if let Some(workers) = word.strip_prefix("--test-threads=") {
-                        asked.workers = number(workers);
-                    } else if let Some(share) = word.strip_prefix("--share=") {
-                        asked.share = Some(Share::parse(share).expect("--share takes N/M"));
-                    } else {
-                        asked.filters.push(word.to_owned());
-                    }
-                }
+                word => match word.strip_prefix("--test-threads=") {
+                    Some(workers) => asked.workers = number(workers),
+                    None => asked.filters.push(word.to_owned()),
+                },
             }
         }
         asked

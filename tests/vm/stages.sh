@@ -224,7 +224,7 @@ kernel_tests_begin() {
         # it has no part in any of them.
         filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip documented:: --skip facts:: --skip made_cow:: --skip sizes:: --skip stores:: --skip vmm::)
     fi
-    [[ -z ${test_share[$spec]:-} ]] || filter+=("--share=${test_share[$spec]}")
+    [[ -z ${test_share[$spec]:-} ]] || variables+=("DMSNAP_TEST_SHARE=${test_share[$spec]}")
     case $part in
         proof) filter+=(proof::) ;;
         rest) filter+=(--skip proof::) ;;
