@@ -4,6 +4,8 @@
 
 #[path = "api/documented.rs"]
 mod documented;
+#[path = "api/exhaustive.rs"]
+mod exhaustive;
 #[path = "api/export.rs"]
 mod export;
 #[path = "api/failures.rs"]
@@ -21,6 +23,8 @@ mod made_store;
 mod memory;
 #[path = "api/messages.rs"]
 mod messages;
+#[path = "api/obstacles.rs"]
+mod obstacles;
 #[path = "api/rooms.rs"]
 mod rooms;
 #[path = "api/store.rs"]
@@ -96,12 +100,10 @@ fn lines() -> impl Strategy<Value = TargetLine> {
         chunk_sizes(),
         prop::sample::select(&DISCARDS[..]),
     );
-    let params = parts.prop_map(|(origin, cow, store, chunk, discard)| SnapshotParams {
-        origin,
-        cow,
-        store,
-        chunk,
-        discard,
+    let params = parts.prop_map(|(origin, cow, store, chunk, discard)| {
+        let mut params = SnapshotParams::new(origin, cow, store, chunk);
+        params.discard = discard;
+        params
     });
     let target = prop_oneof![
         params.clone().prop_map(Target::Snapshot),

@@ -85,13 +85,14 @@ fn made_params(numbers: &mut Numbers<'_>) -> SnapshotParams {
         Store::Transient,
     ];
     let discards = [Discard::Unsupported, Discard::ZeroesCow, Discard::Passdown];
-    SnapshotParams {
-        origin: numbers.device(),
-        cow: numbers.device(),
-        store: stores[numbers.below(3)],
-        chunk: ChunkSize::new(1 << numbers.below(22)).expect("a power of two up to 2^21"),
-        discard: discards[numbers.below(3)],
-    }
+    let mut params = SnapshotParams::new(
+        numbers.device(),
+        numbers.device(),
+        stores[numbers.below(3)],
+        ChunkSize::new(1 << numbers.below(22)).expect("a power of two up to 2^21"),
+    );
+    params.discard = discards[numbers.below(3)];
+    params
 }
 
 /// The status line of a snapshot.

@@ -7,7 +7,7 @@ use super::half_merged::is_half_merged;
 use super::{Backing, CowOptions, Reader};
 use crate::base::{Digest, OriginIdentity};
 use crate::call::ask;
-use crate::error::{Error, Refusal, Result, Step, errno_of};
+use crate::error::{Error, LayerRefusal, Refusal, Result, Step, errno_of};
 use crate::kernel::Host;
 use crate::store::{
     self, BLANK_BYTES, Chain, Content, ExceptionStore, Header, HeaderFault, PROBE_BYTES, Probe,
@@ -130,7 +130,7 @@ pub(crate) fn valid<F>(cow: &Backing<'_, F>, header: Header) -> Result<Header> {
 pub(crate) fn thawed<F>(cow: &Backing<'_, F>, header: &Header) -> Result<()> {
     if header.chain.is_some_and(|chain| chain.frozen) {
         let path = cow.path.to_owned();
-        return Err(Refusal::CowFrozen { path }.into());
+        return Err(LayerRefusal::Frozen { path }.into());
     }
     Ok(())
 }
@@ -190,7 +190,7 @@ pub(crate) fn check_header<O, F>(
     let parent = header.chain.map_or(0, |chain| chain.parent);
     if parent != origin.above.map_or(0, |above| above.parent) {
         let (cow, origin) = (cow.path.to_owned(), origin.path.to_owned());
-        return Err(Refusal::LayerForeign { cow, origin }.into());
+        return Err(LayerRefusal::Foreign { cow, origin }.into());
     }
     if origin.above.is_some() {
         // A layer is known by its id, which no other device has.

@@ -9,7 +9,7 @@ use super::make::{self, unmake};
 use super::{Attached, Backing, CowOptions, Warning};
 use crate::base::Store;
 use crate::call::ask;
-use crate::error::{Refusal, Result, Step};
+use crate::error::{LayerRefusal, Refusal, Result, Step};
 use crate::kernel::{FileKind, Host};
 use crate::store::{self, Chain, Content, Header};
 
@@ -170,7 +170,7 @@ pub(crate) fn open_layer_cow<'a, H: Host, O>(
     in_use(locked, || Refusal::CowInUse {
         path: path.to_owned(),
     })?;
-    let not_frozen = || Refusal::CowNotFrozen {
+    let not_frozen = || LayerRefusal::NotFrozen {
         path: path.to_owned(),
     };
     let header = probe_store(host, &cow)?.ok_or_else(not_frozen)?;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::error::Refusal;
+use crate::error::LayerRefusal;
 use crate::store::Chain;
 
 /// How many layers a stack may have, unless more are asked for: a read may go through all of them.
@@ -30,7 +30,7 @@ pub(crate) struct Ground<'a> {
 pub(crate) fn in_order(
     places: &[Place<'_>],
     ground: Option<Ground<'_>>,
-) -> Result<Vec<usize>, Refusal> {
+) -> Result<Vec<usize>, LayerRefusal> {
     apart(places)?;
     let is_given = |id: u128| id != 0 && places.iter().any(|place| place.chain.id == id);
     let without = |place: &&Place<'_>| !is_given(place.chain.parent);
@@ -71,15 +71,15 @@ pub(crate) fn in_order(
 }
 
 /// Refuses two files with one id, and two that were made over the same.
-fn apart(places: &[Place<'_>]) -> Result<(), Refusal> {
+fn apart(places: &[Place<'_>]) -> Result<(), LayerRefusal> {
     for (nth, one) in places.iter().enumerate() {
         for other in &places[nth + 1..] {
             let (first, second) = (one.path.to_owned(), other.path.to_owned());
             if one.chain.id != 0 && one.chain.id == other.chain.id {
-                return Err(Refusal::LayerTwice { first, second });
+                return Err(LayerRefusal::Twice { first, second });
             }
             if one.chain.parent == other.chain.parent {
-                return Err(Refusal::LayersApart { first, second });
+                return Err(LayerRefusal::Apart { first, second });
             }
         }
     }
@@ -87,29 +87,29 @@ fn apart(places: &[Place<'_>]) -> Result<(), Refusal> {
 }
 
 /// The layer under this file is not there; or it stands on an image, where a layer is its ground.
-fn missing(place: &Place<'_>, ground: Option<Ground<'_>>) -> Refusal {
+fn missing(place: &Place<'_>, ground: Option<Ground<'_>>) -> LayerRefusal {
     match place.chain.parent {
         0 => foreign(place, ground),
-        _ => Refusal::LayerMissing {
+        _ => LayerRefusal::Missing {
             cow: place.path.to_owned(),
         },
     }
 }
 
-fn foreign(place: &Place<'_>, ground: Option<Ground<'_>>) -> Refusal {
-    Refusal::LayerForeign {
+fn foreign(place: &Place<'_>, ground: Option<Ground<'_>>) -> LayerRefusal {
+    LayerRefusal::Foreign {
         cow: place.path.to_owned(),
         origin: ground.map_or(place.path, |ground| ground.path).to_owned(),
     }
 }
 
 /// Refuses a stack that is too deep; `below` layers are under the `files`.
-pub(crate) fn shallow(files: usize, below: u32, any_depth: bool) -> Result<(), Refusal> {
+pub(crate) fn shallow(files: usize, below: u32, any_depth: bool) -> Result<(), LayerRefusal> {
     let layers = u32::try_from(files)
         .unwrap_or(u32::MAX)
         .saturating_add(below);
     match layers > DEEPEST && !any_depth {
-        true => Err(Refusal::StackTooDeep {
+        true => Err(LayerRefusal::TooDeep {
             layers,
             most: DEEPEST,
         }),
@@ -154,10 +154,10 @@ mod tests {
         let mut given = places(padded);
         given.truncate(ids.len());
         match in_order(&given, ground).expect_err("no stack") {
-            Refusal::LayerTwice { first, second } => format!("twice {first:?} {second:?}"),
-            Refusal::LayersApart { first, second } => format!("apart {first:?} {second:?}"),
-            Refusal::LayerMissing { cow } => format!("missing under {cow:?}"),
-            Refusal::LayerForeign { cow, .. } => format!("foreign {cow:?}"),
+            LayerRefusal::Twice { first, second } => format!("twice {first:?} {second:?}"),
+            LayerRefusal::Apart { first, second } => format!("apart {first:?} {second:?}"),
+            LayerRefusal::Missing { cow } => format!("missing under {cow:?}"),
+            LayerRefusal::Foreign { cow, .. } => format!("foreign {cow:?}"),
             other => panic!("{other}"),
         }
     }
@@ -238,7 +238,7 @@ mod tests {
         assert_eq!(shallow(30, 2, false), Ok(()));
         assert_eq!(shallow(33, 0, true), Ok(()));
         let (layers, most) = (33, 32);
-        let refusal = Refusal::StackTooDeep { layers, most };
+        let refusal = LayerRefusal::TooDeep { layers, most };
         assert_eq!(shallow(31, 2, false), Err(refusal));
     }
 }

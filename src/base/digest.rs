@@ -33,6 +33,7 @@ pub struct Digest {
 /// The error for what is no digest: neither 32 nor 64 bytes, or not hexadecimal.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is no digest: need 64 or 128 hexadecimal digits")]
+#[non_exhaustive]
 pub struct InvalidDigest {
     /// The text as given.
     pub text: String,

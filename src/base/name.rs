@@ -136,6 +136,7 @@ impl From<DeviceName> for String {
 /// The error for a text that is not the name of a dm device, or not one that a caller may give.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot name a device {name:?}: {fault}")]
+#[non_exhaustive]
 pub struct InvalidName {
     /// The name as given.
     pub name: String,

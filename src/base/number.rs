@@ -91,6 +91,7 @@ impl DeviceNumber {
 /// of at most 1048575.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is not a device number (major:minor)")]
+#[non_exhaustive]
 pub struct InvalidNumber {
     /// The text as given.
     pub text: String,

@@ -102,6 +102,7 @@ impl ChunkSize {
 /// The error for a chunk size that device-mapper does not take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cannot use chunks of {sectors} sectors: need a power of two from 1 to 2097152")]
+#[non_exhaustive]
 pub struct InvalidChunkSize {
     /// The size as given, in 512-byte sectors.
     pub sectors: u64,

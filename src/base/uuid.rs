@@ -30,6 +30,7 @@ pub struct DeviceUuid(String);
 /// The error for a text that is not the uuid of a dmsnap device.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{uuid:?} is not a uuid of a dmsnap device (DMSNAP-..., at most 128 bytes)")]
+#[non_exhaustive]
 pub struct InvalidUuid {
     /// The uuid as given.
     pub uuid: String,

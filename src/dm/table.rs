@@ -48,6 +48,7 @@ pub enum Target {
 /// The parameters of the `snapshot` and `snapshot-merge` targets.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+#[non_exhaustive]
 pub struct SnapshotParams {
     /// The device that is read where nothing was written.
     pub origin: DeviceNumber,
@@ -81,6 +82,25 @@ pub enum Discard {
     /// table, it only reads those of other programs: a discard punches holes into an image that others share. Over a
     /// read-only origin, such as dmsnap's, every discard takes effect on the COW file and still fails with EIO.
     Passdown,
+}
+
+impl SnapshotParams {
+    /// Makes the parameters without optional features, of which [`discard`](Self::discard) is one.
+    #[must_use]
+    pub const fn new(
+        origin: DeviceNumber,
+        cow: DeviceNumber,
+        store: Store,
+        chunk: ChunkSize,
+    ) -> Self {
+        Self {
+            origin,
+            cow,
+            store,
+            chunk,
+            discard: Discard::Unsupported,
+        }
+    }
 }
 
 impl Target {

@@ -1,6 +1,6 @@
 //! What a failure means to the caller.
 
-use super::{Refusal, Verdict};
+use super::{LayerRefusal, Refusal, Verdict};
 
 /// What a failure means to a caller that has to decide what to do next. Stays as it is when errors get more variants.
 ///
@@ -73,15 +73,15 @@ impl From<&Refusal> for ErrorKind {
             | Refusal::NotAdoptable { .. }
             | Refusal::Irreparable { .. }
             | Refusal::NotExportable { .. }
-            | Refusal::OutputExists { .. }
-            | Refusal::CowFrozen { .. }
-            | Refusal::CowNotFrozen { .. }
-            | Refusal::LayerForeign { .. }
-            | Refusal::LayerTwice { .. }
-            | Refusal::LayersApart { .. }
-            | Refusal::LayerMissing { .. }
             | Refusal::NotFreezable { .. }
-            | Refusal::NotOnLayer { .. } => Self::Conflict,
+            | Refusal::OutputExists { .. }
+            | Refusal::Layer(LayerRefusal::Frozen { .. })
+            | Refusal::Layer(LayerRefusal::NotFrozen { .. })
+            | Refusal::Layer(LayerRefusal::Foreign { .. })
+            | Refusal::Layer(LayerRefusal::Twice { .. })
+            | Refusal::Layer(LayerRefusal::Apart { .. })
+            | Refusal::Layer(LayerRefusal::Missing { .. })
+            | Refusal::Layer(LayerRefusal::NotOnLayer { .. }) => Self::Conflict,
             Refusal::AtWork { .. } | Refusal::InUse { .. } => Self::Busy,
             Refusal::CowUnlinked { .. } | Refusal::FileElsewhere { .. } => Self::Gone,
             Refusal::PoolEmpty | Refusal::Overflowed { .. } => Self::Exhausted,
@@ -113,8 +113,10 @@ mod tests {
         for arm in code.split(',').filter(|arm| arm.contains("=>")) {
             let (names, kind) = arm.split_once("=> Self::").expect("an arm");
             let mut row = format!("| {kind} |");
-            for name in names.split("Refusal::").skip(1) {
-                let name = name.split(|at: char| !at.is_alphanumeric()).next();
+            for name in names.split('|') {
+                let name = name.trim_start().strip_prefix("Refusal::");
+                let name = name.map(|name| name.strip_prefix("Layer(").unwrap_or(name));
+                let name = name.and_then(|name| name.split([' ', ')']).next());
                 let comma = if row.ends_with('|') { "" } else { "," };
                 row += &format!("{comma} `{}`", name.unwrap_or_default());
             }

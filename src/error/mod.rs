@@ -1,6 +1,8 @@
 //! Errors, cut by what the caller can do about them.
 
 mod kind;
+mod layer_refusal;
+mod obstacle;
 pub(crate) mod policy;
 mod refusal;
 mod retry;
@@ -10,7 +12,9 @@ use std::path::{Path, PathBuf};
 use std::{fmt, io};
 
 pub use kind::ErrorKind;
+pub use layer_refusal::LayerRefusal;
 use nix::errno::Errno;
+pub use obstacle::{AdoptObstacle, ExportObstacle, FreezeObstacle, RepairObstacle};
 pub(crate) use policy::Verdict;
 pub use refusal::Refusal;
 pub use retry::Retry;
@@ -215,7 +219,13 @@ macro_rules! refused {
     )*};
 }
 
-refused!(InvalidChunkSize, InvalidName, InvalidNumber, InvalidUuid);
+refused!(
+    InvalidChunkSize,
+    InvalidName,
+    InvalidNumber,
+    InvalidUuid,
+    LayerRefusal
+);
 
 /// What the kernel answered, printed as [`std::io::Error`] prints it.
 #[derive(Clone, Debug, PartialEq, Eq)]

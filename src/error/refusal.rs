@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::{AdoptObstacle, ExportObstacle, FreezeObstacle, LayerRefusal, RepairObstacle};
 use crate::base::{
     ChunkSize, Durability, InvalidChunkSize, InvalidName, InvalidNumber, InvalidUuid,
     OriginIdentity, Store,
@@ -9,6 +10,8 @@ use crate::base::{
 use crate::store::StoreFault;
 
 /// Why a request was turned down before any loop or dm device was touched.
+///
+/// Match a variant's fields with `..`: more may come.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
@@ -66,7 +69,7 @@ pub enum Refusal {
         /// The device's name.
         name: String,
         /// What it is instead, or what is in the way.
-        why: String,
+        why: AdoptObstacle,
     },
     /// A snapshot that a killed process left half-way, in a state that a repair cannot end.
     #[error("cannot repair {name:?}: {why}")]
@@ -74,7 +77,7 @@ pub enum Refusal {
         /// The device's name.
         name: String,
         /// What happened to it.
-        why: &'static str,
+        why: RepairObstacle,
     },
     /// The origin image holds no whole sector.
     #[error("origin image {path:?} has {bytes} bytes, less than one 512-byte sector")]
@@ -367,7 +370,7 @@ pub enum Refusal {
         /// The dm device's name.
         name: String,
         /// What is in the way.
-        why: &'static str,
+        why: ExportObstacle,
     },
     /// Discard with such small chunks crashes this kernel, whoever asks for it.
     #[error(
@@ -387,70 +390,16 @@ pub enum Refusal {
         /// The logical sector size of the disk, in bytes.
         sector_bytes: u64,
     },
-    /// The COW file is a layer's: other COW files were made over what it holds.
-    #[error("COW file {path:?} is a layer's, and never to be written again")]
-    CowFrozen {
-        /// The COW file.
-        path: PathBuf,
-    },
-    /// No checkpoint made a layer of the COW file.
-    #[error("COW file {path:?} is no layer's")]
-    CowNotFrozen {
-        /// The COW file.
-        path: PathBuf,
-    },
-    /// The COW file was made over another layer, over a layer where this is an image, or over an image where this is a
-    /// layer.
-    #[error("COW file {cow:?} was not made over {origin:?}, but over another layer or image")]
-    LayerForeign {
-        /// The COW file.
-        cow: PathBuf,
-        /// What it was to be used over.
-        origin: PathBuf,
-    },
-    /// Two of a stack's files are one layer's: the same file, or a copy of it.
-    #[error("COW files {first:?} and {second:?} are of one and the same layer")]
-    LayerTwice {
-        /// The one.
-        first: PathBuf,
-        /// The other.
-        second: PathBuf,
-    },
-    /// Two of a stack's files were made over the same: there they part, and are two stacks.
-    #[error("COW files {first:?} and {second:?} were made over the same, and are of two stacks")]
-    LayersApart {
-        /// The one.
-        first: PathBuf,
-        /// The other.
-        second: PathBuf,
-    },
-    /// One of a stack's files was made over a layer that is not there.
-    #[error("the layer that COW file {cow:?} was made over is missing")]
-    LayerMissing {
-        /// The COW file.
-        cow: PathBuf,
-    },
-    /// A stack of more layers than are sensible, which has to be asked for.
-    #[error("a stack of {layers} layers: at most {most} are taken, unless more are asked for")]
-    StackTooDeep {
-        /// How many there are.
-        layers: u32,
-        /// How many are taken.
-        most: u32,
-    },
-    /// A layer is needed.
-    #[error("{name:?} is no layer")]
-    NotALayer {
-        /// The dm device's name.
-        name: String,
-    },
+    /// What a COW file or a device is in a stack of layers does not fit.
+    #[error(transparent)]
+    Layer(#[from] LayerRefusal),
     /// A snapshot that cannot be frozen, or not now.
     #[error("cannot freeze {name:?}: {why}")]
     NotFreezable {
         /// The dm device's name.
         name: String,
         /// What is in the way.
-        why: &'static str,
+        why: FreezeObstacle,
     },
     /// Somebody has the device open.
     #[error("{name:?} is in use: {open_count} have it open")]
@@ -459,12 +408,6 @@ pub enum Refusal {
         name: String,
         /// How many.
         open_count: u32,
-    },
-    /// The snapshot has no checkpoint to go back to, or is not in working order.
-    #[error("{name:?} stands on no layer")]
-    NotOnLayer {
-        /// The dm device's name.
-        name: String,
     },
     /// Another process is at work on the device.
     #[error("another process is at work on {name:?}")]

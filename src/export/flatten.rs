@@ -72,7 +72,7 @@ impl FlattenOptions {
     /// # Errors
     ///
     /// [`Error::Refused`](crate::Error::Refused) with nothing done, and the file's name in it: [`Refusal::CowInUse`],
-    /// [`Refusal::LayerMissing`], [`Refusal::LayersApart`] and [`Refusal::LayerTwice`] for files that are not one stack,
+    /// [`LayerRefusal`](crate::error::LayerRefusal)'s `Missing`, `Apart` and `Twice` for files that are not one stack,
     /// [`Refusal::CowChunkSize`] where their chunks are not of one size, and a store that is damaged or invalid.
     /// [`Error::Failed`](crate::Error::Failed) and [`Error::Debris`](crate::Error::Debris) as
     /// [`export`](super::ExportOptions::export) has them.

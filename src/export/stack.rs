@@ -15,8 +15,8 @@ impl ExportOptions {
     ///
     /// # Errors
     ///
-    /// As [`export`](Self::export). [`Refusal::LayerMissing`](crate::error::Refusal::LayerMissing), `LayerForeign`,
-    /// `LayersApart` and `LayerTwice` for files that are not one stack over this image.
+    /// As [`export`](Self::export). [`LayerRefusal`](crate::error::LayerRefusal)'s `Missing`, `Foreign`, `Apart` and
+    /// `Twice` for files that are not one stack over this image.
     pub fn export_stack<P: AsRef<Path>>(
         &self,
         origin: impl AsRef<Path>,

@@ -4,7 +4,7 @@ use super::list::{LoopFacts, SnapshotInfo, State, loop_facts, status_of};
 use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
 use crate::call::ask;
 use crate::dm::Target;
-use crate::error::{Error, Refusal, Result, Step};
+use crate::error::{AdoptObstacle, Error, Refusal, Result, Step};
 use crate::kernel::{DevId, Host, MACHINE};
 
 /// Returns complete handles of a live snapshot, read from the kernel: for a control plane that has lost them, or kept
@@ -40,33 +40,36 @@ pub(crate) fn adopt_on<H: Host>(host: &H, device: &DeviceId) -> Result<Handles> 
 /// Gives the device a uuid of dmsnap's. Everything is checked before the device is changed.
 fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
     let path = name.mapper_path();
-    let refused = |why: String| Refusal::NotAdoptable {
+    let refused = |why| Refusal::NotAdoptable {
         name: name.to_string(),
         why,
     };
     let table = || ask(Step::Status, &path, || host.table(DevId::Name(name), false));
     let Some(line) = table()? else {
-        return Err(refused("it has no live table".to_owned()).into());
+        return Err(refused(AdoptObstacle::NoLiveTable).into());
     };
     let params = match Target::parse(&line.0, &line.1) {
         Ok(Target::Snapshot(params)) => params,
-        _ => return Err(refused(format!("its target is {}", line.0)).into()),
+        _ => {
+            let target = line.0;
+            return Err(refused(AdoptObstacle::Target { target }).into());
+        }
     };
-    let loop_of = |what: &str, number| {
-        let found = loop_facts(host, number);
-        found.ok_or_else(|| refused(format!("its {what} {number} is no loop device")))
-    };
-    let origin = loop_of("origin", params.origin)?;
-    let cow = loop_of("COW device", params.cow)?;
-    let number = cow.device.to_string_lossy();
-    let Some(Ok(cow_loop)) = number.strip_prefix("/dev/loop").map(str::parse) else {
-        return Err(refused(format!("its COW device is {number}")).into());
+    let number = params.origin;
+    let origin = loop_facts(host, number);
+    let origin = origin.ok_or_else(|| refused(AdoptObstacle::OriginNotALoop { number }))?;
+    let number = params.cow;
+    let cow = loop_facts(host, number);
+    let cow = cow.ok_or_else(|| refused(AdoptObstacle::CowNotALoop { number }))?;
+    let node = cow.device.to_string_lossy();
+    let Some(Ok(cow_loop)) = node.strip_prefix("/dev/loop").map(str::parse) else {
+        return Err(refused(AdoptObstacle::CowNotALoop { number }).into());
     };
     // While they are open, no other file can be attached to them. What was read before is read again.
     let _open = [&origin, &cow].map(|facts| host.open_loop(&facts.device, false));
     let now = [params.origin, params.cow].map(|number| loop_facts(host, number));
     if table()?.as_ref() != Some(&line) || now != [Some(origin.clone()), Some(cow)] {
-        return Err(refused("it has another table by now".to_owned()).into());
+        return Err(refused(AdoptObstacle::TableChanged).into());
     }
     let random = ask(Step::Random, &path, || host.random())?;
     let unknown = OriginIdentity {

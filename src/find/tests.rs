@@ -6,8 +6,8 @@ use nix::errno::Errno;
 
 use super::adopt::adopt_on;
 use super::list::ours;
-use crate::base::{DeviceId, DeviceName, Handles};
-use crate::error::{Error, Refusal, Result, Step};
+use crate::base::{DeviceId, DeviceName, DeviceNumber, Handles};
+use crate::error::{AdoptObstacle, Error, Refusal, Result, Step};
 use crate::kernel::LO_AUTOCLEAR;
 use crate::kernel::fake::Script;
 use crate::kernel::{DeviceMapper, Files, Loops};
@@ -81,10 +81,12 @@ fn what_cannot_be_adopted_says_why_and_is_left_alone() {
     let script = foreign();
     script.world.borrow_mut().loops.remove(&4);
     let error = adopt(&script).expect_err("no loop device under it");
-    assert_eq!(
-        error.to_string(),
-        r#"cannot adopt "vm": its COW device 7:4 is no loop device"#
-    );
+    let number = DeviceNumber::new(7, 4).expect("within bounds");
+    let refusal = Refusal::NotAdoptable {
+        name: "vm".to_owned(),
+        why: AdoptObstacle::CowNotALoop { number },
+    };
+    assert_eq!(error, Error::Refused(refusal));
     assert!(loops_untouched(&script));
 }
 

@@ -19,7 +19,7 @@ use crate::base::{
 };
 use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, patiently, resume};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus, Target, TargetLine};
-use crate::error::{Error, Leftover, Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Error, FreezeObstacle, Leftover, Refusal, Result, Retry, Step, Verdict};
 use crate::find::{Live, locked, reach, whole};
 use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
 use crate::store::{self, CHAIN_AT, Chain, Content, Header, MARK_AT};
@@ -122,7 +122,7 @@ impl CheckpointOptions {
     ///
     /// # Errors
     ///
-    /// [`Refusal::CowNotFrozen`] for a file that no checkpoint made a layer of, [`Refusal::LayerForeign`] and
+    /// [`LayerRefusal`](crate::error::LayerRefusal)'s `NotFrozen` for a file that no checkpoint made a layer of, `Foreign` and
     /// [`Refusal::OriginChanged`] over anything but what it stood on, [`Refusal::CowInUse`] where the layer is there.
     /// [`Error::Failed`] names the first step that failed; nothing is left behind.
     pub fn attach_layer(
@@ -180,11 +180,11 @@ pub(crate) fn checkpoint<H: Host>(
         facts: c0_facts,
         above: None,
     };
-    let header = probe_store(host, &c0)?.ok_or_else(|| refused("its store has no header"))?;
+    let header = probe_store(host, &c0)?.ok_or_else(|| refused(FreezeObstacle::NoHeader))?;
     let header = valid(&c0, header)?;
     let below = header.chain.unwrap_or_default();
     if below.depth + 1 > DEEPEST {
-        return Err(refused("it stands on as many layers as a stack may have").into());
+        return Err(refused(FreezeObstacle::TooDeep).into());
     }
 
     // Over an image, the first time: by it a copy with another modification time is known.
@@ -198,7 +198,7 @@ pub(crate) fn checkpoint<H: Host>(
         file: (),
         facts: facts(&v.uuid, v.dev)
             .filter(|facts| facts.size_bytes > 0)
-            .ok_or_else(|| refused("its image is not known"))?,
+            .ok_or_else(|| refused(FreezeObstacle::ImageUnknown))?,
         above: Some(Chain {
             parent: id,
             depth: below.depth + 1,
@@ -214,9 +214,7 @@ pub(crate) fn checkpoint<H: Host>(
     };
     // Each would wait for the other.
     if c1.backing.facts.id.dev == v.dev {
-        return Err(unmade(
-            refused("the new COW file is on its own file system").into(),
-        ));
+        return Err(unmade(refused(FreezeObstacle::OwnFileSystem).into()));
     }
     let c1_loop = attach_next(host, &live, &c1.backing).map_err(unmade)?;
 
@@ -277,12 +275,12 @@ fn admit<L>(live: &Live<L>) -> Result<()> {
     let why = match &live.status {
         SnapshotStatus::Invalid => return Err(Refusal::Invalid { name: name() }.into()),
         SnapshotStatus::Overflow => return Err(Refusal::Overflowed { name: name() }.into()),
-        _ if !live.params.store.is_persistent() => "its store is transient",
-        _ if live.device.inactive_table => "it is about to get another table",
-        _ if live.device.suspended => "it is suspended",
-        _ if live.uuid.kind() == Kind::Layer => "it is a layer",
+        _ if !live.params.store.is_persistent() => FreezeObstacle::Transient,
+        _ if live.device.inactive_table => FreezeObstacle::InactiveTable,
+        _ if live.device.suspended => FreezeObstacle::Suspended,
+        _ if live.uuid.kind() == Kind::Layer => FreezeObstacle::Layer,
         // What the pool would take back is not what it gave.
-        _ if live.uuid.kind() == Kind::Pooled => "its device is a pool's",
+        _ if live.uuid.kind() == Kind::Pooled => FreezeObstacle::Pooled,
         _ => return Ok(()),
     };
     Err(Refusal::NotFreezable { name: name(), why }.into())
@@ -389,7 +387,7 @@ impl<H: Host> Parts<'_, H> {
             // Somebody cleared it, or swapped it in by a resume: then V reads a layer that never gets the exceptions.
             if !rebuilt(*host, &v.uuid)? {
                 let name = v.name.to_string();
-                let why = "its new table was taken away meanwhile";
+                let why = FreezeObstacle::TableTaken;
                 return Err(Refusal::NotFreezable { name, why }.into());
             }
             done.handed_over = true;

@@ -14,7 +14,7 @@ use crate::base::{
 };
 use crate::call::ask;
 use crate::dm::{Address, Discard, SnapshotParams, Target, TargetLine};
-use crate::error::{Refusal, Result, Step};
+use crate::error::{LayerRefusal, Result, Step};
 use crate::find::{bound, find, reach};
 use crate::kernel::{DevId, FileFacts, FileKind, Host, LO_AUTOCLEAR, LoopDevice, MACHINE};
 use crate::store::{self, CHAIN_AT, Chain};
@@ -40,8 +40,9 @@ impl Layer {
     ///
     /// # Errors
     ///
-    /// [`Refusal::NotALayer`] for any other device of ours; [`Refusal::FileElsewhere`] when its COW file cannot be
-    /// reached by the path that the kernel has for it.
+    /// [`LayerRefusal::NotALayer`] for any other device of dmsnap's;
+    /// [`Refusal::FileElsewhere`](crate::error::Refusal::FileElsewhere) when its COW file cannot be reached by the path
+    /// that the kernel has for it.
     pub fn open(device: impl Into<DeviceId>) -> Result<Self> {
         open(&MACHINE, &device.into()).map(Self::over)
     }
@@ -85,7 +86,7 @@ pub(super) fn open_with_file<H: Host>(
     let node = host
         .find_node(device.number)
         .unwrap_or_else(|| path.clone());
-    let no_layer = || Refusal::NotALayer { name: name.clone() };
+    let no_layer = || LayerRefusal::NotALayer { name: name.clone() };
     uuid.layer().ok_or_else(no_layer)?;
     let open = hold(host, &node)?;
     let table = ask(Step::Status, &path, || {
@@ -225,7 +226,7 @@ pub(super) fn base<H: Host>(
     depth: u32,
     device: H::Loop,
 ) -> Result<Base<H::Loop>> {
-    let refusal = || Refusal::NotALayer {
+    let refusal = || LayerRefusal::NotALayer {
         name: path.display().to_string(),
     };
     let (id, facts) = uuid.layer().zip(facts(uuid, number)).ok_or_else(refusal)?;

@@ -11,7 +11,7 @@ use crate::backing::{Evidence, open_cow, unmake};
 use crate::base::{DeviceId, DeviceName, Handles, Kind, Sectors};
 use crate::call::{absent, ask, ask_unobserved, end_flushes, ends_flushes, resume};
 use crate::dm::{SnapshotParams, Target, TargetLine};
-use crate::error::{Error, Leftover, Refusal, Result, Step, Verdict};
+use crate::error::{Error, LayerRefusal, Leftover, Refusal, Result, Step, Verdict};
 use crate::find::{Live, locked, status_of};
 use crate::kernel::{Host, MACHINE};
 use crate::store::{self, MARK_AT};
@@ -24,7 +24,7 @@ impl CheckpointOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with nothing done: [`Refusal::InUse`] when somebody has it open, [`Refusal::NotOnLayer`],
+    /// [`Error::Refused`] with nothing done: [`Refusal::InUse`] when somebody has it open, [`LayerRefusal::NotOnLayer`],
     /// [`Refusal::AtWork`], and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
     /// [`Error::Failed`] names the first step that failed; the snapshot is as it was.
     /// [`Error::Debris`] names the snapshot if it could not be resumed: a [`repair`](crate::repair()) does.
@@ -116,7 +116,7 @@ pub(crate) fn rollback<H: Host>(
 
 /// The layer that the snapshot stands on, open.
 fn below<H: Host>(host: &H, live: &Live<H::Loop>) -> Result<Base<H::Loop>> {
-    let not_on_layer = || Refusal::NotOnLayer {
+    let not_on_layer = || LayerRefusal::NotOnLayer {
         name: live.device.name.clone(),
     };
     let whole = !live.device.suspended && !live.device.inactive_table;
@@ -126,7 +126,9 @@ fn below<H: Host>(host: &H, live: &Live<H::Loop>) -> Result<Base<H::Loop>> {
     match layer::open(host, &DeviceId::Number(live.params.origin)) {
         Ok((base, _)) => Ok(base),
         Err(Error::Refused(
-            Refusal::NotALayer { .. } | Refusal::NotOurs { .. } | Refusal::NotADmDevice { .. },
+            Refusal::Layer(LayerRefusal::NotALayer { .. })
+            | Refusal::NotOurs { .. }
+            | Refusal::NotADmDevice { .. },
         )) => Err(not_on_layer().into()),
         // The image's loop device.
         Err(error) if error.verdict() == Some(Verdict::Gone) => Err(not_on_layer().into()),

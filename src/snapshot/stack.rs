@@ -14,7 +14,7 @@ use crate::backing::{
 use crate::base::{DeviceId, DeviceName, DeviceUuid, FileId, Handles};
 use crate::call::{absent, ask, patiently};
 use crate::dm::Address;
-use crate::error::{Error, Refusal, Result, Retry, Step, Verdict};
+use crate::error::{Error, LayerRefusal, Refusal, Result, Retry, Step, Verdict};
 use crate::find::layers_of;
 use crate::kernel::{Host, MACHINE};
 use crate::store::{Chain, ExceptionStore, Header};
@@ -86,10 +86,10 @@ impl StackOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with nothing done, and the file's name in it: [`Refusal::LayerMissing`],
-    /// [`Refusal::LayerForeign`] and [`Refusal::LayersApart`] for files that are not one stack over this origin,
-    /// [`Refusal::LayerTwice`], [`Refusal::CowNotFrozen`], [`Refusal::CowInUse`], [`Refusal::OriginChanged`],
-    /// [`Refusal::CowUnsound`] for one that was cut short, [`Refusal::StackTooDeep`].
+    /// [`Error::Refused`] with nothing done, and the file's name in it: [`LayerRefusal::Missing`],
+    /// [`LayerRefusal::Foreign`] and [`LayerRefusal::Apart`] for files that are not one stack over this origin,
+    /// [`LayerRefusal::Twice`], [`LayerRefusal::NotFrozen`], [`Refusal::CowInUse`], [`Refusal::OriginChanged`],
+    /// [`Refusal::CowUnsound`] for one that was cut short, [`LayerRefusal::TooDeep`].
     /// [`Error::Failed`] names the first step that failed; what was attached is gone again, or in [`Error::Debris`].
     pub fn open<P: AsRef<Path>>(
         &self,
@@ -153,7 +153,7 @@ pub(crate) fn open_stack<H: Host>(
     }
     match made.pop() {
         Some(top) => Ok((top.base, top.handles)),
-        None => Err(Refusal::NotALayer {
+        None => Err(LayerRefusal::NotALayer {
             name: name.to_string(),
         }
         .into()),
@@ -216,7 +216,7 @@ fn judge<'a, H: Host>(
     for path in cows {
         let file = open_unlocked(host, path)?;
         admit_file(&file, &image)?;
-        let not_frozen = || Refusal::CowNotFrozen { path: path.clone() };
+        let not_frozen = || LayerRefusal::NotFrozen { path: path.clone() };
         let header = probe_store(host, &file)?.ok_or_else(not_frozen)?;
         let header = valid(&file, header)?;
         let chain = header.chain.filter(|chain| chain.id != 0);
@@ -267,7 +267,9 @@ fn there<H: Host>(host: &H, judged: &Judged<'_>) -> Result<Option<(Base<H::Loop>
             Ok((base, handles, file)) if file == judged.file => return Ok(Some((base, handles))),
             // Half made, or of a copy of the file that has been moved.
             Ok(_)
-            | Err(Error::Refused(Refusal::NotALayer { .. } | Refusal::FileElsewhere { .. })) => (),
+            | Err(Error::Refused(
+                Refusal::Layer(LayerRefusal::NotALayer { .. }) | Refusal::FileElsewhere { .. },
+            )) => (),
             // Its node comes with its first resume.
             Err(error) if error.verdict() == Some(Verdict::Missing) => (),
             Err(error) => drop(absent(Err::<(), _>(error))?),
@@ -308,7 +310,7 @@ fn add<H: Host>(
     // As it was when it was judged.
     if file.facts.id != judged.file || probe_store(host, &file)? != Some(judged.header) {
         let (cow, origin) = (path(), below.image().path.to_owned());
-        return Err(Refusal::LayerForeign { cow, origin }.into());
+        return Err(LayerRefusal::Foreign { cow, origin }.into());
     }
     let chunk = judged.header.chunk;
     let (base, handles) = attach_file(host, below, &file, chunk, judged.chain, name, keep)?;

@@ -12,7 +12,7 @@ use super::{Base, SnapshotOptions};
 use crate::backing::{CowOptions, CowSize};
 use crate::base::{DeviceName, Handles, OriginIdentity};
 use crate::dm::Address;
-use crate::error::{Refusal, Result, Retry, Step};
+use crate::error::{LayerRefusal, Result, Retry, Step};
 use crate::find::{TreeNode, tree_of_all, tree_of_one};
 use crate::kernel::DeviceMapper;
 use crate::kernel::fake::world::FILE_BYTES;
@@ -119,7 +119,7 @@ fn a_stack_that_is_too_deep_or_changes_meanwhile_is_refused() {
     let before = script.world.borrow().residue();
     let refused = |cows: &[PathBuf]| open(&script, &image, cows).map(drop).expect_err("refused");
     let cow = PathBuf::from(COWS[2]);
-    let missing = Refusal::LayerMissing { cow: cow.clone() };
+    let missing = LayerRefusal::Missing { cow: cow.clone() };
     assert_eq!(refused(&[COWS[0].into(), cow.clone()]), missing.into());
     let cut = {
         let mut world = script.world.borrow_mut();

@@ -6,7 +6,7 @@ use std::time::Duration;
 use crate::base::{DeviceNumber, DeviceUuid, Kind, MAPPER_DIR, loop_node};
 use crate::call::{absent, ask};
 use crate::dm::{Address, SnapshotParams, SnapshotStatus};
-use crate::error::{Error, Result, Retry, Step};
+use crate::error::{Error, RepairObstacle, Result, Retry, Step};
 use crate::find::is_finished;
 use crate::kernel::{DevId, Device, Host, MAPPER_CONTROL};
 
@@ -148,7 +148,7 @@ pub(super) enum Plan<'a> {
     Forward(&'a Seen),
     /// The snapshot stands on a layer that has no exceptions: have the layer read them from its COW file.
     Rebuild(&'a Seen),
-    Irreparable(&'static str),
+    Irreparable(RepairObstacle),
 }
 
 pub(super) fn is_layer(seen: &Seen) -> bool {
@@ -167,7 +167,7 @@ pub(super) fn plan<'a>(snapshot: &Seen, layers: &'a [Seen]) -> Option<Plan<'a>> 
     match layer {
         Some(layer) if layer.has_taken_over() => Some(match next {
             Some(origin) if origin == layer.device.number => Plan::Forward(layer),
-            _ => Plan::Irreparable("the table that it was to go on with is gone"),
+            _ => Plan::Irreparable(RepairObstacle::TableGone),
         }),
         Some(layer) => Some(Plan::Back {
             clear: next.is_some(),

@@ -6,7 +6,7 @@ use super::interrupted::{LAYER_RETRY, Plan, Seen, Table, is_layer, plan, surroun
 use crate::base::{DeviceUuid, MAPPER_DIR, Sectors};
 use crate::call::{ask, ask_unobserved, patiently, resume};
 use crate::dm::{SnapshotParams, SnapshotStatus, Target, TargetLine};
-use crate::error::{Refusal, Result, Step, Verdict};
+use crate::error::{Refusal, RepairObstacle, Result, Step, Verdict};
 use crate::kernel::{DevId, Host};
 
 /// Rebuilds the layer that the snapshot stands on, if somebody resumed the snapshot before the layer had the exceptions:
@@ -36,7 +36,7 @@ pub(super) fn rebuild<H: Host>(host: &H, snapshot: &Seen, layer: &Seen) -> Resul
     let (upper, lower) = (path(snapshot), path(layer));
     let table = layer.live.or(layer.inactive);
     let Table { origin, cow } =
-        table.ok_or_else(|| irreparable("the layer that it stands on has no table"))?;
+        table.ok_or_else(|| irreparable(RepairObstacle::LayerWithoutTable))?;
     // The checkpoint gave both tables the same store, chunk size and way with discards.
     let above = || host.table(DevId::Uuid(&snapshot.uuid), false);
     let above = ask(Step::Status, &upper, above)?;
@@ -46,15 +46,14 @@ pub(super) fn rebuild<H: Host>(host: &H, snapshot: &Seen, layer: &Seen) -> Resul
             cow,
             ..params
         },
-        _ => return Err(irreparable("its own table cannot be read").into()),
+        _ => return Err(irreparable(RepairObstacle::TableUnreadable).into()),
     };
     let own = ask(Step::Status, &upper, || host.status(&snapshot.uuid))?;
     if own.is_some_and(|(_, text)| text.parse() == Ok(SnapshotStatus::Invalid)) {
-        let why = "a write failed while the layer that it stands on could not be read";
-        return Err(irreparable(why).into());
+        return Err(irreparable(RepairObstacle::WriteFailed).into());
     }
     let identity = layer.uuid.origin();
-    let identity = identity.ok_or_else(|| irreparable("its image is not known"))?;
+    let identity = identity.ok_or_else(|| irreparable(RepairObstacle::ImageUnknown))?;
     let length = Sectors::from_bytes_floor(identity.size_bytes);
 
     if !snapshot.device.suspended {

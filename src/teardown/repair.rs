@@ -23,12 +23,24 @@ use crate::store::{self, CHAIN_AT, Chain};
 /// A device that a repair found in the middle of an operation, and what was done.
 #[derive(Clone, Debug)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
+#[non_exhaustive]
 pub struct Repaired {
     /// The dm device's name.
     pub name: String,
     /// What was done, or why that failed. A failure does not stop the repair of other devices.
     #[cfg_attr(feature = "serde", serde(flatten, serialize_with = "flat"))]
     pub outcome: Result<Repair>,
+}
+
+impl Repaired {
+    /// What [`repair`] came to for one device, to be reported as [`repair_all`] reports it.
+    #[must_use]
+    pub fn new(name: impl Into<String>, outcome: Result<Repair>) -> Self {
+        Self {
+            name: name.into(),
+            outcome,
+        }
+    }
 }
 
 /// Serialises an outcome, or `failed` with its error.

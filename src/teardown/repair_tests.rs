@@ -11,7 +11,7 @@ use crate::base::{
     DeviceId, DeviceName, DeviceNumber, DeviceUuid, Kind, OriginIdentity, loop_node,
 };
 use crate::dm::{Address, SnapshotParams, Target, TargetLine};
-use crate::error::{Error, Refusal, Retry, Step};
+use crate::error::{Refusal, RepairObstacle, Retry, Step};
 use crate::find;
 use crate::find::at_work::MAKER_RETRY;
 use crate::kernel::fake::{Script, ScriptLoop};
@@ -370,13 +370,11 @@ fn what_was_cleared_and_resumed_by_hand_behind_the_handover_is_named_and_left() 
         let before = state(&stage);
         let found = stage.repair();
         let refused = found.iter().find(|(name, _)| name == "v");
-        assert!(
-            matches!(
-                refused,
-                Some((_, Err(Error::Refused(Refusal::Irreparable { .. }))))
-            ),
-            "{steps:?}: {found:?}"
-        );
+        let name = "v".to_owned();
+        let why = RepairObstacle::TableGone;
+        let irreparable = Refusal::Irreparable { name, why }.into();
+        let refused = refused.map(|(_, outcome)| outcome);
+        assert_eq!(refused, Some(&Err(irreparable)), "{steps:?}: {found:?}");
         assert_eq!(state(&stage), before, "{steps:?}");
     }
 }

@@ -6,7 +6,7 @@ use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
-use dmsnap::error::Refusal;
+use dmsnap::error::{LayerRefusal, Refusal};
 use dmsnap::export::{ExportOptions, FlattenOptions, Flattened};
 use dmsnap::{ChunkSize, Error};
 use nix::fcntl::{Flock, FlockArg};
@@ -287,13 +287,16 @@ fn what_is_no_stack_or_in_use_is_refused_and_nothing_is_left() {
         assert_eq!(flat, refusal(out.expect_err("refused")));
         flat
     };
-    let missing = Refusal::LayerMissing { cow: three.clone() };
-    assert_eq!(refused(&[one.clone(), three.clone()]), missing);
-    let twice = Refusal::LayerTwice {
+    let missing = LayerRefusal::Missing { cow: three.clone() };
+    assert_eq!(refused(&[one.clone(), three.clone()]), missing.into());
+    let twice = LayerRefusal::Twice {
         first: two.clone(),
         second: two.clone(),
     };
-    assert_eq!(refused(&[one.clone(), two.clone(), two.clone()]), twice);
+    assert_eq!(
+        refused(&[one.clone(), two.clone(), two.clone()]),
+        twice.into()
+    );
 
     let held = Flock::lock(
         File::open(&two).expect("a file"),

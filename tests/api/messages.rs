@@ -7,7 +7,7 @@ use dmsnap::{Durability, Store, Warning};
 use super::*;
 
 /// The variants of a source file's enum: so that a golden list that misses one fails.
-fn variants<'a>(source: &'a str, opening: &str) -> Vec<&'a str> {
+pub(crate) fn variants<'a>(source: &'a str, opening: &str) -> Vec<&'a str> {
     let body = source.split_once(opening).expect(opening).1;
     let lines = body.lines().skip(1).take_while(|line| *line != "}");
     let names = lines.filter_map(|line| line.strip_prefix("    "));
@@ -18,10 +18,16 @@ fn variants<'a>(source: &'a str, opening: &str) -> Vec<&'a str> {
 }
 
 /// The variant's name in what `Debug` prints.
-fn variant(value: &impl std::fmt::Debug) -> String {
+pub(crate) fn variant(value: &impl std::fmt::Debug) -> String {
     let text = format!("{value:?}");
     let end = text.find(|c: char| !c.is_ascii_alphanumeric());
     text[..end.unwrap_or(text.len())].to_owned()
+}
+
+fn invalid_name(name: &str, fault: NameFault) -> Refusal {
+    let mut invalid = DeviceName::new("").expect_err("it is empty");
+    (invalid.name, invalid.fault) = (name.to_owned(), fault);
+    Refusal::Name(invalid)
 }
 
 /// Every refusal, with what a user reads.
@@ -45,10 +51,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"cannot name a device "a\nb": it has the character '\n' (allowed: 0-9 A-Z a-z # + - . : = @ _)"#,
         ),
         (
-            Refusal::Name(InvalidName {
-                name: "n...".to_owned(),
-                fault: NameFault::TooLong { bytes: 128 },
-            }),
+            invalid_name("n...", NameFault::TooLong { bytes: 128 }),
             r#"cannot name a device "n...": it has 128 bytes, the kernel keeps 127"#,
         ),
         (
@@ -131,20 +134,6 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"origin image "/images/base.ext4" has 5000 bytes, no multiple of the disk's sectors of 4096 bytes"#,
         ),
         (
-            Refusal::NotAdoptable {
-                name: "swap".to_owned(),
-                why: "its target is linear".to_owned(),
-            },
-            r#"cannot adopt "swap": its target is linear"#,
-        ),
-        (
-            Refusal::Irreparable {
-                name: "vm".to_owned(),
-                why: "the table that it was to go on with is gone",
-            },
-            r#"cannot repair "vm": the table that it was to go on with is gone"#,
-        ),
-        (
             Refusal::OriginTooShort {
                 path: image(),
                 bytes: 511,
@@ -188,10 +177,7 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
         ),
         (Refusal::PoolEmpty, "no device of the pool is ready"),
         (
-            Refusal::Name(InvalidName {
-                name: "dmsnap-pool-1".into(),
-                fault: NameFault::Pool,
-            }),
+            invalid_name("dmsnap-pool-1", NameFault::Pool),
             r#"cannot name a device "dmsnap-pool-1": names that begin with dmsnap-pool- are a pool's"#,
         ),
         (
@@ -219,74 +205,11 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#"COW device "/run/vm 42.cow" has 1056768 bytes, less than the 2097152 asked for: only files are made longer here"#,
         ),
         (
-            Refusal::CowFrozen {
-                path: "/run/vm 42.cow".into(),
-            },
-            r#"COW file "/run/vm 42.cow" is a layer's, and never to be written again"#,
-        ),
-        (
-            Refusal::CowNotFrozen {
-                path: "/run/vm 42.cow".into(),
-            },
-            r#"COW file "/run/vm 42.cow" is no layer's"#,
-        ),
-        (
-            Refusal::LayerTwice {
-                first: cow(),
-                second: image(),
-            },
-            r#"COW files "/run/vm 42.cow" and "/images/base.ext4" are of one and the same layer"#,
-        ),
-        (
-            Refusal::LayersApart {
-                first: cow(),
-                second: image(),
-            },
-            r#"COW files "/run/vm 42.cow" and "/images/base.ext4" were made over the same, and are of two stacks"#,
-        ),
-        (
-            Refusal::LayerMissing { cow: cow() },
-            r#"the layer that COW file "/run/vm 42.cow" was made over is missing"#,
-        ),
-        (
-            Refusal::StackTooDeep {
-                layers: 33,
-                most: 32,
-            },
-            "a stack of 33 layers: at most 32 are taken, unless more are asked for",
-        ),
-        (
-            Refusal::LayerForeign {
-                cow: "/run/vm 42.cow".into(),
-                origin: "/dev/mapper/noon".into(),
-            },
-            r#"COW file "/run/vm 42.cow" was not made over "/dev/mapper/noon", but over another layer or image"#,
-        ),
-        (
-            Refusal::NotALayer {
-                name: "vm-42".to_owned(),
-            },
-            r#""vm-42" is no layer"#,
-        ),
-        (
-            Refusal::NotFreezable {
-                name: "vm-42".to_owned(),
-                why: "its store is transient",
-            },
-            r#"cannot freeze "vm-42": its store is transient"#,
-        ),
-        (
             Refusal::InUse {
                 name: "vm-42".to_owned(),
                 open_count: 2,
             },
             r#""vm-42" is in use: 2 have it open"#,
-        ),
-        (
-            Refusal::NotOnLayer {
-                name: "vm-42".to_owned(),
-            },
-            r#""vm-42" stands on no layer"#,
         ),
         (
             Refusal::AtWork {
@@ -425,13 +348,6 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
             r#""DMSNAP-1-pool" is a pool's device, which serves one snapshot after another: say which by its name"#,
         ),
         (
-            Refusal::NotExportable {
-                name: "vm-42".to_owned(),
-                why: "it is suspended",
-            },
-            r#"cannot export "vm-42" live: it is suspended"#,
-        ),
-        (
             Refusal::DiscardChunk {
                 chunk: ChunkSize::DEFAULT,
             },
@@ -457,7 +373,8 @@ fn refusals() -> Vec<(Refusal, &'static str)> {
 #[test]
 fn every_refusal_reads_as_it_should() {
     let source = include_str!("../../src/error/refusal.rs");
-    let listed = refusals();
+    let mut listed = refusals();
+    listed.extend(super::obstacles::refusals());
     for (refusal, message) in &listed {
         assert_eq!(refusal.to_string(), *message);
         let error = dmsnap::Error::from(refusal.clone());

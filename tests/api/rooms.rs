@@ -10,12 +10,12 @@ const FLOORS: [&str; 14] = [
     "pool", "merge", "export", "watch",
 ];
 
-fn src() -> PathBuf {
+pub(crate) fn src() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("src")
 }
 
 /// The sources below a directory, without the tests that stand beside the stories.
-fn sources(directory: &Path, into: &mut Vec<PathBuf>) {
+pub(crate) fn sources(directory: &Path, into: &mut Vec<PathBuf>) {
     for entry in fs::read_dir(directory).expect("a directory") {
         let path = entry.expect("an entry").path();
         let name = path

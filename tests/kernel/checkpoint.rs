@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use dmsnap::error::Refusal;
+use dmsnap::error::{FreezeObstacle, LayerRefusal, Refusal};
 use dmsnap::snapshot::{CheckpointOptions, Layer};
 use dmsnap::{CowSize, Error, ErrorKind, Origin, Snapshot, SnapshotOptions};
 
@@ -237,7 +237,10 @@ fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
         other => panic!("{other:?}"),
     };
     let refusal = refused(create(scene.image(), &c1));
-    assert!(matches!(refusal, Refusal::LayerForeign { .. }), "{refusal}");
+    assert!(
+        matches!(refusal, Refusal::Layer(LayerRefusal::Foreign { .. })),
+        "{refusal}"
+    );
     let out = scene.path("out");
     let export = output!(
         dmsnap_path(),
@@ -257,7 +260,10 @@ fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
     assert!(eventually(SOON, || !dm_exists(&layer_name)));
     assert!(eventually(SOON, || loops_over(&c0) == 0));
     let refusal = refused(create(scene.image(), &c0));
-    assert!(matches!(refusal, Refusal::CowFrozen { .. }), "{refusal}");
+    assert!(
+        matches!(refusal, Refusal::Layer(LayerRefusal::Frozen { .. })),
+        "{refusal}"
+    );
 
     let transient = SnapshotOptions::new()
         .store(dmsnap::Store::Transient)
@@ -316,8 +322,14 @@ fn a_stack_is_put_together_again_from_its_files() {
     for (cow, frozen) in [(&c2, false), (&c1, true)] {
         let refusal = refused(attach(&image, cow, &first));
         match frozen {
-            true => assert!(matches!(refusal, Refusal::LayerForeign { .. }), "{refusal}"),
-            false => assert!(matches!(refusal, Refusal::CowNotFrozen { .. }), "{refusal}"),
+            true => assert!(
+                matches!(refusal, Refusal::Layer(LayerRefusal::Foreign { .. })),
+                "{refusal}"
+            ),
+            false => assert!(
+                matches!(refusal, Refusal::Layer(LayerRefusal::NotFrozen { .. })),
+                "{refusal}"
+            ),
         }
     }
     let one = attach(&image, &c0, &first).unwrap_or_else(|error| panic!("{}", chain(&error)));
@@ -435,7 +447,13 @@ fn a_cow_file_on_the_snapshots_own_file_system_is_refused() {
         .make_cow(CowSize::Bytes(1 << 20))
         .checkpoint(&v, &scene.name(), &within);
     assert!(
-        matches!(refused, Err(Error::Refused(Refusal::NotFreezable { .. }))),
+        matches!(
+            refused,
+            Err(Error::Refused(Refusal::NotFreezable {
+                why: FreezeObstacle::OwnFileSystem,
+                ..
+            }))
+        ),
         "{refused:?}"
     );
     assert!(!within.exists());

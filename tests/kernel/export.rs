@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
-use dmsnap::error::Refusal;
+use dmsnap::error::{ExportObstacle, Refusal};
 use dmsnap::export::ExportOptions;
 use dmsnap::find::State;
 use dmsnap::store::ExceptionStore;
@@ -374,7 +374,7 @@ fn a_live_export_freezes_a_file_system_that_is_mounted_here() {
 fn what_cannot_be_exported_live_is_refused_and_stays_as_it_is() {
     let scene = Scene::new();
     let live = |name: &str, out: &PathBuf| ExportOptions::new().export_live(name, out);
-    let refusal = |name: &str, why| {
+    let refusal = |name: &str, why: ExportObstacle| {
         let name = name.to_owned();
         Err(Error::Refused(Refusal::NotExportable { name, why }))
     };
@@ -382,7 +382,7 @@ fn what_cannot_be_exported_live_is_refused_and_stays_as_it_is() {
     let snapshot = scene.snapshot();
     let name = name_of(&snapshot);
     run!("dmsetup", "suspend", "--nolockfs", &name);
-    assert_eq!(live(&name, &out), refusal(&name, "it is suspended"));
+    assert_eq!(live(&name, &out), refusal(&name, ExportObstacle::Suspended));
     let state = dmsnap::status(&name).expect("it is there").state;
     assert_eq!(state, State::Suspended, "and still is");
     run!("dmsetup", "resume", "--noudevsync", &name);
@@ -393,7 +393,7 @@ fn what_cannot_be_exported_live_is_refused_and_stays_as_it_is() {
     options.store(Store::Transient);
     let snapshot = scene.snapshot_with(&options);
     let name = name_of(&snapshot);
-    assert_eq!(live(&name, &out), refusal(&name, "its store is transient"));
+    assert_eq!(live(&name, &out), refusal(&name, ExportObstacle::Transient));
     snapshot.cleanup().expect("nobody has it open");
 
     let (name, cow) = (scene.name(), scene.cow("moved"));

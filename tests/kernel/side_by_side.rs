@@ -7,8 +7,9 @@
 //! ```
 //!
 //! `--test-threads=N` has N processes run at a time, [`WORKERS`] by default; `--show-output`, `--skip FILTER` and the
-//! filters mean what they mean to libtest. Each test has a line with its time, failed ones are shown with their output
-//! at the end, and the last line is like libtest's.
+//! filters mean what they mean to libtest. `--share=N/M` leaves the other shares of [`SHARED`] out: M runs, with N from 1
+//! to M, have all tests between them. Each test has a line with its time, failed ones are shown with their output at the
+//! end, and the last line is like libtest's.
 
 use std::collections::VecDeque;
 use std::env;
@@ -129,6 +130,35 @@ const LONGEST: &[&str] = &[
     "vmm::",
 ];
 
+/// Tests of what dmsnap itself decides: what it makes of arguments, of files and of other programs, by calls of the kernel
+/// that the tests on every kernel make too. Runs on several kernels may share them.
+const SHARED: &[&str] = &[
+    "bad_cow::",
+    "bad_input::",
+    "bad_names::",
+    "cases::",
+    "cli::",
+    "concurrency::",
+    "discard::",
+    "documented::",
+    "durability::",
+    "export::",
+    "fleet::",
+    "growth::",
+    "handles::",
+    "made_cow::",
+    "merge::",
+    "repair::",
+    "sizes::",
+    "stack::",
+    "stores::",
+    "timings::",
+    "tree::",
+    "vmm::",
+    "watch::",
+    "witness::",
+];
+
 /// Whether the run asked for this test by its name, and with what else.
 fn asked() -> Option<Vec<String>> {
     let arguments: Vec<String> = env::args().skip(1).collect();
@@ -144,14 +174,20 @@ fn asked() -> Option<Vec<String>> {
 /// Asked for by name it is the runner, and ends the process; otherwise it checks the runner's lists.
 pub(crate) fn begin() {
     let all = listed(&[]);
-    for pattern in ALONE.iter().map(|(pattern, _)| pattern).chain(LONGEST) {
+    let alone = ALONE.iter().map(|(pattern, _)| pattern);
+    for pattern in alone.chain(LONGEST).chain(SHARED) {
         let names_one = all.iter().any(|test| test.starts_with(pattern));
         assert!(names_one, "no test's path begins with {pattern}");
     }
     let Some(arguments) = asked() else { return };
     guard();
     let asked = Asked::of(&arguments);
-    let tests = listed(&asked.filters);
+    let mut tests = listed(&asked.filters);
+    if let Some(share) = asked.share {
+        // By their places among all, whatever the filters are.
+        let others = share.others(&all);
+        tests.retain(|test| !others.contains(test));
+    }
     assert!(!tests.is_empty(), "no such test");
     std::process::exit(i32::from(!run(&asked, tests)));
 }
@@ -160,7 +196,33 @@ pub(crate) fn begin() {
 struct Asked {
     workers: usize,
     show_output: bool,
+    share: Option<Share>,
     filters: Vec<String>,
+}
+
+/// The N-th share of M.
+#[derive(Clone, Copy)]
+struct Share {
+    nth: usize,
+    of: usize,
+}
+
+impl Share {
+    fn parse(words: &str) -> Option<Self> {
+        let (nth, of) = words.split_once('/')?;
+        let (nth, of) = (nth.parse().ok()?, of.parse().ok()?);
+        (1..=of).contains(&nth).then_some(Self { nth, of })
+    }
+
+    /// The tests that are in other shares.
+    fn others(self, all: &[String]) -> Vec<String> {
+        let is_shared = |test: &&String| SHARED.iter().any(|pattern| test.starts_with(pattern));
+        let shared = all.iter().filter(is_shared).enumerate();
+        shared
+            .filter(|(place, _)| place % self.of + 1 != self.nth)
+            .map(|(_, test)| test.clone())
+            .collect()
+    }
 }
 
 impl Asked {
@@ -168,6 +230,7 @@ impl Asked {
         let mut asked = Self {
             workers: WORKERS,
             show_output: false,
+            share: None,
             filters: Vec::new(),
         };
         let mut words = arguments.iter();
@@ -179,10 +242,15 @@ impl Asked {
                 "--test-threads" => {
                     asked.workers = words.next().map_or(WORKERS, |word| number(word))
                 }
-                word => match word.strip_prefix("--test-threads=") {
-                    Some(workers) => asked.workers = number(workers),
-                    None => asked.filters.push(word.to_owned()),
-                },
+                word => {
+                    if let Some(workers) = word.strip_prefix("--test-threads=") {
+                        asked.workers = number(workers);
+                    } else if let Some(share) = word.strip_prefix("--share=") {
+                        asked.share = Some(Share::parse(share).expect("--share takes N/M"));
+                    } else {
+                        asked.filters.push(word.to_owned());
+                    }
+                }
             }
         }
         asked

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, SystemTime};
 
-use dmsnap::error::Refusal;
+use dmsnap::error::{LayerRefusal, Refusal};
 use dmsnap::export::FlattenOptions;
 use dmsnap::snapshot::{Layer, StackOptions};
 use dmsnap::{Error, Origin, SnapshotOptions};
@@ -207,19 +207,31 @@ fn wrong_combinations(scene: &Scene, origin: &Origin, options: &StackOptions, co
         assert!(refusal.to_string().contains(&path), "{refusal}");
     };
     let found = open(&[one, three]);
-    assert!(matches!(found, Refusal::LayerMissing { .. }), "{found}");
+    assert!(
+        matches!(found, Refusal::Layer(LayerRefusal::Missing { .. })),
+        "{found}"
+    );
     told(&found, three);
     let found = open(&[two, three]);
-    assert!(matches!(found, Refusal::LayerMissing { .. }), "{found}");
+    assert!(
+        matches!(found, Refusal::Layer(LayerRefusal::Missing { .. })),
+        "{found}"
+    );
     told(&found, two);
     let found = open(&[three, two, one, own]);
-    assert!(matches!(found, Refusal::CowNotFrozen { .. }), "{found}");
+    assert!(
+        matches!(found, Refusal::Layer(LayerRefusal::NotFrozen { .. })),
+        "{found}"
+    );
     told(&found, own);
 
     let copy = scene.path("copy");
     run!("cp", two, &copy);
     let found = open(&[one, two, three, &copy]);
-    assert!(matches!(found, Refusal::LayerTwice { .. }), "{found}");
+    assert!(
+        matches!(found, Refusal::Layer(LayerRefusal::Twice { .. })),
+        "{found}"
+    );
     told(&found, &copy);
     // Of another stack over the same image, frozen by itself.
     let v = snapshot(scene);
@@ -231,7 +243,10 @@ fn wrong_combinations(scene: &Scene, origin: &Origin, options: &StackOptions, co
         .iter()
         .all(|each| each.backing != foreign)));
     let found = open(&[one, &foreign, three]);
-    assert!(matches!(found, Refusal::LayersApart { .. }), "{found}");
+    assert!(
+        matches!(found, Refusal::Layer(LayerRefusal::Apart { .. })),
+        "{found}"
+    );
     told(&found, &foreign);
 
     let short = scene.path("short");
@@ -267,7 +282,9 @@ fn wrong_combinations(scene: &Scene, origin: &Origin, options: &StackOptions, co
     assert!(matches!(found, Refusal::CowInUse { .. }), "{found}");
     told(&found, three);
     drop(held);
-    assert!(!dm_names().iter().any(|each| each.starts_with(&name)));
+    // The kernel takes a layer down behind its last user, in a worker of its own.
+    let is_left = || dm_names().iter().any(|each| each.starts_with(&name));
+    assert!(eventually(SOON, || !is_left()), "{:?}", dm_names());
 }
 
 /// Disks that share layers are put together at the same moment: each layer is there once.

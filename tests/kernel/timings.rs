@@ -38,7 +38,8 @@ fn the_timings_of_a_snapshot_name_its_steps_in_order_and_add_up() {
     println!("cleanup:\n{}", cleaned.1);
     cleaned.0.expect("nobody has it open");
     let removals = cleaned.1.calls.iter();
-    assert_eq!(removals.filter(|call| call.step == Step::Remove).count(), 1);
+    // More than once where somebody looks into the device just then.
+    assert!(removals.filter(|call| call.step == Step::Remove).count() >= 1);
     for timings in [&timings, &cleaned.1] {
         let sum: Duration = timings.calls.iter().map(|call| call.took).sum();
         assert!(sum + timings.waited <= timings.total, "{timings}");
@@ -73,7 +74,10 @@ fn the_command_prints_the_table_beside_the_json() {
         .args([scene.image(), &cow]);
     let made = finish(create.arg(&name));
     let table = String::from_utf8_lossy(&made.stderr).into_owned();
-    assert!(table.contains("\nAttachLoop           2 "), "{table}");
+    // Two loop devices, and once more for each that another process on this host was faster to take.
+    let line = table.lines().find(|line| line.starts_with("AttachLoop "));
+    let calls = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    assert!(calls.is_some_and(|calls: u32| calls >= 2), "{table}");
     let handles = scene.file("handles.json", &made.stdout);
     success(dmsnap().args(["cleanup", "--timings"]).arg(handles));
 }

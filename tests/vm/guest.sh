@@ -35,6 +35,7 @@ guest_is_arm64() {
 guest_exec() {
     local status
     kernel_ensure "$guest_kernel"
+    guest_is_arm64 || qemu_ensure
     ((guest_vmm == 0)) || vmm_files "$guest_kernel"
     ((guest_fio == 0)) || guest_files+=("$(tool fio)" "$(tool fsverity)")
     guest_dir=$(mktemp -d "${TMPDIR:-/tmp}/dmsnap-vm.XXXXXX")
@@ -79,7 +80,7 @@ guest_is_stillborn() {
 
 # Returns when the guest is gone, however it ended.
 guest_boot() {
-    local qemu relay append cpu clock cpus=2 machine=(qemu-system-x86_64)
+    local qemu relay append cpu clock cpus=2 machine=("$emulator")
     # oops=panic, panic=-1 and -no-reboot: a guest that fails ends at once.
     append="console=ttyS0 panic=-1 oops=panic random.trust_cpu=on no_timer_check"
     # Crypto self-tests and the like are a third of the boot under emulation.

@@ -87,11 +87,12 @@ fuzz_replay() {
 
 command_test() {
     # Those that take longest come first, so that none of them is the last to end. Both builds pass everything: the
-    # default one on three kernels and beside udevd, the slim one on the fourth.
+    # slim one on one kernel, the default one beside udevd, and on three kernels, which share what is the same on each.
     local kernels="latest 5.10 6.12+udev 6.1 6.12+slim" kernel begin line
     while (($# > 0)); do
         case $1 in
             --kernels) option_value "$@"; kernels=$2; shift 2 ;;
+            --whole) test_whole=1; shift ;;
             --jobs) option_value "$@"; test_jobs=$2; shift 2 ;;
             *) usage_error "test: unknown argument $1" ;;
         esac
@@ -153,6 +154,21 @@ declare -A job_spec=() job_part=() job_begin=()
 # What is still to be started, as "SPEC PART".
 job_queue=()
 
+# Whether every kernel passes everything, and which share of what it does not have to pass alone each SPEC has.
+test_whole=0
+declare -A test_share=()
+
+# kernel_tests_share SPEC...: those of the default build, without udevd, share.
+kernel_tests_share() {
+    local spec sharing=()
+    for spec in "$@"; do
+        [[ $spec == *+* || $spec == arm64 ]] || sharing+=("$spec")
+    done
+    for spec in "${!sharing[@]}"; do
+        test_share[${sharing[spec]}]=$((spec + 1))/${#sharing[@]}
+    done
+}
+
 # kernel_tests_queue SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
 kernel_tests_queue() {
     local spec kernel part ready=()
@@ -166,6 +182,7 @@ kernel_tests_queue() {
         fi
         ready+=("$spec")
     done
+    ((test_whole)) || kernel_tests_share "${ready[@]}"
     # In halves, so that no core waits long for another at the end: the longer one comes first.
     for part in rest proof; do
         for spec in "${ready[@]}"; do
@@ -205,6 +222,7 @@ kernel_tests_begin() {
         # it has no part in any of them.
         filter+=(--skip bad_input:: --skip bad_names:: --skip discard:: --skip documented:: --skip facts:: --skip made_cow:: --skip sizes:: --skip stores:: --skip vmm::)
     fi
+    [[ -z ${test_share[$spec]:-} ]] || filter+=("--share=${test_share[$spec]}")
     case $part in
         proof) filter+=(proof::) ;;
         rest) filter+=(--skip proof::) ;;

@@ -24,7 +24,7 @@ use std::time::Duration;
 
 use args::{Args, Command, Reap};
 use clap::Parser;
-use dmsnap::error::Refusal;
+use dmsnap::error::{LayerRefusal, Refusal};
 use dmsnap::find::SnapshotInfo;
 use dmsnap::snapshot::{CheckpointOptions, GrowOptions, Layer, StackOptions};
 use dmsnap::teardown::{Outcome, RepairOptions, Repaired};
@@ -206,7 +206,9 @@ fn layer(origin: &Path) -> dmsnap::Result<Option<Layer>> {
     match Layer::open(id) {
         Ok(layer) => Ok(Some(layer)),
         Err(Error::Refused(
-            Refusal::NotALayer { .. } | Refusal::NotOurs { .. } | Refusal::NotADmDevice { .. },
+            Refusal::Layer(LayerRefusal::NotALayer { .. })
+            | Refusal::NotOurs { .. }
+            | Refusal::NotADmDevice { .. },
         )) => Ok(None),
         Err(error) => Err(error),
     }
@@ -337,8 +339,7 @@ fn repair(options: &RepairOptions, names: &[String], json: bool) -> Result<(), F
 /// `None` when there was nothing to do.
 fn repair_one(options: &RepairOptions, name: &str) -> Option<Repaired> {
     let outcome = options.repair(name).transpose()?;
-    let name = name.to_owned();
-    Some(Repaired { name, outcome })
+    Some(Repaired::new(name, outcome))
 }
 
 fn outcome_text(outcome: Outcome) -> String {

@@ -78,6 +78,15 @@ struct Host {
     scene: Scene,
 }
 
+/// What has this binary play an example. With one thread, as on one CPU, libtest would print the test's name before it,
+/// on the line of its first words.
+const PLAYER: [&str; 4] = [
+    "--exact",
+    "documented::an_example_is_played",
+    "--nocapture",
+    "--test-threads=2",
+];
+
 impl Host {
     fn new() -> Self {
         let scene = Scene::new();
@@ -93,8 +102,7 @@ impl Host {
 
     fn start(name: &str) -> Process {
         let this = env::current_exe().expect("this binary");
-        let words = ["--exact", "documented::an_example_is_played", "--nocapture"];
-        Process::start(Command::new(this).args(words).env(EXAMPLE, name))
+        Process::start(Command::new(this).args(PLAYER).env(EXAMPLE, name))
     }
 
     /// Runs an example to its end; returns what it printed to stdout and stderr.
@@ -396,7 +404,7 @@ fn a_command_lets_a_hanging_guest_go_on() {
 fn the_demo() {
     let scene = Scene::new();
     let mut player = Command::new(env::current_exe().expect("this binary"));
-    player.args(["--exact", "documented::an_example_is_played", "--nocapture"]);
+    player.args(PLAYER);
     let done =
         Process::start(player.env(EXAMPLE, "demo").current_dir(scene.dir())).join(PATIENCE * 2);
     let said = String::from_utf8_lossy(&done.stdout);
