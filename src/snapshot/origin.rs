@@ -226,7 +226,7 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path, options: &CowOptions) -> Resu
 /// So many dm devices stand on a shared loop device before another one is attached for those to come. At each load and
 /// each resume the kernel looks through all snapshots of the origin for one with the same COW device
 /// (`__find_snapshots_sharing_cow`, `drivers/md/dm-snap.c`).
-const CROWD: usize = 512;
+pub(super) const CROWD: usize = 512;
 
 /// The loop device of that number, if it is a shared one over this image, as long as the image is. From the moment that
 /// it is open it cannot change hands. One that cannot be looked at is somebody else's.

@@ -49,12 +49,19 @@ impl Drop for Room {
 }
 
 /// So many disks are made in a row, to see what one takes.
-fn samples() -> usize {
+fn tries() -> usize {
     repeated(4, 20)
 }
 
 /// Snapshots over one [`Origin`], before it is opened anew.
 const CROWD: usize = 250;
+
+/// So many disks have room in memory.
+fn there_is_room_for() -> usize {
+    const EACH_KIB: i64 = 540;
+    let count = (Memory::now().available - (400 << 10)) / EACH_KIB;
+    usize::try_from(count).expect("the guest has memory")
+}
 
 struct Fleet<'a> {
     scene: &'a Scene,
@@ -83,7 +90,7 @@ impl Fleet<'_> {
     /// What makes a disk while so many are alive, and what removes one: one goes, one comes.
     fn samples(&mut self, shared: bool) -> [Vec<Timings>; 2] {
         let mut samples = [Vec::new(), Vec::new()];
-        for _ in 0..samples() {
+        for _ in 0..tries() {
             let (handles, created) = self.make(shared);
             let (done, removed) = Timings::of(|| dmsnap::cleanup(&handles));
             done.unwrap_or_else(|error| panic!("{}", chain(&error)));
@@ -144,7 +151,7 @@ fn each_of_thousands_is_made_written_read_listed_watched_and_torn_down() {
     let scene = Scene::new();
     let marks = match std::env::var("DMSNAP_TEST_DISKS") {
         Ok(most) => vec![10, 1000, most.parse().expect("a number")],
-        Err(_) if long() => vec![10, 1000, 10_000],
+        Err(_) if long() => vec![10, 1000, there_is_room_for().min(10_000)],
         Err(_) => vec![10, 70],
     };
     let _room = long().then(Room::make);
@@ -231,6 +238,17 @@ fn each_of_thousands_is_made_written_read_listed_watched_and_torn_down() {
     let ours = dm_names();
     let ours = ours.iter().filter(|name| name.starts_with(PREFIX));
     assert_eq!(ours.count(), fleet.alive.len(), "says dmsetup");
+    for origin in loops_below(scene.dir()) {
+        let name = origin.device.file_name().expect("loopN").to_string_lossy();
+        let holders = fs::read_dir(format!("/sys/block/{name}/holders"));
+        let holders = holders.expect("sysfs").count();
+        let crowd = 512 + CROWD;
+        assert!(
+            holders <= crowd,
+            "{holders} over {}",
+            origin.device.display()
+        );
+    }
 
     let half = fleet.alive.split_off(fleet.alive.len() / 2);
     let (cleaned, cleaning) = timed(|| Teardown::new().cleanup_all(&half));
