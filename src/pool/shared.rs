@@ -219,8 +219,8 @@ impl Shared {
                 state = self.wait(&self.claimed, state, left);
                 continue;
             }
-            // Who waits for one, or soon will, is not helped by a pause.
-            state = self.stand_aside(state, |state| state.ready.len() * 2 < self.size);
+            // Who waits for one, or has to make it, is not helped by a pause.
+            state = self.stand_aside(state, |state| state.ready.is_empty());
             if state.closing {
                 return;
             }
