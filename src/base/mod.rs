@@ -6,6 +6,7 @@ mod digest;
 mod durability;
 mod handles;
 mod identity;
+mod layer_id;
 #[cfg(feature = "serde")]
 pub(crate) mod lossy;
 mod name;
@@ -20,6 +21,7 @@ pub use digest::{Digest, InvalidDigest};
 pub use durability::Durability;
 pub use handles::{FileId, Handles, LoopHandle};
 pub use identity::OriginIdentity;
+pub use layer_id::{InvalidLayerId, LayerId};
 pub use name::{DeviceName, InvalidName, NameFault};
 pub(crate) use name::{KEPT, MAPPER_DIR, MERGING, POOLED};
 pub use number::{DeviceNumber, InvalidNumber};

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use super::OriginIdentity;
+use super::{LayerId, OriginIdentity};
 
 /// The length in bytes of the longest uuid: `DM_UUID_LEN` is 129 with its NUL.
 const UUID_MAX: usize = 128;
@@ -134,7 +134,14 @@ impl DeviceUuid {
             .unwrap_or(Kind::Own)
     }
 
-    /// Returns the layer's id, if the device is a layer.
+    /// Returns the layer's id, if the device is a layer: the one that its COW file's mark has
+    /// ([`StackPlace::id`](crate::store::StackPlace::id)).
+    #[must_use]
+    pub fn layer_id(&self) -> Option<LayerId> {
+        self.layer().and_then(LayerId::new)
+    }
+
+    /// Returns the layer's id as a number, if the device is a layer.
     pub(crate) fn layer(&self) -> Option<u128> {
         let digits = self.0.strip_prefix(Self::PREFIX)?.split('-').next()?;
         let id = u128::from_str_radix(digits, 16).ok()?;
@@ -212,6 +219,8 @@ mod tests {
             assert_eq!((ours.origin(), ours.cow_loop()), (Some(origin), Some(300)));
             assert_eq!(ours.kind(), kind);
             assert_eq!(ours.layer(), (kind == Kind::Layer).then_some(7));
+            let id = ours.layer_id().map(|id| id.to_string());
+            assert_eq!(id, (kind == Kind::Layer).then(|| format!("{:032x}", 7)));
         }
         for keep in [false, true] {
             let layer = DeviceUuid::of_layer(7, origin, 300, keep);

@@ -32,7 +32,7 @@ pub struct Timings {
         serde(rename = "total_ns", serialize_with = "as_ns")
     )]
     pub total: Duration,
-    /// Of that, the pauses between one attempt and the next, while a device was busy.
+    /// How much of that were the pauses between one attempt and the next, while a device was busy.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "waited_ns", serialize_with = "as_ns")
@@ -42,26 +42,26 @@ pub struct Timings {
     pub calls: Vec<CallTiming>,
 }
 
-/// One kernel call's.
+/// How long one kernel call took.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize))]
 #[non_exhaustive]
 pub struct CallTiming {
-    /// What was asked for.
+    /// What the kernel was asked for.
     pub step: Step,
-    /// Of which file or device.
+    /// The file or device that it was asked of.
     #[cfg_attr(feature = "serde", serde(serialize_with = "lossy::path"))]
     pub on: PathBuf,
-    /// When, from the beginning of the work.
+    /// When it began, counted from the beginning of the work.
     #[cfg_attr(
         feature = "serde",
         serde(rename = "start_ns", serialize_with = "as_ns")
     )]
     pub start: Duration,
-    /// For how long, repetitions at once on EINTR included.
+    /// How long it took, with the repetitions at once on EINTR.
     #[cfg_attr(feature = "serde", serde(rename = "took_ns", serialize_with = "as_ns"))]
     pub took: Duration,
-    /// What the kernel answered, if it was no success.
+    /// The number of the errno that the kernel answered, if it was no success.
     pub errno: Option<i32>,
 }
 
@@ -80,11 +80,11 @@ pub struct StepTiming {
 }
 
 impl Timings {
-    /// Does `work`, and notes what this thread asks of the kernel meanwhile through this crate.
+    /// Calls `work`, and records what this thread asks of the kernel meanwhile through this crate.
     ///
-    /// The threads of [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) and of a sweep count as this one: their calls overlap, so
-    /// that together they can take longer than the whole. Within another `of`, both have the calls. Without any,
-    /// nothing is kept and no clock is read.
+    /// The threads of [`Teardown::cleanup_all`](crate::Teardown::cleanup_all) and of a sweep count as this one: their
+    /// calls overlap, so that together they can take longer than the whole. Within another `of`, both have the calls.
+    /// Without any, nothing is kept and no clock is read.
     pub fn of<T>(work: impl FnOnce() -> T) -> (T, Self) {
         let start = Instant::now();
         let recording = Recording::begin(start);
@@ -102,7 +102,7 @@ impl Timings {
         (done, timings)
     }
 
-    /// The calls summed up by step, in the order in which each step came first.
+    /// Returns the calls summed up by step, in the order in which each step came first.
     #[must_use]
     pub fn by_step(&self) -> Vec<StepTiming> {
         let mut steps: Vec<StepTiming> = Vec::new();
@@ -122,8 +122,8 @@ impl Timings {
         steps
     }
 
-    /// What was neither a call nor a pause: our own work, and what is asked of the kernel in passing, such as closing
-    /// files.
+    /// Returns the time that was neither a call nor a pause: the library's own work, and what is asked of the kernel in
+    /// passing, such as closing files.
     #[must_use]
     pub fn elsewhere(&self) -> Duration {
         let calls: Duration = self.calls.iter().map(|call| call.took).sum();

@@ -16,7 +16,7 @@ use crate::error::{Refusal, Result, Step};
 use crate::kernel::{Host, MACHINE};
 use crate::store::{self, Chain, ExceptionStore, Extent, Header, Layout, MARK_AT, Piece, overlay};
 
-/// Options for making one COW file of those of a stack.
+/// Options for making one COW file of those of a stack, and the calls that do it.
 ///
 /// The files are given in any order, without the image: their marks say which was made over which. The result stands on
 /// what the lowest stood on, and is what the topmost was: a layer, over which everything fits that was made over the
@@ -34,7 +34,7 @@ pub struct FlattenOptions {
     deadline: Option<Duration>,
 }
 
-/// What was made of a stack's COW files.
+/// The result of a flattening.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
@@ -43,24 +43,25 @@ pub struct Flattened {
     pub bytes: u64,
     /// How much of a disk it changes, in bytes.
     pub changed_bytes: u64,
-    /// How much was written; the rest is holes.
+    /// How much was written, in bytes; the rest is holes.
     pub written_bytes: u64,
 }
 
 impl FlattenOptions {
-    /// Nothing is replaced.
+    /// Makes the default options: an output that exists is refused.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Replaces the output where it exists and is a regular file. It stays as it is until the new one is complete.
+    /// Sets whether an output that exists and is a regular file is replaced. It stays as it is until the new one is
+    /// complete.
     pub fn replace(&mut self, replace: bool) -> &mut Self {
         self.replace = replace;
         self
     }
 
-    /// Sets for how long who has a lock on a file is waited for: a second unless set.
+    /// Sets for how long whoever has a lock on a file is waited for: a second unless set.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.deadline = Some(deadline);
         self
@@ -86,8 +87,9 @@ impl FlattenOptions {
         Ok(whole.unwrap_or_default())
     }
 
-    /// The same, telling `progress` as [`export_with`](super::ExportOptions::export_with) does. When that breaks it off,
-    /// the answer is `None` and nothing is left of the output.
+    /// Does what [`flatten`](Self::flatten) does, and calls `progress` as
+    /// [`export_with`](super::ExportOptions::export_with) does. If that returns `Break`, this returns `None`, and
+    /// nothing is left of the output.
     ///
     /// # Errors
     ///
@@ -227,8 +229,8 @@ impl Stack {
         store::sound(whole, Store::Persistent, self.chunk).unwrap_or(used)
     }
 
-    /// Which pieces of the files go where in the new one: what they change in the order of the disk, an area's worth in one
-    /// piece.
+    /// Which pieces of the files go where in the new one: what they change in the order of the disk, an area's worth in
+    /// one piece.
     fn data(&self) -> Vec<Piece> {
         let (layout, chunk) = (Layout::new(self.chunk), self.chunk.bytes());
         let (mut nth, mut data) = (0, Vec::with_capacity(self.pieces.len()));

@@ -90,7 +90,8 @@ impl ExportOptions {
         Self::default()
     }
 
-    /// Replaces an output that exists and is a regular file. It stays as it is until the new one is complete.
+    /// Sets whether an output that exists and is a regular file is replaced. It stays as it is until the new one is
+    /// complete.
     pub fn replace(&mut self, replace: bool) -> &mut Self {
         self.replace = replace;
         self
@@ -113,9 +114,9 @@ impl ExportOptions {
     /// Takes a store that the kernel has marked invalid: a `P` store that overflowed, or one whose COW file could not
     /// be written.
     ///
-    /// The kernel reads such a store no more, but what was written before is still in the file. What the store
-    /// was made over is not checked. The result is the disk as it was when the store became invalid, without the writes that failed and all later ones. It is like a disk
-    /// after a power cut: check its file systems.
+    /// The kernel reads such a store no more, but what was written before is still in the file. What the store was made
+    /// over is not checked. The result is the disk as it was when the store became invalid, without the writes that
+    /// failed and all later ones. It is like a disk after a power cut: check its file systems.
     pub fn invalid_store(&mut self, invalid_store: bool) -> &mut Self {
         self.invalid_store = invalid_store;
         self
@@ -127,8 +128,8 @@ impl ExportOptions {
         self
     }
 
-    /// Sets for how long others are waited for: who has a lock on a file (a second unless set), and who is at work on the
-    /// snapshot (15 seconds).
+    /// Sets for how long others are waited for: who has a lock on a file (a second unless set), and who is at work on
+    /// the snapshot (15 seconds).
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.deadline = Some(deadline);
         self
@@ -140,11 +141,10 @@ impl ExportOptions {
     /// # Errors
     ///
     /// [`Error::Refused`] for a COW file that a snapshot uses, a store that is damaged or invalid, an origin that has
-    /// changed since the store was made, or an output that exists;
-    /// [`Refusal::OriginUnknown`] for a store that dmsnap has not marked, as it may have been made over a part of the image
-    /// ([`any_origin`](Self::any_origin) takes it). [`Error::Failed`] names the step that failed; the
-    /// output is then as it was before, except after a failure of the last step, the sync of the output's directory.
-    /// [`Error::Debris`] if a temporary file could not be removed.
+    /// changed since the store was made, or an output that exists; [`Refusal::OriginUnknown`] for a store that dmsnap
+    /// has not marked, as it may have been made over a part of the image ([`any_origin`](Self::any_origin) takes it).
+    /// [`Error::Failed`] names the step that failed; the output is then as it was before, except after a failure of the
+    /// last step, the sync of the output's directory. [`Error::Debris`] if a temporary file could not be removed.
     pub fn export(
         &self,
         origin: impl AsRef<Path>,

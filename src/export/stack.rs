@@ -10,8 +10,8 @@ use crate::error::Result;
 use crate::kernel::{Host, MACHINE};
 
 impl ExportOptions {
-    /// Exports what the COW files of a stack make of the image that the lowest was made over: those of the layers, and of
-    /// the disk on them if it is to be the disk's. They are given in any order; none may be in use.
+    /// Exports what the COW files of a stack make of the image that the lowest was made over: those of the layers, and
+    /// of the disk on them if it is to be the disk's. They are given in any order; none may be in use.
     ///
     /// # Errors
     ///
@@ -28,7 +28,8 @@ impl ExportOptions {
         Ok(whole.unwrap_or_default())
     }
 
-    /// The same with `progress`, as [`export_with`](Self::export_with) has it.
+    /// Does what [`export_stack`](Self::export_stack) does, and calls `progress` as [`export_with`](Self::export_with)
+    /// does.
     ///
     /// # Errors
     ///

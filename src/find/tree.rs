@@ -18,7 +18,7 @@ pub struct TreeNode {
     /// What it is.
     #[cfg_attr(feature = "serde", serde(flatten))]
     pub what: Standing,
-    /// The size of the disk that it shows, in bytes, where a uuid of ours says so.
+    /// The size of the disk that it shows, in bytes, where a uuid of dmsnap's says so.
     pub size_bytes: Option<u64>,
     /// What stands on it, in the order of the names.
     pub above: Vec<TreeNode>,
@@ -45,7 +45,7 @@ pub enum Standing {
     Layer(SnapshotInfo),
     /// A snapshot.
     Snapshot(SnapshotInfo),
-    /// A device that is neither ours nor a loop device.
+    /// A device that is neither dmsnap's nor a loop device.
     Device {
         /// Its number.
         dev: DeviceNumber,
@@ -55,13 +55,13 @@ pub enum Standing {
 }
 
 impl TreeNode {
-    /// The dm device's name, if it is one of ours.
+    /// Returns the dm device's name, if it is one of dmsnap's.
     #[must_use]
     pub fn name(&self) -> Option<&str> {
         self.info().map(|info| info.name.as_str())
     }
 
-    /// What is known of it, if it is a device of ours.
+    /// Returns what is known of it, if it is one of dmsnap's devices.
     #[must_use]
     pub fn info(&self) -> Option<&SnapshotInfo> {
         match &self.what {
@@ -80,9 +80,10 @@ impl TreeNode {
     }
 }
 
-/// Everything of ours by what it stands on: a node for each image, with the layers and snapshots over it.
+/// Lists all of dmsnap's devices by what they stand on: a node for each image, with the layers and snapshots over it.
 ///
-/// A device that cannot be read is an `Err` in the list and hides no other; what stands on it has a node of kind `Device`.
+/// A device that cannot be read is an `Err` in the list and hides no other; what stands on it has a node of kind
+/// `Device`.
 ///
 /// ```no_run
 /// fn print(node: &dmsnap::find::TreeNode, depth: usize) {
@@ -105,7 +106,7 @@ pub fn tree() -> Result<Vec<Result<TreeNode>>> {
     tree_of_all(&MACHINE)
 }
 
-/// What one device of ours stands on, down to the image, and what stands on it.
+/// Returns what one of dmsnap's devices stands on, down to the image, and what stands on it.
 ///
 /// # Errors
 ///

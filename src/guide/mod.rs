@@ -3,6 +3,7 @@
 //! - [`choosing`]: stores, COW files, chunk sizes, discard.
 //! - [`operating`]: teardown, after a crash, two control planes, pools, watching and growing, udev.
 //! - [`checkpoint`]: a running disk frozen as a layer, and forks of it.
+//! - [`firecracker`]: a disk in a jail, and disk and memory of one moment.
 //! - [`errors`]: kinds, chains, and what an errno means.
 //! - [`kernels`]: what it was run on, and features by version.
 //! - [`landmines`]: what bites.
@@ -15,6 +16,8 @@ pub mod choosing {}
 pub mod operating {}
 #[doc = include_str!("checkpoint.md")]
 pub mod checkpoint {}
+#[doc = include_str!("firecracker.md")]
+pub mod firecracker {}
 #[doc = include_str!("errors.md")]
 pub mod errors {}
 #[doc = include_str!("kernels.md")]

@@ -222,7 +222,7 @@ impl Pool {
         Ok(Released {
             taken_back,
             cow,
-            file: file.map(File::from),
+            file: file.map(Machine::handed_out),
         })
     }
 

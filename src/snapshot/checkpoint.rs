@@ -25,7 +25,8 @@ use crate::kernel::{Host, LO_AUTOCLEAR, LO_DIRECT_IO, MACHINE};
 use crate::store::{self, CHAIN_AT, Chain, Content, Header, MARK_AT};
 use crate::teardown::rebuilt;
 
-/// How to freeze what a live snapshot has, while its VM runs.
+/// Options for a checkpoint, which freezes what a live snapshot has as a [`Layer`] while its VM runs, and for going back
+/// to it; and the calls that do both.
 ///
 /// ```no_run
 /// use dmsnap::snapshot::CheckpointOptions;
@@ -51,8 +52,8 @@ pub struct CheckpointOptions {
 const UNDO_RETRY: Retry = Retry::until(Duration::from_secs(2));
 
 impl CheckpointOptions {
-    /// Over a blank COW file that is there; a layer that goes with its last user; up to 15 seconds for whoever else is at
-    /// work on the snapshot.
+    /// Makes the default options: over a blank COW file that is there, a layer that goes with its last user, and up to
+    /// 15 seconds for whoever else is at work on the snapshot.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
@@ -64,20 +65,29 @@ impl CheckpointOptions {
         self
     }
 
-    /// Has the new COW file's space set aside when it is made.
+    /// Says how much the snapshot is expected to change from now on, where the new COW file is made, as
+    /// [`SnapshotOptions::expected_changes`](crate::SnapshotOptions::expected_changes) does.
+    pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
+        self.cow.expected = Some(expected);
+        self
+    }
+
+    /// Sets whether the made COW file's space is allocated at once (`fallocate`), as
+    /// [`SnapshotOptions::reserve`](crate::SnapshotOptions::reserve) does.
     pub fn reserve(&mut self, reserve: bool) -> &mut Self {
         self.cow.reserve = reserve;
         self
     }
 
-    /// Keeps the layer when nobody stands on it any more, until it is removed.
+    /// Sets whether the layer stays when nobody stands on it any more, until it is removed. It goes with its last user
+    /// unless set.
     pub fn keep(&mut self, keep: bool) -> &mut Self {
         self.keep = keep;
         self
     }
 
-    /// Sets for how long others are waited for: who is at work on the snapshot (15 seconds unless set), and who has a lock
-    /// on a file (a second). What is held back is resumed whatever the deadline.
+    /// Sets for how long others are waited for: who is at work on the snapshot (15 seconds unless set), and who has a
+    /// lock on a file (a second). What is held back is resumed whatever the deadline.
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.retry = Retry::until(deadline);
         self.cow.deadline = Some(deadline);
@@ -93,17 +103,17 @@ impl CheckpointOptions {
     /// [`adopt`](crate::adopt()) have it with its new COW file.
     ///
     /// A process that is killed in the pause leaves the snapshot with its I/O held back, until a
-    /// [`repair`](crate::repair()). If that says `Undone` there is no layer, and the COW file that was made is to be deleted
-    /// before the next try; if it says `Finished` the layer is there, and [`Layer::open`] has it.
+    /// [`repair`](crate::repair()). If that says `Undone` there is no layer, and the COW file that was made is to be
+    /// deleted before the next try; if it says `Finished` the layer is there, and [`Layer::open`] has it.
     ///
     /// # Errors
     ///
     /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], also for one that was claimed from a pool,
     /// [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
     /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
-    /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was.
-    /// [`Error::Debris`] says what is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the
-    /// snapshot goes on over it and it could not be made known. A [`repair`](crate::repair()) finishes either.
+    /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was. [`Error::Debris`] says what
+    /// is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the snapshot goes on over
+    /// it and it could not be made known. A [`repair`](crate::repair()) finishes either.
     pub fn checkpoint(
         &self,
         snapshot: impl Into<DeviceId>,
@@ -116,9 +126,9 @@ impl CheckpointOptions {
 }
 
 impl CheckpointOptions {
-    /// Puts a layer that is gone together again, from what it stood on and its COW file: after a reboot, or when its last
-    /// user was taken down. `origin` is the image, or the layer below ([`Layer::origin`]). Snapshots over it are then made
-    /// over [`Layer::origin`] with the COW files that they had.
+    /// Puts a layer that is gone together again, from what it stood on and its COW file: after a reboot, or when its
+    /// last user was taken down. `origin` is the image, or the layer below ([`Layer::origin`]). Snapshots over it are
+    /// then made over [`Layer::origin`] with the COW files that they had.
     ///
     /// # Errors
     ///

@@ -80,6 +80,32 @@ fn freeze_as(script: &Script, keep: bool) -> Result<(Base<ScriptLoop>, Handles)>
     )
 }
 
+/// As a create has it: the kernel sizes its table of changed chunks by what the COW device is when the table is loaded.
+#[test]
+fn a_made_cow_file_is_short_until_the_table_is_loaded_and_whole_before_the_pause() {
+    for (expected, is_short) in [
+        (None, true),
+        (Some(CowSize::Bytes(1 << 20)), true),
+        (Some(CowSize::Bytes(1 << 30)), false),
+    ] {
+        let (script, _) = machine();
+        let mut options = CheckpointOptions::new();
+        options.make_cow(CowSize::Bytes(1 << 30));
+        if let Some(expected) = expected {
+            options.expected_changes(expected);
+        }
+        let (id, next) = ("vm".into(), Path::new(NEXT));
+        let frozen = checkpoint(&script, &options, &id, &name("noon"), next);
+        assert!(frozen.is_ok(), "nothing fails");
+        let calls = script.calls.take();
+        let first = |step| calls.iter().position(|call| *call == step);
+        let [loaded, paused] = [Step::Load, Step::Suspend].map(first);
+        let told = first(Step::ResizeLoop);
+        assert_eq!(told.is_some(), is_short, "{calls:?}");
+        assert!(loaded < paused && told < paused && (!is_short || loaded < told));
+    }
+}
+
 /// Whether the snapshot's COW file says that it is a layer's.
 fn is_frozen(script: &Script) -> bool {
     let mut world = script.world.borrow_mut();

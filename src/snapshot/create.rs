@@ -31,7 +31,8 @@ impl SnapshotOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched. A file that somebody else
+    /// [`Error::Refused`](crate::Error::Refused) for bad input, before any device is touched; the guide has the
+    /// [refusals by kind](crate::guide::errors#what-is-refused). A file that somebody else
     /// has locked is tried again for a second: a lock that is being dropped may take that long.
     /// [`Error::Failed`](crate::Error::Failed) names the first step that failed; nothing is left behind.
     /// [`Error::Debris`](crate::Error::Debris) lists what is left, if undoing failed too.

@@ -56,7 +56,7 @@ pub fn recover(device: impl Into<DeviceId>, bytes: u64) -> Result<Snapshot> {
     GrowOptions::new().recover(device, bytes)
 }
 
-/// Options for making a COW file longer.
+/// Options for making a COW file longer, and the calls that do it.
 #[derive(Clone, Debug, Default)]
 pub struct GrowOptions {
     pub(super) reserve: bool,
@@ -64,13 +64,15 @@ pub struct GrowOptions {
 }
 
 impl GrowOptions {
-    /// A sparse file; up to 15 seconds for a device to be closed.
+    /// Makes the default options: the file stays sparse, and a recovery waits up to 15 seconds for the device to be
+    /// closed.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Sets the space of the whole file aside, so that the host's file system cannot run out of it later.
+    /// Sets whether the space of the whole file is set aside (`fallocate`), so that the host's file system cannot run
+    /// out of it later.
     pub fn reserve(&mut self, reserve: bool) -> &mut Self {
         self.reserve = reserve;
         self
@@ -87,11 +89,11 @@ impl GrowOptions {
         self
     }
 
-    /// As [`grow`].
+    /// Does what [`grow`] does.
     ///
     /// # Errors
     ///
-    /// As [`grow`].
+    /// Those of [`grow`].
     pub fn grow(&self, device: impl Into<DeviceId>, bytes: u64) -> Result<SnapshotStatus> {
         grow_on(&MACHINE, self, &device.into(), bytes)
     }
@@ -106,11 +108,11 @@ impl GrowOptions {
         probe_on(&MACHINE, &device.into())
     }
 
-    /// As [`recover`].
+    /// Does what [`recover`] does.
     ///
     /// # Errors
     ///
-    /// As [`recover`].
+    /// Those of [`recover`].
     pub fn recover(&self, device: impl Into<DeviceId>, bytes: u64) -> Result<Snapshot> {
         recover_on(&MACHINE, self, &device.into(), bytes)
     }

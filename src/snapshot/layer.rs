@@ -36,7 +36,7 @@ pub struct Layer {
 }
 
 impl Layer {
-    /// A layer that is there.
+    /// Finds a layer that is there, by its dm device, and holds it.
     ///
     /// # Errors
     ///
@@ -54,7 +54,7 @@ impl Layer {
         }
     }
 
-    /// What snapshots are made over, by [`create_on`](crate::SnapshotOptions::create_on) or a
+    /// Returns what snapshots are made over, by [`create_on`](crate::SnapshotOptions::create_on) or a
     /// [`Pool`](crate::Pool): [`Origin::path`] and [`Origin::device`] are the layer's node, [`Origin::identity`] is that
     /// of the image at the bottom.
     #[must_use]
@@ -62,8 +62,9 @@ impl Layer {
         &self.origin
     }
 
-    /// What to keep of it. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any more:
-    /// neither a snapshot nor a value of this type. So clone them, drop the value, and clean up the disks over it first.
+    /// Returns the handles to store. [`cleanup`](crate::cleanup()) takes a kept layer down when nobody stands on it any
+    /// more: neither a snapshot nor a value of this type. So clone them, drop the value, and clean up the disks over it
+    /// first.
     #[must_use]
     pub fn handles(&self) -> &Handles {
         &self.handles

@@ -1,4 +1,4 @@
-//! The main job: a snapshot made, kept and made longer.
+//! The main job: makes snapshots, makes their COW files longer, and freezes them as layers, over which others are made.
 
 mod build;
 mod checkpoint;

@@ -40,8 +40,8 @@ impl SnapshotOptions {
         Self::default()
     }
 
-    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does: a disk that is to be thrown away
-    /// is named there, as a store alone does not end the guest's flushes.
+    /// Sets the kind of exception store. Without it, [`durability`](Self::durability) does: a disk that is to be thrown
+    /// away is named there, as a store alone does not end the guest's flushes.
     pub fn store(&mut self, store: Store) -> &mut Self {
         self.cow.store = store;
         self.store_given = true;
@@ -54,9 +54,10 @@ impl SnapshotOptions {
     /// one, unless [`store`](Self::store) names one; one that contradicts, in whichever order they are set, is
     /// refused. With [`PowerCuts`](Durability::PowerCuts) any store is taken, and the guest's flushes reach it.
     ///
-    /// A checkpoint, a rollback, a [`recover`](crate::snapshot::recover()) and a [`repair`](crate::repair()) keep what the
-    /// disk has. A table that another program loads brings the guest's flushes back, which costs time and no data. Where
-    /// sysfs cannot be written, [`Warning::FlushesKept`](crate::Warning::FlushesKept) says that they were not ended.
+    /// A checkpoint, a rollback, a [`recover`](crate::snapshot::recover()) and a [`repair`](crate::repair()) keep what
+    /// the disk has. A table that another program loads brings the guest's flushes back, which costs time and no data.
+    /// Where sysfs cannot be written, [`Warning::FlushesKept`](crate::Warning::FlushesKept) says that they were not
+    /// ended.
     pub fn durability(&mut self, durability: Durability) -> &mut Self {
         self.durability = Some(durability);
         if !self.store_given {
@@ -112,7 +113,8 @@ impl SnapshotOptions {
     /// where the COW file's file system cannot do direct I/O in such sectors, as on a disk with sectors of 4096 bytes,
     /// the I/O is buffered, and [`Warning::DirectIoUnavailable`](crate::Warning::DirectIoUnavailable) says so.
     ///
-    /// Refused where the chunk is smaller, or the image no whole number of such sectors.
+    /// Refused where the chunk is smaller ([`Refusal::ChunkUnderSector`]), or the image no whole number of such sectors
+    /// ([`Refusal::OriginPartSector`]).
     pub fn sector_size(&mut self, sector_size: SectorSize) -> &mut Self {
         self.sector_size = sector_size;
         self
@@ -128,11 +130,12 @@ impl SnapshotOptions {
     ///
     /// Discards are never passed down to the origin: [`Discard::Passdown`](crate::dm::Discard::Passdown) says why.
     ///
-    /// Refused unless chunks and logical sectors are of one size: on every kernel seen (5.10 to 7.3), a discard that
-    /// crosses into another chunk destroys the data of a third one. With both of one size no discard can.
-    /// [`trust_discards`](Self::trust_discards) takes other sizes.
+    /// Refused ([`Refusal::DiscardUnaligned`]) unless chunks and logical sectors are of one size: on every kernel seen
+    /// (5.10 to 7.3), a discard that crosses into another chunk destroys the data of a third one. With both of one size
+    /// no discard can. [`trust_discards`](Self::trust_discards) takes other sizes.
     ///
-    /// Refused with chunks under 512 sectors on kernels newer than 6.12: loading such a table crashes Linux 7.3.4.
+    /// Refused ([`Refusal::DiscardChunk`]) with chunks under 512 sectors on kernels newer than 6.12: loading such a
+    /// table crashes Linux 7.3.4.
     pub fn discard(&mut self, discard: bool) -> &mut Self {
         self.discard = discard;
         self
@@ -153,9 +156,9 @@ impl SnapshotOptions {
     /// Sets for how long whoever has a lock on the image or the COW file is waited for: a second unless set. Zero is one
     /// attempt. A longer one suits a disk that is taken up again while its last device still goes.
     ///
-    /// Not of this deadline is what only the kernel's own work can take: another process that is given each loop device that
-    /// was free a moment ago (5 seconds at most), a table load that lacks memory for a moment (half a second), and the undoing
-    /// of what failed (2 seconds).
+    /// Not of this deadline is what only the kernel's own work can take: another process that is given each loop device
+    /// that was free a moment ago (5 seconds at most), a table load that lacks memory for a moment (half a second), and
+    /// the undoing of what failed (2 seconds).
     pub fn deadline(&mut self, deadline: Duration) -> &mut Self {
         self.cow.deadline = Some(deadline);
         self
@@ -175,22 +178,22 @@ impl SnapshotOptions {
     ///
     /// It is kept in the COW file's header. When that is used again and a digest is given, the two decide, whatever the
     /// modification time says: a faithful copy is taken, and another image of equal size and time is refused
-    /// ([`Refusal::OriginDiffers`](crate::error::Refusal::OriginDiffers)). dmsnap takes the caller's word for it, and does
-    /// not read the image. Over a layer it counts for nothing, as a layer has an id of its own.
+    /// ([`Refusal::OriginDiffers`](crate::error::Refusal::OriginDiffers)). dmsnap takes the caller's word for it, and
+    /// does not read the image. Over a layer it counts for nothing, as a layer has an id of its own.
     ///
-    /// Without it, an image with another modification time, or with one that is no evidence (a whole second), is known by
-    /// the digest of fs-verity where both the image and the one that the COW file was made over have one, and otherwise by
-    /// a fingerprint of some blocks, where the COW file has that: if it was made over such an image, or over an
-    /// [`Origin`](crate::Origin).
+    /// Without it, an image with another modification time, or with one that is no evidence (a whole second), is known
+    /// by the digest of fs-verity where both the image and the one that the COW file was made over have one, and
+    /// otherwise by a fingerprint of some blocks, where the COW file has that: if it was made over such an image, or
+    /// over an [`Origin`](crate::Origin).
     pub fn digest(&mut self, digest: impl Into<Digest>) -> &mut Self {
         self.cow.digest = Some(digest.into());
         self
     }
 
     /// Takes the image as it is, whatever the COW file was made over. Right when the image is the same and only its
-    /// modification time is not, as after a copy to another host, and for a COW file that another program has written to,
-    /// which does not say what it was made over; over a changed image, or over all of an image of which the store was made
-    /// over a part, the snapshot is garbage.
+    /// modification time is not, as after a copy to another host, and for a COW file that another program has written
+    /// to, which does not say what it was made over; over a changed image, or over all of an image of which the store
+    /// was made over a part, the snapshot is garbage.
     pub fn any_origin(&mut self, any_origin: bool) -> &mut Self {
         self.cow.any_origin = any_origin;
         self
@@ -205,13 +208,14 @@ impl SnapshotOptions {
         self
     }
 
-    /// Says how much of the disk is expected to change, where the COW file is made: the kernel sizes its table of changed
-    /// chunks by it, at 8 bytes a chunk, when the snapshot is made, and never again. Unless set, 64 MiB, which takes 128 KiB
-    /// with chunks of 8 sectors; a worst-case COW file over 1 GiB took 2 MiB of kernel memory, whatever was written.
+    /// Says how much of the disk is expected to change, where the COW file is made: the kernel sizes its table of
+    /// changed chunks by it, at 8 bytes a chunk, when the snapshot is made, and never again. Unless set, 64 MiB, which
+    /// takes 128 KiB with chunks of 8 sectors; a worst-case COW file over 1 GiB took 2 MiB of kernel memory, whatever
+    /// was written.
     ///
     /// More may change, up to the COW file's size: the guide has the time that six times as much took
-    /// ([choosing](crate::guide::choosing#chunk-size)). A file whose space is set aside ([`reserve`](Self::reserve)), and one that is
-    /// there, have the table of their whole size.
+    /// ([choosing](crate::guide::choosing#chunk-size)). A file whose space is set aside ([`reserve`](Self::reserve)),
+    /// and one that is there, have the table of their whole size.
     pub fn expected_changes(&mut self, expected: CowSize) -> &mut Self {
         self.cow.expected = Some(expected);
         self

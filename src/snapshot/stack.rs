@@ -19,7 +19,8 @@ use crate::find::layers_of;
 use crate::kernel::{Host, MACHINE};
 use crate::store::{Chain, ExceptionStore, Header};
 
-/// Puts a stack of layers together again from its COW files, after a reboot or on another host.
+/// Options for putting a stack of layers together again from its COW files, after a reboot or on another host, and the
+/// call that does it.
 ///
 /// ```no_run
 /// use dmsnap::snapshot::StackOptions;
@@ -50,20 +51,21 @@ impl Default for StackOptions {
 }
 
 impl StackOptions {
-    /// Layers that go with their last user, at most 32 of them, and up to 5 seconds for whoever puts the same ones
-    /// together just now.
+    /// Makes the default options: layers that go with their last user, at most 32 of them, and up to 5 seconds for
+    /// whoever puts the same ones together just now.
     #[must_use]
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Keeps the topmost layer when nobody stands on it any more, until it is removed. The others go with it.
+    /// Sets whether the topmost layer stays when nobody stands on it any more, until it is removed. The others go with
+    /// it.
     pub fn keep(&mut self, keep: bool) -> &mut Self {
         self.keep = keep;
         self
     }
 
-    /// Takes more than 32 layers: a read may have to go through all of them.
+    /// Sets whether more than 32 layers are taken: a read may have to go through all of them.
     pub fn any_depth(&mut self, any_depth: bool) -> &mut Self {
         self.any_depth = any_depth;
         self
@@ -76,13 +78,13 @@ impl StackOptions {
         self
     }
 
-    /// Makes the layers of the COW files `cows`, given in whatever order, and returns the topmost one, `name`. Those below
-    /// it are called `name.1`, `name.2` and so on from the bottom up. `origin` is the image that the lowest was made over,
-    /// or a copy of it with another modification time, or the layer that it was made over.
+    /// Makes the layers of the COW files `cows`, given in whatever order, and returns the topmost one, `name`. Those
+    /// below it are called `name.1`, `name.2` and so on from the bottom up. `origin` is the image that the lowest was
+    /// made over, or a copy of it with another modification time, or the layer that it was made over.
     ///
-    /// All files are judged before anything is attached: their order is in their marks. A layer that is there already, as
-    /// under another disk, is used as it is, with the name that it has; if it is the topmost, it is the answer, kept or
-    /// not as it was made.
+    /// All files are judged before anything is attached: their order is in their marks. A layer that is there already,
+    /// as under another disk, is used as it is, with the name that it has; if it is the topmost, it is the answer, kept
+    /// or not as it was made.
     ///
     /// # Errors
     ///

@@ -9,6 +9,7 @@ mod extents;
 mod fault;
 mod header;
 mod overlay;
+mod place;
 mod reader;
 mod sizing;
 mod writer;
@@ -21,6 +22,7 @@ pub(crate) use header::{
     chain, mark, marks, probe,
 };
 pub(crate) use overlay::{Piece, overlay};
+pub use place::StackPlace;
 pub use reader::{Exception, ExceptionStore, Exceptions, StoreSummary};
 pub(crate) use sizing::{grown, sound, sound_from, worst_case};
 pub use sizing::{least_bytes, sound as sound_bytes, worst_case as worst_case_bytes};

@@ -5,6 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use super::extents::{Extent, Extents, in_origin_order};
 use super::fault::{StoreError, StoreFault};
 use super::header::{BLANK_BYTES, Header, PROBE_BYTES, Probe, probe};
+use super::place::StackPlace;
 use super::sizing::{EXCEPTION_BYTES, least_bytes};
 use crate::base::{ChunkSize, OriginIdentity, Sectors, Store};
 
@@ -70,6 +71,8 @@ pub struct StoreSummary {
     pub valid: bool,
     /// The size and time of the image that it was made over, if dmsnap made it.
     pub origin: Option<OriginIdentity>,
+    /// Its place in a stack of layers: see [`ExceptionStore::place`].
+    pub place: Option<StackPlace>,
     /// How many chunks of the origin have been written to.
     pub exceptions: u64,
     /// How many metadata areas the kernel reads.
@@ -97,8 +100,8 @@ impl<R: Read + Seek> ExceptionStore<R> {
     ///
     /// # Errors
     ///
-    /// [`StoreFault::Blank`], [`StoreFault::Headless`], [`StoreFault::Foreign`] or [`StoreFault::Header`] for a file that holds no store.
-    /// [`StoreError::Read`] if the file cannot be read.
+    /// [`StoreFault::Blank`], [`StoreFault::Headless`], [`StoreFault::Foreign`] or [`StoreFault::Header`] for a file that
+    /// holds no store. [`StoreError::Read`] if the file cannot be read.
     pub fn open(mut reader: R) -> Result<Self, StoreError> {
         let read = |source| StoreError::Read { offset: 0, source };
         let bytes = reader.seek(SeekFrom::End(0)).map_err(read)?;
@@ -163,6 +166,16 @@ impl<R: Read + Seek> ExceptionStore<R> {
     #[must_use]
     pub fn origin(&self) -> Option<OriginIdentity> {
         self.header.origin
+    }
+
+    /// Returns the store's place in a stack of layers; `None` if it was made over an image and never checkpointed, or by
+    /// another program.
+    ///
+    /// A layer's file is told from a disk's by [`StackPlace::frozen`], and what it was made over by
+    /// [`StackPlace::parent`]. This is read by [`open`](Self::open), and may be asked of a file that is in use.
+    #[must_use]
+    pub fn place(&self) -> Option<StackPlace> {
+        self.header.chain.map(StackPlace::from)
     }
 
     pub(crate) fn header(&self) -> &Header {
@@ -238,6 +251,7 @@ impl<R: Read + Seek> ExceptionStore<R> {
             chunk,
             valid: self.header.valid,
             origin: self.header.origin,
+            place: self.place(),
             exceptions,
             areas,
             used_bytes: used.max(least).min(self.bytes),

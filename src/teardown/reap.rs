@@ -21,11 +21,10 @@ use crate::kernel::{Host, MACHINE};
 /// Call it when a control plane starts. It sees all dmsnap devices of the host, those of other control planes too, so
 /// `keep` has to be true for theirs. It looks at no other program's devices.
 ///
-/// A snapshot that was made, or claimed from a pool, and not yet opened by its VMM is taken down unless `keep` is true for
-/// it. `keep` is not asked
-/// about what no caller can use: a half-made snapshot whose process is dead, what a dead pool had ready
-/// (`dmsnap-pool-...`), and the device of a merge whose process is dead (`dmsnap-merge-...`; the merge can be repeated,
-/// and nothing is lost). COW files stay, except those that a dead pool had ready.
+/// A snapshot that was made, or claimed from a pool, and not yet opened by its VMM is taken down unless `keep` is true
+/// for it. `keep` is not asked about what no caller can use: a half-made snapshot whose process is dead, what a dead
+/// pool had ready (`dmsnap-pool-...`), and the device of a merge whose process is dead (`dmsnap-merge-...`; the merge
+/// can be repeated, and nothing is lost). COW files stay, except those that a dead pool had ready.
 ///
 /// A snapshot that another process is making at this moment is left alone: that process holds a lock, which the kernel
 /// frees when it is done or dead.

@@ -33,7 +33,7 @@ pub struct Repaired {
 }
 
 impl Repaired {
-    /// What [`repair`] came to for one device, to be reported as [`repair_all`] reports it.
+    /// Makes a report of what [`repair`] came to for one device, to be reported as [`repair_all`] reports it.
     #[must_use]
     pub fn new(name: impl Into<String>, outcome: Result<Repair>) -> Self {
         Self {
@@ -100,7 +100,7 @@ pub fn repair_all() -> Result<Vec<Repaired>> {
     RepairOptions::new().repair_all()
 }
 
-/// How a repair waits.
+/// Options for a repair, and the calls that do it: how long it waits for whoever is at work on a device.
 #[derive(Clone, Debug)]
 pub struct RepairOptions {
     patience: Retry,

@@ -284,7 +284,7 @@ fn stage(bytes: usize, chunks: &[u64]) -> (TempDir, [String; 3]) {
 fn a_cow_file_is_inspected_and_its_changes_are_listed() {
     let (_dir, [_, cow, _]) = stage(4096, &[7, 8, 3]);
     let inspected = "chunk       8 sectors\nvalid       yes\norigin      unknown\n\
-        exceptions  3\nareas       1\nused        20480 of 28672 bytes\n";
+        layer       no\nover        unknown\nexceptions  3\nareas       1\nused        20480 of 28672 bytes\n";
     check(&run(&["cow", "inspect", &cow], ""), 0, inspected, "");
     let diff = "12288 4096 16384\n28672 8192 8192\n";
     check(&run(&["cow", "diff", &cow], ""), 0, diff, "");
@@ -297,7 +297,7 @@ fn a_cow_file_is_inspected_and_its_changes_are_listed() {
         json(&["cow", "inspect", "--json", &cow]),
         serde_json::json!({
             "file_bytes": 28672, "chunk_sectors": 8, "valid": true, "origin": null,
-            "exceptions": 3, "areas": 1, "used_bytes": 20480,
+            "place": null, "exceptions": 3, "areas": 1, "used_bytes": 20480,
         })
     );
     assert_eq!(

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use dmsnap::error::{LayerRefusal, Refusal};
 use dmsnap::export::{ExportOptions, FlattenOptions, Flattened};
+use dmsnap::store::ExceptionStore;
 use dmsnap::{ChunkSize, Error};
 use nix::fcntl::{Flock, FlockArg};
 use proptest::prelude::*;
@@ -175,6 +176,61 @@ fn chunks(bytes: u64, sectors: u32, shares: &[f64]) -> Vec<u64> {
 fn layers() -> impl Strategy<Value = Vec<(u32, Vec<f64>)>> {
     let layer = (0..5u32, prop::collection::vec(0.0..1.0f64, 0..120));
     prop::collection::vec(layer, 1..6)
+}
+
+/// A layer's id as the uuid of its device has it.
+fn digits(id: u128) -> Option<String> {
+    (id != 0).then(|| format!("{id:032x}"))
+}
+
+#[test]
+fn a_file_says_whether_it_is_a_layers_and_what_it_was_made_over() {
+    let layers = [(8, vec![1]), (8, vec![2]), (8, vec![3])];
+    for frozen in [true, false] {
+        let stage = Stage::new(65536, &layers, frozen);
+        for cow in &stage.cows {
+            let bytes = fs::read(cow).expect("a file");
+            let marked = chain_of(&bytes).expect("a mark");
+            let mut store = ExceptionStore::open(File::open(cow).expect("a file")).expect("good");
+            let place = store.place().expect("its mark is read");
+            assert_eq!(place.frozen, marked.frozen);
+            assert_eq!(place.depth, marked.depth);
+            let ids = [place.id, place.parent].map(|id| id.map(|id| id.to_string()));
+            assert_eq!(ids, [digits(marked.id), digits(marked.parent)]);
+            assert_eq!(store.summary().expect("good").place, Some(place));
+        }
+    }
+    // One file over an image, as a create leaves it.
+    let stage = Stage::new(65536, &layers[..1], false);
+    let store = ExceptionStore::open(File::open(&stage.cows[0]).expect("a file"));
+    let store = store.expect("good");
+    assert_eq!(store.place(), None);
+    assert!(store.origin().is_some());
+}
+
+#[cfg(feature = "cli")]
+#[test]
+fn the_command_says_whose_file_it_is() {
+    let layers = [(8, vec![1]), (8, vec![2])];
+    let stage = Stage::new(65536, &layers, false);
+    let said = |cow: &Path| {
+        let command = env!("CARGO_BIN_EXE_dmsnap");
+        let mut command = std::process::Command::new(command);
+        let output = command.args(["cow", "inspect"]).arg(cow).output();
+        let text = String::from_utf8(output.expect("it runs").stdout).expect("UTF-8");
+        let lines = text.lines().map(str::to_owned);
+        lines
+            .filter(|line| line.starts_with("layer ") || line.starts_with("over "))
+            .collect::<Vec<_>>()
+    };
+    let one = digits(1).expect("an id");
+    let layer = [
+        format!("layer       {one}"),
+        "over        an image".to_owned(),
+    ];
+    assert_eq!(said(&stage.cows[0]), layer);
+    let over = format!("over        layer {one} (1 below)");
+    assert_eq!(said(&stage.cows[1]), ["layer       no".to_owned(), over]);
 }
 
 proptest! {

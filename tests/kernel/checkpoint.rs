@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use dmsnap::error::{FreezeObstacle, LayerRefusal, Refusal};
 use dmsnap::snapshot::{CheckpointOptions, Layer};
+use dmsnap::store::ExceptionStore;
 use dmsnap::{CowSize, Error, ErrorKind, Origin, Snapshot, SnapshotOptions};
 
 use crate::common::reading::{dm_exists, dm_info, loops_over};
@@ -282,6 +283,31 @@ fn the_files_of_a_stack_are_refused_where_they_do_not_belong() {
     scene.assert_clean();
 }
 
+/// Asked while nothing is attached, each file says whose it is; the ids are those in the devices' uuids, by dmsetup.
+fn assert_places(files: [(&Path, u32); 3], uuids: &[String; 2]) {
+    let mut below = None;
+    for ((cow, depth), uuid) in files.into_iter().zip(uuids.iter().map(Some).chain([None])) {
+        let store = ExceptionStore::open(fs::File::open(cow).expect("a file")).expect("a store");
+        let place = store.place().expect("it is of a stack");
+        let id = place.id.map(|id| id.to_string());
+        assert_eq!((place.frozen, place.depth), (uuid.is_some(), depth));
+        assert_eq!(place.parent.map(|id| id.to_string()), below);
+        assert_eq!(id.is_some(), uuid.is_some());
+        if let (Some(id), Some(uuid)) = (&id, uuid) {
+            assert!(uuid.starts_with(&format!("DMSNAP-{id}-")), "{uuid}");
+        }
+        let said = success(dmsnap().args(["cow", "inspect"]).arg(cow));
+        let layer = id.clone().unwrap_or_else(|| "no".to_owned());
+        let over = match &below {
+            Some(id) => format!("layer {id} ({depth} below)"),
+            None => "an image".to_owned(),
+        };
+        let lines = format!("layer       {layer}\nover        {over}\n");
+        assert!(said.contains(&lines), "{said}");
+        below = id;
+    }
+}
+
 /// After a reboot, or a cleanup of all: a disk that was frozen twice is put together from its image and three files.
 #[test]
 fn a_stack_is_put_together_again_from_its_files() {
@@ -302,6 +328,7 @@ fn a_stack_is_put_together_again_from_its_files() {
     let (second, two) = freeze(&scene, &v);
     write(b'c', 1 << 20);
     let (disk, below) = (sum(&device), sum(&node(&second)));
+    let uuids = [&first, &second].map(|name| dm_info(name, "uuid"));
     v.cleanup().expect("nobody has it open");
     drop((one, two));
     assert!(eventually(SOON, || !dm_exists(&first) && !dm_exists(&second)));
@@ -311,6 +338,7 @@ fn a_stack_is_put_together_again_from_its_files() {
     assert!(eventually(SOON, || [&c0, &c1, &c2]
         .iter()
         .all(|cow| loops_over(cow) == 0)));
+    assert_places([(&c0, 0), (&c1, 1), (&c2, 2)], &uuids);
 
     let image = Origin::open(scene.image()).expect("an image");
     let options = CheckpointOptions::new();

@@ -100,8 +100,8 @@ command_test() {
     [[ -n ${kernels// /} ]] || usage_error "test: --kernels names none"
     guest_fio=1
     for kernel in $kernels; do
-        known_kernel "${kernel%+*}"
-        [[ $kernel != *+udev ]] || guest_udev=1
+        known_kernel "${kernel%%+*}"
+        [[ $kernel != *+udev* ]] || guest_udev=1
     done
     begin=$(now_ms)
     host_guest
@@ -136,6 +136,8 @@ command_test() {
         cargo test --no-default-features --features "$(slim_features)" --locked || true
     [[ ! -e fuzz/Cargo.toml ]] || stage "fuzz corpus" fuzz_replay || true
     stage "build for arm64, Rust $(rust_version)" build_arm64 || true
+    [[ " $kernels " != *" 5.10 "* || " $kernels " != *" latest "* ]] ||
+        stage "layers carried from 5.10 to the newest" carry 5.10 latest || true
     kernel_tests
 
     printf '\n== report, %s s in all\n' "$(seconds $(($(now_ms) - begin)))"
@@ -169,12 +171,12 @@ kernel_tests_share() {
     done
 }
 
-# kernel_tests_queue SPEC...: a SPEC is a kernel, or a kernel with "+udev" or "+slim".
+# kernel_tests_queue SPEC...: a SPEC is a kernel, with "+udev", "+slim" or both in this order behind it, or neither.
 kernel_tests_queue() {
     local spec kernel part ready=()
     wait "$test_fetch" || true
     for spec in "$@"; do
-        kernel=${spec%+*}
+        kernel=${spec%%+*}
         if ! "$here/run" fetch "$kernel"; then
             stage_failures=$((stage_failures + 1))
             stage_report+=("FAILED            kernel $spec: cannot be had")
@@ -211,11 +213,11 @@ kernel_tests() {
 
 # kernel_tests_begin SPEC PART: PART is "proof" or "rest".
 kernel_tests_begin() {
-    local spec=$1 part=$2 kernel=${1%+*} filter=()
+    local spec=$1 part=$2 kernel=${1%%+*} filter=()
     local options=(--kernel "$kernel" --timeout 2400 --file "$(kernel_tests_path "$spec")")
     [[ $kernel == arm64 ]] || options+=(--vmm --fio)
     local variables=("DMSNAP_TEST_KERNEL=$(kernel_release "$kernel" | cut -d. -f1,2)")
-    if [[ $spec == *+udev ]]; then
+    if [[ $spec == *+udev* ]]; then
         options+=(--udev)
         variables+=(DMSNAP_TEST_UDEV=1)
         # Arguments, what is in COW files, VMs, what the kernel does, and examples of calls that others make beside udevd:
@@ -261,10 +263,31 @@ kernel_tests_end() {
         stage_failures=$((stage_failures + 1))
     fi
     stage_report+=("$(printf '%-6s %7s s  kernel %s (%s), %s: %d passed, %d failed, %d ignored' "$verdict" "$(seconds "$ms")" \
-        "$spec" "$(kernel_release "${spec%+*}")" "$part" "$passed" "$failed" "$ignored")")
+        "$spec" "$(kernel_release "${spec%%+*}")" "$part" "$passed" "$failed" "$ignored")")
     while read -r line; do
         stage_report+=("                     $line")
     done < <(slowest_tests "$log")
+}
+
+# carry FROM TO: a stack of layers moves from a guest of one kernel to a guest of another, by copied files alone.
+carry() {
+    local packed=$target_dir/vm/carry file files=()
+    rm -rf "$packed"
+    "$here/run" exec --kernel "$1" --file "$here/carry/pack" --out "$packed" -- sh ./pack || return 1
+    for file in "$packed"/*; do
+        files+=(--file "$file")
+    done
+    "$here/run" exec --kernel "$2" --file "$here/carry/unpack" "${files[@]}" -- sh ./unpack
+}
+
+command_carry() {
+    (($# == 2)) || usage_error "carry wants two kernels"
+    known_kernel "$1"
+    known_kernel "$2"
+    host_guest
+    host_build
+    (cd "$root" && build_cli)
+    carry "$1" "$2"
 }
 
 command_demo() {

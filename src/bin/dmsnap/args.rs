@@ -28,7 +28,8 @@ pub(crate) enum Command {
     Checkpoint(Checkpoint),
     /// Put layers that are gone together again from their COW files, and keep the topmost; prints its handles as JSON
     Layer(LayerArgs),
-    /// Take a snapshot that nobody has open back to its last checkpoint, over another COW file; prints its handles as JSON
+    /// Take a snapshot that nobody has open back to its last checkpoint, over another COW file; prints its handles as
+    /// JSON
     Rollback(Rollback),
     /// Take down what handles name: dm device, COW loop, origin loop; many snapshots side by side
     Cleanup {
@@ -67,7 +68,7 @@ pub(crate) enum Command {
         /// Print JSON
         #[arg(long)]
         json: bool,
-        /// A dm device's name, or its uuid: what it stands on, and what stands on it; everything of ours without
+        /// A dm device's name, or its uuid: what it stands on, and what stands on it; all of dmsnap's without
         name: Option<String>,
     },
     /// Print whole handles of a live snapshot as JSON, for cleanup, from the kernel's state alone
@@ -85,7 +86,7 @@ pub(crate) enum Command {
         /// For how long whoever is at work on a device is waited for
         #[arg(long, default_value = "500ms", value_parser = duration)]
         deadline: Duration,
-        /// The dm devices' names, or their uuids; all of ours if there is none
+        /// The dm devices' names, or their uuids; all of dmsnap's if there is none
         #[arg(value_name = "NAME")]
         names: Vec<String>,
     },
@@ -143,6 +144,9 @@ pub(crate) struct Checkpoint {
     /// Set its space aside
     #[arg(long, requires = "make_cow")]
     pub(crate) reserve: bool,
+    /// Have the kernel's table of changed chunks made for so much, 64M unless named; more may change
+    #[arg(long, value_name = "SIZE", value_parser = cow_size, requires = "make_cow")]
+    pub(crate) expected_changes: Option<CowSize>,
     /// Keep the layer when nobody stands on it any more
     #[arg(long)]
     pub(crate) keep: bool,
@@ -170,7 +174,8 @@ pub(crate) struct LayerArgs {
     /// The layers' COW files, in any order
     #[arg(required = true, value_name = "COW")]
     pub(crate) cows: Vec<PathBuf>,
-    /// The topmost layer's name; those below are NAME.1, NAME.2 ... from the bottom up. A layer that is there keeps its name
+    /// The topmost layer's name; those below are NAME.1, NAME.2 ... from the bottom up. A layer that is there keeps its
+    /// name
     pub(crate) name: String,
 }
 
@@ -182,6 +187,9 @@ pub(crate) struct Rollback {
     /// Set its space aside
     #[arg(long, requires = "make_cow")]
     pub(crate) reserve: bool,
+    /// Have the kernel's table of changed chunks made for so much, 64M unless named; more may change
+    #[arg(long, value_name = "SIZE", value_parser = cow_size, requires = "make_cow")]
+    pub(crate) expected_changes: Option<CowSize>,
     /// How long to wait for whoever else is at work on the snapshot, such as 15s or 200ms
     #[arg(long, default_value = "15s", value_parser = duration)]
     pub(crate) deadline: Duration,
@@ -262,7 +270,8 @@ pub(crate) struct Reap {
 
 #[derive(Debug, Arguments)]
 pub(crate) struct Create {
-    /// What keeps the writes, and what happens when the COW file is full; persistent, unless the durability says otherwise
+    /// What keeps the writes, and what happens when the COW file is full; persistent, unless the durability says
+    /// otherwise
     #[arg(long, value_enum)]
     store: Option<StoreArg>,
     /// What the disk's writes are to outlive
@@ -298,7 +307,8 @@ pub(crate) struct Create {
     /// What the image holds, in 32 or 64 bytes: kept in the COW file, and held against what is kept there
     #[arg(long, value_name = "HEX")]
     digest: Option<Digest>,
-    /// Use the COW file even though the image's size or modification time is not what it was made over, or it does not say
+    /// Use the COW file even though the image's size or modification time is not what it was made over, or it does not
+    /// say
     #[arg(long)]
     any_origin: bool,
     /// How long to wait for whoever has a lock on the image or the COW file, such as 15s or 200ms; a second if not given

@@ -90,11 +90,28 @@ fn inspect(cow: &Path, json: bool) -> Result<(), Failure> {
         Some(origin) => origin.to_string(),
         None => "unknown".to_owned(),
     };
+    let (layer, over) = match found.place {
+        None if found.origin.is_none() => ("no".to_owned(), "unknown".to_owned()),
+        None => ("no".to_owned(), "an image".to_owned()),
+        Some(place) => (
+            match (place.frozen, place.id) {
+                (true, Some(id)) => id.to_string(),
+                (true, None) => "yes".to_owned(),
+                (false, _) => "no".to_owned(),
+            },
+            match place.parent {
+                Some(parent) => format!("layer {parent} ({} below)", place.depth),
+                None => "an image".to_owned(),
+            },
+        ),
+    };
     let mut text = String::new();
     for (key, value) in [
         ("chunk", format!("{} sectors", found.chunk)),
         ("valid", valid.to_owned()),
         ("origin", origin),
+        ("layer", layer),
+        ("over", over),
         ("exceptions", found.exceptions.to_string()),
         ("areas", found.areas.to_string()),
         (

@@ -111,6 +111,9 @@ fn run(command: Command) -> Result<(), Failure> {
             if let Some(size) = checkpoint.make_cow {
                 options.make_cow(size);
             }
+            if let Some(expected) = checkpoint.expected_changes {
+                options.expected_changes(expected);
+            }
             let (name, layer) = (&checkpoint.name, &checkpoint.layer);
             let layer = options.checkpoint(name, layer, &checkpoint.cow)?;
             print_json(layer.handles())
@@ -132,6 +135,9 @@ fn run(command: Command) -> Result<(), Failure> {
             options.deadline(rollback.deadline);
             if let Some(size) = rollback.make_cow {
                 options.make_cow(size);
+            }
+            if let Some(expected) = rollback.expected_changes {
+                options.expected_changes(expected);
             }
             print_json(&options.rollback(&rollback.name, &rollback.cow)?)
         }

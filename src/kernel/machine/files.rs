@@ -1,12 +1,12 @@
 //! The machine's files.
 
-use std::fs;
+use std::fs::{self, File};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
-use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, OFlag, open};
+use nix::fcntl::{AT_FDCWD, AtFlags, FallocateFlags, FcntlArg, OFlag, fcntl, open};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{FileStat, Mode, SFlag, fstat, futimens, lstat, stat};
 use nix::sys::time::TimeSpec;
@@ -16,6 +16,16 @@ use super::Machine;
 use crate::base::{DeviceNumber, FileId};
 use crate::kernel::seam::{FileFacts, FileKind, Files};
 use crate::kernel::sys;
+
+impl Machine {
+    /// A file of ours as a caller would have opened it, to be handed out.
+    pub(crate) fn handed_out(file: OwnedFd) -> File {
+        // `O_NONBLOCK` is the only one of our flags that can be taken off, and of an open file that cannot fail.
+        let flags = fcntl(&file, FcntlArg::F_GETFL).map(OFlag::from_bits_retain);
+        let _ = flags.and_then(|flags| fcntl(&file, FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK)));
+        File::from(file)
+    }
+}
 
 impl Files for Machine {
     type File = OwnedFd;

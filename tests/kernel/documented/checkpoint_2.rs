@@ -1,12 +1,12 @@
 {
-use dmsnap::snapshot::StackOptions;
-use dmsnap::{Origin, SnapshotOptions};
+use std::fs::File;
+use dmsnap::store::ExceptionStore;
 
-let image = Origin::open("/images/base.ext4")?;
-let evening = StackOptions::new()
-    .keep(true)
-    .open(&image, ["/var/lib/vms/vm-42.1.cow", "/var/lib/vms/vm-42.cow"], "vm-42-evening")?;
-let disk = SnapshotOptions::new().create_on(evening.origin(), "/var/lib/vms/vm-42.2.cow", "vm-42")?;
-println!("boot from {}", disk.device().display());
-Ok::<(), dmsnap::Error>(())
+let store = ExceptionStore::open(File::open("/var/lib/vms/vm-42.cow")?)?;
+match store.place() {
+    Some(place) if place.frozen => println!("a layer's, with {} below it: keep it", place.depth),
+    Some(place) if place.parent.is_some() => println!("a disk's, over a layer"),
+    _ => println!("a disk's, over an image"),
+}
+Ok::<(), Box<dyn std::error::Error>>(())
 }

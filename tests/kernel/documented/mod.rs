@@ -44,10 +44,12 @@ fn play(name: &str) -> Result<(), Box<dyn Error>> {
         "lib_1" => include!("lib_1.rs")?,
         "checkpoint_1" => include!("checkpoint_1.rs")?,
         "checkpoint_2" => include!("checkpoint_2.rs")?,
+        "checkpoint_3" => include!("checkpoint_3.rs")?,
         "choosing_1" => include!("choosing_1.rs")?,
         "choosing_2" => include!("choosing_2.rs")?,
         "choosing_3" => include!("choosing_3.rs")?,
         "errors_1" => include!("errors_1.rs"),
+        "firecracker_1" => include!("firecracker_1.rs")?,
         "kernels_1" => include!("kernels_1.rs")?,
         "merging_and_export_1" => include!("merging_and_export_1.rs")?,
         "operating_1" => include!("operating_1.rs")?,
@@ -274,11 +276,36 @@ fn a_checkpoint_two_forks_and_the_stack_after_a_reboot() {
         success(dmsnap().args(["remove", name]));
     }
     host.scene.assert_clean();
-    host.play("checkpoint_2");
+    let (said, _) = host.play("checkpoint_2");
+    assert!(
+        said.contains("a layer's, with 0 below it: keep it"),
+        "{said}"
+    );
+    host.play("checkpoint_3");
     assert!(content(node) == afterwards, "the disk goes on");
     for name in ["vm-42", "vm-42-evening"] {
         success(dmsnap().args(["remove", name]));
     }
+}
+
+/// What the node in the jail is, by stat, and what its owner reads by it.
+#[test]
+fn a_disk_in_a_jail() {
+    let host = Host::new();
+    let jail = Path::new("/srv/jailer/firecracker/vm-42/root");
+    fs::create_dir_all(jail).expect("a jail, as the jailer makes it");
+    host.play("firecracker_1");
+    let node = jail.join("disk");
+    let disk = Path::new("/dev/mapper/vm-42");
+    let what = "%F %a %u:%g";
+    let said = run!("stat", "-c", what, &node);
+    assert_eq!(said.trim(), "block special file 600 123:100");
+    let number = |path: &Path| run!("stat", "-L", "-c", "%t:%T", path);
+    assert_eq!(number(&node), number(disk));
+    assert!(content(&node) == content(disk), "the same disk");
+    fs::remove_dir_all("/srv/jailer").expect("it is made here");
+    success(dmsnap().args(["remove", "vm-42"]));
+    host.scene.assert_clean();
 }
 
 #[test]

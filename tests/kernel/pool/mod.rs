@@ -171,6 +171,12 @@ fn the_cow_file_is_kept_or_handed_back_as_asked() {
             .expect("idle");
         assert_eq!(released.cow.as_ref(), Some(&claimed.cow));
         assert_eq!(released.file.is_some(), fate == CowFate::HandBack);
+        if let Some(file) = &released.file {
+            // As a caller would have opened it.
+            let flags =
+                nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_GETFL).expect("an open file");
+            assert_eq!(flags & nix::libc::O_NONBLOCK, 0, "{flags:o}");
+        }
         // It has the VM's disk, and is free at once.
         let name = scene.name();
         let again = SnapshotOptions::new().create(scene.image(), &claimed.cow, &name);
