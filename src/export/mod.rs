@@ -201,9 +201,9 @@ impl ExportOptions {
     ///
     /// # Errors
     ///
-    /// Those of [`export`](Self::export); [`Refusal::NotExportable`] for a snapshot that has a transient store or is
-    /// not working, for example because somebody else has suspended it; [`Error::Debris`] if the snapshot could not be
-    /// resumed.
+    /// Those of [`export`](Self::export) and [`status`](crate::status); [`Refusal::NotExportable`] with the reason,
+    /// such as a transient store, or that somebody else has suspended it; [`Refusal::AtWork`] while another process is
+    /// at work on it; [`Refusal::FileElsewhere`]; [`Error::Debris`] if the snapshot could not be resumed.
     pub fn export_live(
         &self,
         snapshot: impl Into<DeviceId>,

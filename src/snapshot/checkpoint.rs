@@ -108,12 +108,13 @@ impl CheckpointOptions {
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`], also for one that was claimed from a pool,
-    /// [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for
-    /// a COW file that has no path any more, and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
-    /// [`Error::Failed`] names the first step that failed; the snapshot goes on as it was. [`Error::Debris`] says what
-    /// is left, when undoing failed too: the snapshot, if it is held back, or the layer, if the snapshot goes on over
-    /// it and it could not be made known. A [`repair`](crate::repair()) finishes either.
+    /// Those of [`status`](crate::status). [`Error::Refused`] with nothing done: [`Refusal::NotFreezable`] with the
+    /// reason, also for one that was claimed from a pool, [`Refusal::NotLive`], [`Refusal::Overflowed`],
+    /// [`Refusal::Invalid`], [`Refusal::AtWork`], [`Refusal::FileElsewhere`] for a COW file that has no path any more,
+    /// and what [`create`](crate::SnapshotOptions::create) refuses of a COW file. [`Error::Failed`] names the first
+    /// step that failed; the snapshot goes on as it was. [`Error::Debris`] says what is left, when undoing failed too:
+    /// the snapshot, if it is held back, or the layer, if the snapshot goes on over it and it could not be made known.
+    /// A [`repair`](crate::repair()) finishes either.
     pub fn checkpoint(
         &self,
         snapshot: impl Into<DeviceId>,

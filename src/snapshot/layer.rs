@@ -40,7 +40,7 @@ impl Layer {
     ///
     /// # Errors
     ///
-    /// [`LayerRefusal::NotALayer`] for any other device of dmsnap's;
+    /// Those of [`status`](crate::status); [`LayerRefusal::NotALayer`] for any other device of dmsnap's;
     /// [`Refusal::FileElsewhere`](crate::error::Refusal::FileElsewhere) when its COW file cannot be reached by the path
     /// that the kernel has for it.
     pub fn open(device: impl Into<DeviceId>) -> Result<Self> {

@@ -17,16 +17,17 @@ use crate::kernel::{Host, MACHINE};
 use crate::store::{self, MARK_AT};
 
 impl CheckpointOptions {
-    /// Takes the snapshot back to its last checkpoint: what was written to it since is in its old COW file, which it has
-    /// no more, and its writes go to `cow`, which has to be blank. Its new handles are returned; those of before stay good.
+    /// Takes the snapshot back to its last checkpoint: what was written to it since is in its old COW file, which it
+    /// has no more, and its writes go to `cow`, which has to be blank. Its new handles are returned; those of before
+    /// stay good.
     ///
     /// Nobody may have it open: what a VMM or a mounted file system has in memory would be of another time.
     ///
     /// # Errors
     ///
-    /// [`Error::Refused`] with nothing done: [`Refusal::InUse`] when somebody has it open, [`LayerRefusal::NotOnLayer`],
-    /// [`Refusal::AtWork`], and what [`create`](crate::SnapshotOptions::create) refuses of a COW file.
-    /// [`Error::Failed`] names the first step that failed; the snapshot is as it was.
+    /// Those of [`status`](crate::status). [`Error::Refused`] with nothing done: [`Refusal::InUse`] when somebody has
+    /// it open, [`LayerRefusal::NotOnLayer`], [`Refusal::AtWork`], and what [`create`](crate::SnapshotOptions::create)
+    /// refuses of a COW file. [`Error::Failed`] names the first step that failed; the snapshot is as it was.
     /// [`Error::Debris`] names the snapshot if it could not be resumed: a [`repair`](crate::repair()) does.
     pub fn rollback(
         &self,
