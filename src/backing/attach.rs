@@ -9,7 +9,7 @@ use crate::base::{DeviceNumber, LoopHandle, SectorSize, Sectors, loop_node};
 use crate::call::{ask, patiently};
 use crate::error::{Error, Result, Retry, Step, Verdict};
 use crate::kernel::LO_READ_ONLY;
-use crate::kernel::{Host, LOOP_CONTROL};
+use crate::kernel::{Host, LOOP_CONTROL, LoopChoice};
 
 /// A loop device that was attached here. The kernel detaches it (autoclear) when neither `device` nor a dm table has it
 /// open any more.
@@ -42,31 +42,67 @@ pub(crate) fn attach<H: Host>(
     label: &Path,
     handle: &mut Option<LoopHandle>,
 ) -> Result<Attached<H::Loop>> {
-    let mut lost = None;
+    let mut tried = None;
     patiently(host, &RACE_RETRY, Verdict::TakeAnother, || {
-        let number = free_loop(host, &mut lost)?;
-        try_attach(host, backing, flags, sectors, label, handle, number)
+        let number = next_loop(host, tried)?;
+        tried = Some(number);
+        try_attach(host, backing, flags, sectors, label, handle, number.0)
     })
 }
 
-/// Returns the number of a loop device to try. `LOOP_CTL_GET_FREE` names the same device until somebody attaches a file
-/// to it, also one whose lock another process holds; after such a loss this takes the number above, and makes the device
-/// if it is not there.
-fn free_loop<H: Host>(host: &H, lost: &mut Option<u32>) -> Result<u32> {
+/// A loop device's number, and how it was chosen.
+type Tried = (u32, LoopChoice);
+
+/// Returns the number of the loop device to try, after losing the one that was `tried` to another process.
+fn next_loop<H: Host>(host: &H, tried: Option<Tried>) -> Result<Tried> {
+    let choice = match tried {
+        None => host.loop_numbers().choose(),
+        Some((lost, LoopChoice::Named)) => return named_loop(host, Some(lost)),
+        Some((_, LoopChoice::New(_))) => LoopChoice::Named,
+        Some((_, LoopChoice::Freed(_))) => {
+            host.loop_numbers().was_taken();
+            LoopChoice::Named
+        }
+    };
+    match choice {
+        LoopChoice::Freed(number) => Ok((number, choice)),
+        LoopChoice::New(number) => match add_loop(host, number) {
+            Ok(true) => Ok((number, choice)),
+            // What keeps it from being made is the kernel's to say of the next one.
+            Ok(false) | Err(_) => {
+                host.loop_numbers().was_there();
+                named_loop(host, None)
+            }
+        },
+        LoopChoice::Named => named_loop(host, None),
+    }
+}
+
+/// Asks the kernel for a free loop device. `LOOP_CTL_GET_FREE` names the same one until somebody attaches a file to it,
+/// also one whose lock another process holds; after such a loss this takes the number above, and makes the device if it
+/// is not there.
+fn named_loop<H: Host>(host: &H, lost: Option<u32>) -> Result<Tried> {
     let control = Path::new(LOOP_CONTROL);
     let named = ask(Step::FindLoop, control, || host.find_loop())?;
-    let number = match *lost {
-        Some(last) if named <= last => last + 1,
+    host.loop_numbers().named(named);
+    let number = match lost {
+        Some(lost) if named <= lost => lost + 1,
         _ => named,
     };
     if number != named {
-        match ask(Step::AddLoop, control, || host.add_loop(number)) {
-            Err(error) if error.verdict() == Some(Verdict::NameTaken) => (),
-            added => added?,
-        }
+        add_loop(host, number)?;
     }
-    *lost = Some(number);
-    Ok(number)
+    Ok((number, LoopChoice::Named))
+}
+
+/// Makes the loop device of that number; false if it was there.
+fn add_loop<H: Host>(host: &H, number: u32) -> Result<bool> {
+    match ask(Step::AddLoop, Path::new(LOOP_CONTROL), || {
+        host.add_loop(number)
+    }) {
+        Err(error) if error.verdict() == Some(Verdict::NameTaken) => Ok(false),
+        added => added.map(|()| true),
+    }
 }
 
 /// Adds the likely reasons to an EINVAL of `LOOP_CONFIGURE`, which has many.

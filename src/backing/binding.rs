@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::base::LoopHandle;
+use crate::base::{LoopHandle, loop_number};
 use crate::call::{absent, ask};
 use crate::error::{Result, Step, Verdict};
 use crate::kernel::{Host, LoopStatus};
@@ -29,6 +29,7 @@ pub(crate) fn binding<H: Host>(host: &H, handle: &LoopHandle) -> Result<Binding<
         return Ok(if host.shows_backing(path) {
             Binding::LettingGo
         } else {
+            note_free(host, path);
             Binding::Gone
         });
     };
@@ -44,6 +45,13 @@ pub(crate) fn binding<H: Host>(host: &H, handle: &LoopHandle) -> Result<Binding<
     } else {
         Binding::Gone
     })
+}
+
+/// Notes that the loop device was seen to be detached: the next file may be attached to it.
+pub(crate) fn note_free<H: Host>(host: &H, path: &Path) {
+    if let Some(number) = loop_number(path) {
+        host.loop_numbers().free(number);
+    }
 }
 
 /// Reads the device's `diskseq`, which counts up with each file that is attached; `None` before Linux 5.15, which has

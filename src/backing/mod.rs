@@ -15,7 +15,7 @@ mod stack;
 mod warning;
 
 pub(crate) use attach::{Attached, attach, loop_length};
-pub(crate) use binding::{Binding, binding, diskseq};
+pub(crate) use binding::{Binding, binding, diskseq, note_free};
 pub(crate) use check::{
     Evidence, check_header, check_identity, check_unmarked, probe_store, unsound, valid,
 };

@@ -1,7 +1,7 @@
 //! The number of a block device, and the nodes that the kernel makes for dm and loop devices.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 /// The number of a block device, written `major:minor` as the kernel writes it in tables and in sysfs.
@@ -144,6 +144,12 @@ pub(crate) fn loop_node(number: u32) -> PathBuf {
     PathBuf::from(format!("/dev/loop{number}"))
 }
 
+/// Returns the N of `/dev/loopN`; `None` for any other path.
+pub(crate) fn loop_number(node: &Path) -> Option<u32> {
+    let number = node.to_str()?.strip_prefix("/dev/loop")?.parse().ok()?;
+    (loop_node(number) == node).then_some(number)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -175,5 +181,22 @@ mod tests {
         assert!(DeviceNumber::new(4096, 0).is_err() && DeviceNumber::new(0, 1 << 20).is_err());
         let all = DeviceNumber::from_dev_t(u64::MAX);
         assert_eq!(all.to_string().parse(), Ok(all));
+    }
+
+    #[test]
+    fn a_loop_devices_node_names_its_number() {
+        for number in [0, 7, 1 << 20] {
+            assert_eq!(loop_number(&loop_node(number)), Some(number));
+        }
+        for other in [
+            "/dev/loop",
+            "/dev/loop07",
+            "/dev/loop+7",
+            "/dev/loop7p1",
+            "/dev/loop-control",
+            "loop7",
+        ] {
+            assert_eq!(loop_number(Path::new(other)), None, "{other}");
+        }
     }
 }

@@ -1,5 +1,6 @@
 //! Lists dmsnap's snapshots from the kernel's state alone.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::{at_work, lookup};
@@ -153,7 +154,7 @@ pub fn status(device: impl Into<DeviceId>) -> Result<SnapshotInfo> {
 /// Does what [`status`] does, on a host.
 pub(crate) fn status_of<H: Host>(host: &H, device: &DeviceId) -> Result<SnapshotInfo> {
     let (device, uuid) = lookup::find(host, device)?;
-    read(host, device, uuid).map(|read| read.info)
+    read(host, device, uuid, &mut Origins::new()).map(|read| read.info)
 }
 
 /// Returns dmsnap's devices by name, each with its state or why that could not be read.
@@ -177,13 +178,14 @@ pub(super) fn read_all<H: Host>(host: &H) -> Result<Vec<(String, Result<Read>)>>
     ask(Step::OpenMapper, control, || host.open_mapper())?;
     let mut devices = ask(Step::List, control, || host.list())?;
     devices.sort_by(|one, other| one.name.cmp(&other.name));
+    let mut origins = Origins::new();
     let known = devices.into_iter().filter_map(|device| {
         let address = match &device.uuid {
             Some(uuid) if !uuid.starts_with(DeviceUuid::PREFIX) => return None,
             Some(uuid) => Address::Uuid(uuid),
             None => Address::Name(&device.name),
         };
-        match look(host, address, &device.name) {
+        match look(host, address, &device.name, &mut origins) {
             Err(Error::Refused(Refusal::NotOurs { .. })) => None,
             Err(error) if error.verdict() == Some(Verdict::Gone) => None,
             info => Some((device.name, info)),
@@ -192,13 +194,45 @@ pub(super) fn read_all<H: Host>(host: &H) -> Result<Vec<(String, Result<Read>)>>
     Ok(known.collect())
 }
 
-fn look<H: Host>(host: &H, address: Address<'_>, name: &str) -> Result<Read> {
+/// What the loop devices of shared origins are attached to. They are read once for all that stand on them: each keeps its
+/// loop device attached.
+type Origins = BTreeMap<DeviceNumber, LoopFacts>;
+
+fn look<H: Host>(
+    host: &H,
+    address: Address<'_>,
+    name: &str,
+    origins: &mut Origins,
+) -> Result<Read> {
     let path = Path::new(MAPPER_DIR).join(name);
     let (device, uuid) = lookup::ours(host, address, &path)?;
-    read(host, device, uuid)
+    read(host, device, uuid, origins)
 }
 
-fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
+/// Returns what the origin's loop device is attached to, from `origins` if it was read before.
+fn origin_facts<H: Host>(
+    host: &H,
+    kind: Kind,
+    number: DeviceNumber,
+    origins: &mut Origins,
+) -> Option<LoopFacts> {
+    if !matches!(kind, Kind::Shared | Kind::Pooled) {
+        return loop_facts(host, number);
+    }
+    if let Some(known) = origins.get(&number) {
+        return Some(known.clone());
+    }
+    let facts = loop_facts(host, number)?;
+    origins.insert(number, facts.clone());
+    Some(facts)
+}
+
+fn read<H: Host>(
+    host: &H,
+    device: Device,
+    uuid: DeviceUuid,
+    origins: &mut Origins,
+) -> Result<Read> {
     let path = Path::new(MAPPER_DIR).join(&device.name);
     let state = match (device.live_table, device.inactive_table) {
         (false, false) => State::NoTable,
@@ -233,6 +267,7 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
         }
         _ => devices.is_some() && is_half_way(host, &device, &uuid, &path)?,
     };
+    let kind = uuid.kind();
     let mut info = SnapshotInfo {
         name: device.name.clone(),
         uuid,
@@ -243,7 +278,7 @@ fn read<H: Host>(host: &H, device: Device, uuid: DeviceUuid) -> Result<Read> {
         merging,
         deferred_remove: device.deferred_remove,
         open_count: device.open_count,
-        origin: devices.and_then(|[origin, _]| loop_facts(host, origin)),
+        origin: devices.and_then(|[origin, _]| origin_facts(host, kind, origin, origins)),
         cow: devices.and_then(|[_, cow]| loop_facts(host, cow)),
         params,
         status: status.and_then(|(_, text)| {

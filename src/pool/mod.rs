@@ -60,8 +60,8 @@ pub struct Claimed {
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Released {
-    /// True if the pool has the dm device back and uses it for another snapshot. Otherwise the device was removed, or
-    /// was gone already.
+    /// True if the pool has the dm device back: it uses it for another snapshot, or removes it where it has enough spare
+    /// ones. Otherwise the device was removed, or was gone already.
     pub taken_back: bool,
     /// The COW file's path, unless the file was deleted or cannot be found any more.
     pub cow: Option<PathBuf>,
@@ -146,7 +146,10 @@ impl Pool {
             let claimed = ready::claim(&MACHINE, &self.shared.site(), &mut ready, &name);
             match claimed {
                 Ok(snapshot) => {
-                    self.shared.lock().leaving -= 1;
+                    let mut state = self.shared.lock();
+                    state.leaving -= 1;
+                    state.last_call = Some(Instant::now());
+                    drop(state);
                     // Now, and not before: the refill asks the same kernel.
                     self.shared.claimed.notify_one();
                     return Ok(Claimed {
@@ -182,8 +185,9 @@ impl Pool {
     /// meanwhile it is removed, as the page cache may have data of the old disk. A COW file that is kept is the
     /// caller's alone when this returns.
     ///
-    /// The device is removed instead, as by [`cleanup`](crate::cleanup), if it did not come ready from a pool, if it is
-    /// over another image, or if the pool has [`PoolOptions::size`] spare devices already.
+    /// The device is removed instead, as by [`cleanup`](crate::cleanup), if it did not come ready from a pool or is over
+    /// another image. A pool that has [`PoolOptions::size`] spare devices already removes it too: in its thread, or in
+    /// this call if the COW file is to stay.
     ///
     /// # Errors
     ///
@@ -193,10 +197,11 @@ impl Pool {
     /// fails in the thread is in [`PoolStatus::recycle_error`].
     pub fn release(&self, handles: &Handles, fate: CowFate) -> Result<Released> {
         let (host, site) = (&MACHINE, self.shared.site());
-        let to = self.shared.reserve()?;
+        let to = self.shared.reserve(fate)?;
         let ended = recycle::release(host, &site, handles, to.as_ref(), fate, &self.shared.retry);
         let mut state = self.shared.lock();
         state.reserved -= usize::from(to.is_some());
+        state.last_call = Some(Instant::now());
         let (taken_back, cow) = match ended? {
             Ending::TakenBack(taken) => {
                 state.recycling += 1;

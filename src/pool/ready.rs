@@ -9,7 +9,7 @@ use crate::base::{DeviceName, Handles, Kind, POOLED};
 use crate::call::{absent, ask};
 use crate::dm::Address;
 use crate::error::{Leftover, Result, Retry, Step};
-use crate::kernel::Host;
+use crate::kernel::{Device, Host};
 use crate::snapshot::{
     Base, Destination, LiveDevice, MappedDevice, Snapshot, SnapshotOptions, build, prepare, unbuilt,
 };
@@ -139,13 +139,13 @@ pub(crate) fn claim<H: Host>(
 }
 
 /// Takes a ready snapshot down and deletes its COW file, which nobody has written to. If the device has been renamed
-/// meanwhile, both stay.
+/// meanwhile, both stay. The file goes first: after a kill, a sweep finds it only by the device.
 pub(crate) fn discard<H: Host>(host: &H, ready: &Ready, retry: &Retry) -> Result<()> {
-    teardown::clean(host, &ready.handles, retry)?;
     let address = Address::Uuid(ready.made.uuid.as_str());
     let found = ask(Step::Query, &ready.made.mapper, || host.query(address));
-    if absent(found)?.is_some() {
-        return Ok(());
+    let is_ours = |device: Device| device.name == ready.made.name.as_str();
+    if absent(found)?.is_none_or(is_ours) {
+        absent(ask(Step::Unlink, &ready.cow, || host.unlink(&ready.cow)))?;
     }
-    absent(ask(Step::Unlink, &ready.cow, || host.unlink(&ready.cow))).map(drop)
+    teardown::clean(host, &ready.handles, retry).map(drop)
 }

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::CowFate;
 use super::ready::{self, Site};
-use crate::backing::{Binding, binding};
+use crate::backing::{Binding, binding, note_free};
 use crate::base::{DeviceName, DeviceNumber, DeviceUuid, Handles, KEPT, Kind, LoopHandle, Sectors};
 use crate::call::{absent, ask, patiently};
 use crate::dm::{Target, TargetLine};
@@ -258,12 +258,14 @@ fn swap_out<H: Host>(host: &H, site: &Site<'_, H::Loop>, made: &MappedDevice) ->
 /// is gone, and udevd has closed it. Until then old handles would match the device if its next name were the same.
 pub(crate) fn unbound<H: Host>(host: &H, taken: &TakenBack) -> Result<()> {
     let handle = taken.cow_loop.as_ref().filter(|it| it.has_identity());
-    match handle.filter(|handle| host.shows_backing(&handle.path)) {
+    match handle {
+        Some(handle) if !host.shows_backing(&handle.path) => note_free(host, &handle.path),
         Some(handle) if !matches!(binding(host, handle)?, Binding::Gone) => {
-            Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY))
+            return Err(Error::failed(Step::DetachLoop, &handle.path, policy::BUSY));
         }
-        _ => Ok(()),
+        _ => (),
     }
+    Ok(())
 }
 
 /// Opens the COW file that the device's table has; `None` if its path does not lead to it any more, or the device is

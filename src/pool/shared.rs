@@ -4,11 +4,12 @@ use std::collections::VecDeque;
 use std::mem::take;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use super::ready::{self, Ready, Site};
 use super::recycle::{self, TakenBack};
-use super::{Claimed, WhenEmpty, pool_name};
+use super::{Claimed, CowFate, WhenEmpty, pool_name};
 use crate::base::{DeviceName, Durability, POOLED};
 use crate::call::in_parallel;
 use crate::error::{Error, Leftover, Refusal, Result, Retry};
@@ -60,10 +61,22 @@ pub(super) struct State {
     /// The devices and files that failures left.
     pub(super) left: Vec<Leftover>,
     pub(super) closing: bool,
+    /// When a snapshot was claimed or released last.
+    pub(super) last_call: Option<Instant>,
 }
 
 /// The pause between two looks whether a loop device is detached from its COW file.
 const UNBINDING: Duration = Duration::from_millis(2);
+
+/// What became of a device that was taken back: a spare one, none, or a failure.
+type Settled = Result<Option<MappedDevice>>;
+
+/// The pool's threads begin their work when nobody has claimed or released anything for so long: in the middle of a burst
+/// they would take the cores and the kernel's locks from the calls that a VM waits for.
+const QUIET: Duration = Duration::from_millis(2);
+
+/// So long they put it off at most.
+const PUT_OFF: Duration = Duration::from_millis(20);
 
 /// The pause before the next attempt: after the first failure, and at most.
 const BACK_OFF: [Duration; 2] = [Duration::from_millis(100), Duration::from_secs(10)];
@@ -110,11 +123,13 @@ impl Shared {
         }
     }
 
-    /// Reserves a name for one more spare device; `None` if there are enough.
-    pub(super) fn reserve(&self) -> Result<Option<DeviceName>> {
+    /// Reserves a name for one more device that is taken back. `None` if its COW file is to stay, so that it becomes a
+    /// spare at once, and there are enough; where the file is deleted, the thread removes what is too many, and no VM's
+    /// end waits for that.
+    pub(super) fn reserve(&self, fate: CowFate) -> Result<Option<DeviceName>> {
         let mut state = self.lock();
         let coming = state.reserved + state.recycling;
-        let wanted = state.spares.len() + coming < self.size;
+        let wanted = fate == CowFate::Delete || state.spares.len() + coming < self.size;
         let name = wanted.then(|| self.next_name(&mut state)).transpose()?;
         state.reserved += usize::from(wanted);
         Ok(name)
@@ -170,6 +185,26 @@ impl Shared {
         })
     }
 
+    /// Waits for the end of a burst of claims or releases, unless `is_urgent`. The thread sleeps, so that no call has to
+    /// wake it.
+    fn stand_aside<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        is_urgent: impl Fn(&State) -> bool,
+    ) -> MutexGuard<'a, State> {
+        let begin = Instant::now();
+        while begin.elapsed() < PUT_OFF && !state.closing && !is_urgent(&state) {
+            let since = state.last_call.map(|at| at.elapsed());
+            let Some(left) = since.and_then(|since| QUIET.checked_sub(since)) else {
+                break;
+            };
+            drop(state);
+            thread::sleep(left);
+            state = self.lock();
+        }
+        state
+    }
+
     /// Runs the thread that keeps the pool full; it makes one snapshot at a time.
     pub(super) fn refill(&self) {
         // As a batch thread it does not take the core from the claim that wakes it. If that fails, claims take longer.
@@ -183,6 +218,11 @@ impl Shared {
                 let left = put_off.map(|at| at - now);
                 state = self.wait(&self.claimed, state, left);
                 continue;
+            }
+            // Who waits for one, or has to make it, is not helped by a pause.
+            state = self.stand_aside(state, |state| state.ready.is_empty());
+            if state.closing {
+                return;
             }
             let name = self.next_name(&mut state);
             drop(state);
@@ -252,6 +292,9 @@ impl Shared {
             while state.taken_back.is_empty() && bound.is_empty() && !state.closing {
                 state = self.wait(&self.released, state, None);
             }
+            if !state.taken_back.is_empty() {
+                state = self.stand_aside(state, |_| false);
+            }
             let taken_back = take(&mut state.taken_back);
             if state.closing {
                 let bound = bound.into_iter().map(|(taken, _)| taken);
@@ -276,6 +319,7 @@ impl Shared {
                     }
                 }
             }
+            self.remove_surplus(&mut settled);
             state = self.lock();
             if !settled.is_empty() {
                 state.settle(settled);
@@ -288,9 +332,32 @@ impl Shared {
     }
 }
 
+impl Shared {
+    /// Removes those of the settled devices that are more than the pool is to have spare.
+    fn remove_surplus(&self, settled: &mut Vec<Settled>) {
+        let mut room = self.size.saturating_sub(self.lock().spares.len());
+        let mut surplus = Vec::new();
+        settled.retain_mut(|device| {
+            let Ok(made @ Some(_)) = device else {
+                return true;
+            };
+            let stays = room > 0;
+            match stays {
+                true => room -= 1,
+                false => surplus.extend(made.take()),
+            }
+            stays
+        });
+        let removed = in_parallel(&surplus, |made| {
+            recycle::remove_spare(&MACHINE, made, &self.retry)
+        });
+        settled.extend(removed.into_iter().map(|removed| removed.map(|()| None)));
+    }
+}
+
 impl State {
     /// Notes what became of devices that were taken back: spare, gone, or failed.
-    fn settle(&mut self, devices: Vec<Result<Option<MappedDevice>>>) {
+    fn settle(&mut self, devices: Vec<Settled>) {
         self.recycling -= devices.len();
         for device in devices {
             match device {

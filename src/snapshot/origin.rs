@@ -109,6 +109,10 @@ impl Origin {
     /// Attaches the image read-only, or uses the loop device that this function attached before, in any process, to the
     /// same file of the same size. Two calls at the same instant may make a loop device each, which does no harm.
     ///
+    /// A loop device on which 512 snapshots stand is left to those, and another one attached, which shares the page cache:
+    /// what a create takes grows with the number of snapshots over one loop device. For thousands over one image, open it
+    /// anew for every few hundred.
+    ///
     /// The image is synced first (`fsync`).
     ///
     /// # Errors
@@ -219,6 +223,11 @@ pub(crate) fn open<H: Host>(host: &H, path: &Path, options: &CowOptions) -> Resu
     })
 }
 
+/// So many dm devices stand on a shared loop device before another one is attached for those to come. At each load and
+/// each resume the kernel looks through all snapshots of the origin for one with the same COW device
+/// (`__find_snapshots_sharing_cow`, `drivers/md/dm-snap.c`).
+pub(super) const CROWD: usize = 512;
+
 /// The loop device of that number, if it is a shared one over this image, as long as the image is. From the moment that
 /// it is open it cannot change hands. One that cannot be looked at is somebody else's.
 fn join<H: Host>(
@@ -232,7 +241,7 @@ fn join<H: Host>(
     let bytes = ask(Step::SizeLoop, &path, || host.loop_size_bytes(&device)).ok()?;
     let whole = origin.facts.size_bytes - origin.facts.size_bytes % SECTOR_BYTES;
     let same = status.backing == origin.facts.id && status.autoclear && bytes == whole;
-    if !status.label.is_shared() || !same {
+    if !status.label.is_shared() || !same || host.count_users(&path, CROWD) >= CROWD {
         return None;
     }
     let diskseq = diskseq(host, &device, &path).ok()?;

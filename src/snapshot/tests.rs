@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::create::create;
-use super::{Snapshot, SnapshotOptions};
+use super::create::{self, create};
+use super::origin::CROWD;
+use super::{Snapshot, SnapshotOptions, open_origin};
 use crate::backing::{CowOptions, CowSize, Warning, unmake};
 use crate::base::{DeviceName, DeviceUuid, Durability, Handles, LoopHandle, Store};
 use crate::error::policy::AT_ONCE;
@@ -35,6 +36,23 @@ fn create_with(script: &Script, options: &SnapshotOptions) -> Result<Snapshot> {
         Path::new("/cow"),
         &name,
     )
+}
+
+#[test]
+fn an_image_that_a_crowd_stands_on_gets_another_loop_device() {
+    let script = Script::new(never);
+    let options = SnapshotOptions::new();
+    let open = || open_origin(&script, Path::new("/image"), &options.cow).expect("nothing fails");
+    let first = open();
+    let make = |nth: usize| {
+        let name = DeviceName::new(format!("vm-{nth}")).expect("a name");
+        let cow = PathBuf::from(format!("/cow-{nth}"));
+        create::create_on(&script, &options, &first, &cow, &name).expect("nothing fails")
+    };
+    (1..CROWD).for_each(|nth| drop(make(nth)));
+    assert_eq!(open().device.number, first.device.number);
+    drop(make(CROWD));
+    assert_ne!(open().device.number, first.device.number);
 }
 
 fn made(script: &Script) -> Handles {

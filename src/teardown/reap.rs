@@ -1,6 +1,8 @@
 //! The sweep: takes down those of dmsnap's devices that `keep` is not true for and nobody has open.
 
-use std::path::Path;
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::remove::{self, Outcome};
@@ -229,7 +231,9 @@ impl ReapOptions {
                 matches!(fate, Ok(Fate::Busy { .. }))
             });
         }
-        reaped.extend(self.sweep_aliases(host));
+        let there = reaped.iter().filter(|item| item.fate != Ok(Fate::Removed));
+        let there = there.map(|item| item.name.clone()).collect();
+        reaped.extend(self.sweep_aliases(host, &there));
         // An alias whose device is gone is not needed any more.
         let is_there = |name: &str| {
             reaped
@@ -296,10 +300,15 @@ impl ReapOptions {
         }
     }
 
-    /// Removes aliases of dmsnap's whose device another program removed.
-    fn sweep_aliases<H: Host>(&self, host: &H) -> Vec<Reaped> {
+    /// Removes aliases of dmsnap's whose device another program removed. Those of devices that are `there` stay.
+    fn sweep_aliases<H: Host>(&self, host: &H, there: &HashSet<String>) -> Vec<Reaped> {
         let entries = host.entries(Path::new(MAPPER_DIR)).into_iter();
+        let is_there = |path: &PathBuf| {
+            let name = path.file_name().and_then(OsStr::to_str);
+            name.is_some_and(|name| there.contains(name))
+        };
         entries
+            .filter(|path| !is_there(path))
             .filter_map(|path| self.sweep_alias(host, &path))
             .collect()
     }

@@ -1,6 +1,7 @@
 //! A look, every call failed in turn.
 
 use std::path::Path;
+use std::time::Duration;
 
 use nix::errno::Errno;
 
@@ -91,6 +92,47 @@ fn whichever_call_of_an_addition_fails_nothing_is_added() {
         assert!(watcher.add(&DeviceId::from("vm-1")).is_err());
         assert!(watcher.watched.is_empty());
     }
+}
+
+#[test]
+fn those_that_are_due_one_after_the_other_are_read_together() {
+    let script = machine();
+    let mut watcher = Watcher::new(&script).expect("nothing fails");
+    let reads = |watcher: &mut Watcher<'_, Script>, now: u64| {
+        script.world.borrow_mut().now = Duration::from_millis(now);
+        script.restart(never);
+        watcher.check().expect("nothing fails");
+        let calls = script.calls.take();
+        calls.iter().filter(|step| **step == Step::Status).count()
+    };
+    watcher.add(&DeviceId::from("vm-1")).expect("it is live");
+    // Nearly full, so that its pause is short; then both are as they are.
+    assert_eq!(reads(&mut watcher, 10_000), 1);
+    let pause = watcher.pause();
+    watcher.add(&DeviceId::from("vm-2")).expect("it is live");
+    let pause_ms = u64::try_from(pause.as_millis()).expect("short");
+    let later = 10_000 + pause_ms / 16;
+    assert_eq!(reads(&mut watcher, later), 1, "vm-2 alone");
+    assert_eq!(reads(&mut watcher, 10_000 + pause_ms / 2), 0, "none is due");
+    assert_eq!(
+        reads(&mut watcher, 10_000 + pause_ms),
+        2,
+        "vm-2 a little early"
+    );
+    assert_eq!(watcher.pause(), pause, "from now on they are due together");
+}
+
+#[test]
+fn one_that_is_added_again_is_watched_once() {
+    let script = machine();
+    let mut watcher = watch(&script);
+    for name in ["vm-1", "vm-2", "vm-1"] {
+        watcher.add(&DeviceId::from(name)).expect("it is live");
+    }
+    assert_eq!(watcher.watched.len(), 2);
+    assert!(watcher.forget(&DeviceId::from("vm-1")));
+    watcher.add(&DeviceId::from("vm-1")).expect("it is live");
+    assert_eq!(watcher.watched.len(), 2);
 }
 
 #[test]

@@ -36,6 +36,8 @@ pub(crate) struct Track {
     chunk: ChunkSize,
     /// When it is to be read next.
     due: Duration,
+    /// How much earlier it may be read, together with others.
+    early: Duration,
     /// When it was read last, and its status then.
     last: Option<(Duration, SnapshotStatus)>,
     /// The rate at which it fills, in bytes per second.
@@ -66,6 +68,7 @@ impl Track {
         Self {
             chunk,
             due: Duration::ZERO,
+            early: Duration::ZERO,
             last: None,
             rate: 0,
             told: None,
@@ -76,6 +79,17 @@ impl Track {
 
     pub(crate) fn due(&self) -> Duration {
         self.due
+    }
+
+    /// True if it is to be read now, or so soon that it is read with those that are: thousands that are due one after the
+    /// other are read in a few batches, and each look at all of them serves many.
+    pub(crate) fn is_due(&self, now: Duration) -> bool {
+        self.due <= now.saturating_add(self.early)
+    }
+
+    fn pause_from(&mut self, now: Duration, pause: Duration) {
+        self.due = now + pause;
+        self.early = pause / 8;
     }
 
     /// Takes the status that was read at `now`; returns the change, if there is one to return.
@@ -89,7 +103,7 @@ impl Track {
         let Some(status) = status else {
             // It is not live yet, or has no snapshot table for the moment.
             self.last = None;
-            self.due = now + LONGEST;
+            self.pause_from(now, LONGEST);
             return None;
         };
         let change = match &status {
@@ -103,14 +117,14 @@ impl Track {
             SnapshotStatus::MergeFailed => Some(Change::MergeFailed),
             SnapshotStatus::Unknown(text) => Some(Change::Unknown(text.clone())),
         };
-        self.due = now + self.pause(&status, bounds);
+        self.pause_from(now, self.pause(&status, bounds));
         self.last = Some((now, status));
         change
     }
 
     /// Notes that it could not be read; returns true if that was not returned before.
     pub(crate) fn miss(&mut self, now: Duration) -> bool {
-        self.due = now + LONGEST;
+        self.pause_from(now, LONGEST);
         !std::mem::replace(&mut self.unreadable, true)
     }
 

@@ -1,5 +1,6 @@
 //! Reads the snapshots of a watch, through the seam.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub(super) struct Watcher<'h, H: Host> {
     pub(super) events: H::Events,
     pub(super) bounds: Bounds,
     pub(super) watched: Vec<Watched>,
+    /// The uuids of those, by which an addition finds whether it is one of them.
+    known: HashSet<DeviceUuid>,
     /// Until when events do not make it read all snapshots.
     rest: Duration,
     /// True if all snapshots are to be read after that.
@@ -43,6 +46,7 @@ impl<'h, H: Host> Watcher<'h, H> {
             events,
             bounds: Bounds::default(),
             watched: Vec::new(),
+            known: HashSet::new(),
             rest: Duration::ZERO,
             woken: false,
         })
@@ -58,7 +62,9 @@ impl<'h, H: Host> Watcher<'h, H> {
         let Some(chunk) = chunk else {
             return Err(Refusal::NotLive { name: device.name }.into());
         };
-        self.watched.retain(|watched| watched.uuid != uuid);
+        if !self.known.insert(uuid.clone()) {
+            self.watched.retain(|watched| watched.uuid != uuid);
+        }
         self.watched.push(Watched {
             name: device.name,
             number: device.number,
@@ -77,7 +83,14 @@ impl<'h, H: Host> Watcher<'h, H> {
             DeviceId::Number(number) => each.number == *number,
             DeviceId::Path(path) => each.path == *path || each.number.dm_node() == *path,
         };
-        self.watched.retain(|watched| !is_it(watched));
+        let known = &mut self.known;
+        self.watched.retain(|watched| {
+            let stays = !is_it(watched);
+            if !stays {
+                known.remove(&watched.uuid);
+            }
+            stays
+        });
         self.watched.len() < before
     }
 
@@ -89,10 +102,10 @@ impl<'h, H: Host> Watcher<'h, H> {
         })?;
         let begin = self.host.now();
         let all = self.woken && begin >= self.rest;
-        let (host, bounds) = (self.host, self.bounds);
+        let (host, bounds, known) = (self.host, self.bounds, &mut self.known);
         let mut news = Vec::new();
         self.watched.retain_mut(|watched| {
-            if !all && watched.track.due() > begin {
+            if !all && !watched.track.is_due(begin) {
                 return true;
             }
             let (change, stays) = watched.look(host, bounds);
@@ -101,6 +114,9 @@ impl<'h, H: Host> Watcher<'h, H> {
                 uuid: watched.uuid.clone(),
                 change,
             }));
+            if !stays {
+                known.remove(&watched.uuid);
+            }
             stays
         });
         if all {

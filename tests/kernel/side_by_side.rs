@@ -103,6 +103,7 @@ const ALONE: &[(&str, &str)] = &[
     ("proof::scale", "measures the host's memory"),
     ("proof::soak", "measures the host's memory; sweeps the host"),
     ("proof::stuck_udev", "stops udevd"),
+    ("proof::thousands", "sweeps the host"),
     ("reaction::", "measures CPU time"),
     ("repair::sweeps::", "repairs and sweeps the host"),
     ("strace::", "counts system calls"),

@@ -1,6 +1,7 @@
 //! Loop devices of the fake machine.
 
 use std::path::{Path, PathBuf};
+use std::sync::MutexGuard;
 
 use nix::errno::Errno;
 
@@ -10,10 +11,14 @@ use super::{Script, ScriptFile, ScriptLoop};
 use crate::base::{DeviceNumber, loop_node};
 use crate::error::Step;
 use crate::kernel::sys::LO_AUTOCLEAR;
-use crate::kernel::{LoopStatus, Loops};
+use crate::kernel::{LoopNumbers, LoopStatus, Loops};
 
 impl Loops for Script {
     type Loop = ScriptLoop;
+
+    fn loop_numbers(&self) -> MutexGuard<'_, LoopNumbers> {
+        self.numbers.lock().expect("no panic while it was locked")
+    }
 
     fn open_loop_control(&self) -> Result<(), Errno> {
         self.call(Step::OpenLoopControl)
@@ -158,6 +163,10 @@ impl Loops for Script {
             .iter()
             .filter(|(_, binding)| binding.label.is_shared());
         shared.map(|(number, _)| *number).collect()
+    }
+
+    fn count_users(&self, path: &Path, at_most: usize) -> usize {
+        self.stacked_on(path).len().min(at_most)
     }
 
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {

@@ -13,7 +13,7 @@ mod opens;
 mod tests;
 pub(crate) mod world;
 
-use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, Mutex, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use nix::errno::Errno;
 use opens::Object;
@@ -21,6 +21,7 @@ use world::{ScriptDevice, World};
 
 use crate::dm::Address;
 use crate::error::Step;
+use crate::kernel::LoopNumbers;
 
 /// Whether the call made as `Step`, the n-th of all (from 1), is to fail, and how.
 type Fault = Box<dyn Fn(Step, usize) -> Option<Errno> + Send + Sync>;
@@ -50,6 +51,7 @@ pub(crate) struct Script {
     /// Every call so far, in order.
     pub(crate) calls: Shared<Vec<Step>>,
     pub(crate) world: Arc<Shared<World>>,
+    numbers: Mutex<LoopNumbers>,
 }
 
 /// An open file, or an open node of a dm device.
@@ -83,6 +85,7 @@ impl Script {
             fault: Shared(RwLock::new(Box::new(fault))),
             calls: Shared::default(),
             world: Arc::default(),
+            numbers: Mutex::new(LoopNumbers::new()),
         }
     }
 

@@ -30,6 +30,12 @@ pub(crate) fn stacked_on(number: DeviceNumber) -> Vec<DeviceNumber> {
         .collect()
 }
 
+/// Counts the devices that use this one, whose directory in sysfs it is, up to `at_most`.
+pub(crate) fn count(sysfs: &Path, at_most: usize) -> usize {
+    let devices = fs::read_dir(sysfs.join("holders"));
+    devices.into_iter().flatten().take(at_most).count()
+}
+
 fn stacked(number: DeviceNumber) -> Vec<DirEntry> {
     let devices = fs::read_dir(format!("/sys/dev/block/{number}/holders"));
     devices.into_iter().flatten().flatten().collect()

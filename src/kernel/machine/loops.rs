@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::sync::{MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 
@@ -9,10 +10,16 @@ use super::loop_device::{self, LoopDevice};
 use super::{Machine, holders, nodes};
 use crate::base::DeviceNumber;
 use crate::error::{Step, Verdict, policy};
+use crate::kernel::LoopNumbers;
 use crate::kernel::seam::{DeviceMapper, LoopStatus, Loops};
 
 impl Loops for Machine {
     type Loop = LoopDevice;
+
+    fn loop_numbers(&self) -> MutexGuard<'_, LoopNumbers> {
+        // What a thread that panicked had begun to note is a hint like the rest.
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     fn open_loop_control(&self) -> Result<(), Errno> {
         self.loops().map(drop)
@@ -100,6 +107,11 @@ impl Loops for Machine {
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber> {
         let number = self.device_number(path).ok().flatten();
         number.map(holders::stacked_on).unwrap_or_default()
+    }
+
+    fn count_users(&self, path: &Path, at_most: usize) -> usize {
+        let name = path.file_name().unwrap_or_default();
+        holders::count(&Path::new("/sys/block").join(name), at_most)
     }
 
     /// True if sysfs names a backing file for the loop device: it does until the kernel is done with detaching.

@@ -15,7 +15,7 @@ mod mapper;
 mod mapper_crate;
 mod nodes;
 
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
 use loop_device::LoopControl;
@@ -23,10 +23,13 @@ pub(crate) use loop_device::LoopDevice;
 use mapper::Mapper;
 use nix::errno::Errno;
 
+use super::LoopNumbers;
+
 /// The machine that the process runs on. Its two control nodes are opened on first use and stay open with the process.
 #[derive(Debug)]
 pub(crate) struct Machine {
     loops: OnceLock<LoopControl>,
+    numbers: Mutex<LoopNumbers>,
     mapper: OnceLock<Mapper>,
     start: OnceLock<Instant>,
 }
@@ -34,6 +37,7 @@ pub(crate) struct Machine {
 /// The [`Machine`] of this process.
 pub(crate) static MACHINE: Machine = Machine {
     loops: OnceLock::new(),
+    numbers: Mutex::new(LoopNumbers::new()),
     mapper: OnceLock::new(),
     start: OnceLock::new(),
 };

@@ -3,11 +3,13 @@
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::MutexGuard;
 
 use nix::errno::Errno;
 
 use super::Files;
 use crate::base::{DeviceNumber, FileId};
+use crate::kernel::LoopNumbers;
 
 /// The control node of loop devices, which tells free ones.
 pub(crate) const LOOP_CONTROL: &str = "/dev/loop-control";
@@ -50,6 +52,8 @@ pub(crate) const SHARED_ORIGIN: &str = "dmsnap-origin:";
 pub(crate) trait Loops: Files {
     type Loop;
 
+    /// Returns what this process knows of the loop devices' numbers, which its threads share.
+    fn loop_numbers(&self) -> MutexGuard<'_, LoopNumbers>;
     fn open_loop_control(&self) -> Result<(), Errno>;
     fn find_loop(&self) -> Result<u32, Errno>;
     fn add_loop(&self, number: u32) -> Result<(), Errno>;
@@ -78,6 +82,8 @@ pub(crate) trait Loops: Files {
     fn read_only_loops(&self) -> Vec<u32>;
     /// Returns the dm devices that use the loop device.
     fn stacked_on(&self, path: &Path) -> Vec<DeviceNumber>;
+    /// Returns how many devices use the loop device, or `at_most`.
+    fn count_users(&self, path: &Path, at_most: usize) -> usize;
     fn shows_backing(&self, path: &Path) -> bool;
     /// Returns the loop device's node; ENOTBLK for a device that is no loop device.
     fn loop_node_of(&self, number: DeviceNumber) -> Result<PathBuf, Errno>;

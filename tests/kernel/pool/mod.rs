@@ -21,6 +21,7 @@ use crate::common::reading::{
 };
 use crate::common::{Mounted, PREFIX, Scene, chain, eventually};
 
+mod bursts;
 mod kills;
 mod races;
 

@@ -19,6 +19,7 @@ mod races;
 mod scale;
 mod soak;
 mod stuck_udev;
+mod thousands;
 mod trace;
 pub(crate) mod worker;
 mod world;
