@@ -61,48 +61,48 @@ impl Subscriber for Notes {
     fn exit(&self, _: &Id) {}
 }
 
-/// Does the work once before it is collected: `tracing` registers a span's place in the code in two steps, and a
-/// collector that comes between them, while another test is there for the first time, never hears of that place.
-fn known(work: impl FnOnce()) {
-    work();
+/// What a collector sees of the work, as soon as that is what is `expected` of it.
+///
+/// `tracing` registers a span's place in the code in two steps, and a collector that comes between them, while another
+/// test is there for the first time, never hears of that place. The next collector does.
+fn collected(work: impl Fn(), expected: impl Fn(&[String]) -> bool) -> Vec<String> {
+    let mut seen = Vec::new();
+    for _ in 0..100 {
+        let notes = Notes::default();
+        tracing::subscriber::with_default(notes.clone(), &work);
+        seen = std::mem::take(&mut *notes.lines.lock().expect("no panic"));
+        if expected(&seen) {
+            break;
+        }
+        std::thread::yield_now();
+    }
+    seen
 }
 
 #[test]
 fn an_operation_and_its_calls_are_spans_with_object_and_errno() {
-    known(|| assert!(remove("/nowhere/dm-0").is_ok()));
-    let notes = Notes::default();
-    tracing::subscriber::with_default(notes.clone(), || {
-        assert!(remove("/nowhere/dm-0").is_ok());
-    });
-    assert_eq!(
-        *notes.lines.lock().expect("no panic"),
-        [
-            "DEBUG remove on=/nowhere/dm-0",
-            "TRACE step step=Query on=/nowhere/dm-0",
-            "record errno=2",
-        ]
-    );
+    let expected = [
+        "DEBUG remove on=/nowhere/dm-0",
+        "TRACE step step=Query on=/nowhere/dm-0",
+        "record errno=2",
+    ];
+    let work = || assert!(remove("/nowhere/dm-0").is_ok());
+    assert_eq!(collected(work, |seen| seen == expected), expected);
 }
 
 #[test]
 fn spans_of_helping_threads_reach_the_same_collector() {
-    let notes = Notes::default();
     let handles = |nth| {
         let mut handles = Handles::default();
         handles.cow_loop = Some(LoopHandle::at(format!("/nowhere/loop{nth}")));
         handles
     };
     let fleet: Vec<_> = (0..40).map(handles).collect();
-    known(|| assert!(Teardown::new().cleanup_all(&fleet[..1])[0].is_ok()));
-    tracing::subscriber::with_default(notes.clone(), || {
-        assert!(
-            Teardown::new()
-                .cleanup_all(&fleet)
-                .iter()
-                .all(Result::is_ok)
-        );
-    });
-    let lines = notes.lines.lock().expect("no panic");
-    let cleanups = lines.iter().filter(|line| *line == "DEBUG cleanup").count();
-    assert_eq!(cleanups, 40, "{lines:#?}");
+    let work = || {
+        let done = Teardown::new().cleanup_all(&fleet);
+        assert!(done.iter().all(Result::is_ok));
+    };
+    let cleanups = |seen: &[String]| seen.iter().filter(|line| *line == "DEBUG cleanup").count();
+    let seen = collected(work, |seen| cleanups(seen) == 40);
+    assert_eq!(cleanups(&seen), 40, "{seen:#?}");
 }
