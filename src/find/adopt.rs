@@ -1,7 +1,7 @@
 //! Takes over a snapshot that another program made.
 
 use super::list::{LoopFacts, SnapshotInfo, State, loop_facts, status_of};
-use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity};
+use crate::base::{DeviceId, DeviceName, DeviceUuid, Handles, Kind, OriginIdentity, loop_number};
 use crate::call::ask;
 use crate::dm::Target;
 use crate::error::{AdoptObstacle, Error, Refusal, Result, Step};
@@ -61,10 +61,8 @@ fn take_over<H: Host>(host: &H, name: &DeviceName) -> Result<SnapshotInfo> {
     let number = params.cow;
     let cow = loop_facts(host, number);
     let cow = cow.ok_or_else(|| refused(AdoptObstacle::CowNotALoop { number }))?;
-    let node = cow.device.to_string_lossy();
-    let Some(Ok(cow_loop)) = node.strip_prefix("/dev/loop").map(str::parse) else {
-        return Err(refused(AdoptObstacle::CowNotALoop { number }).into());
-    };
+    let cow_loop = loop_number(&cow.device);
+    let cow_loop = cow_loop.ok_or_else(|| refused(AdoptObstacle::CowNotALoop { number }))?;
     // While they are open, no other file can be attached to them. What was read before is read again.
     let _open = [&origin, &cow].map(|facts| host.open_loop(&facts.device, false));
     let now = [params.origin, params.cow].map(|number| loop_facts(host, number));

@@ -139,13 +139,16 @@ pub(crate) fn claim<H: Host>(
 }
 
 /// Takes a ready snapshot down and deletes its COW file, which nobody has written to. If the device has been renamed
-/// meanwhile, both stay. The file goes first: after a kill, a sweep finds it only by the device.
+/// meanwhile, both stay. The file goes first: after a kill, a sweep finds it only by the device. If it cannot be deleted,
+/// the device goes all the same.
 pub(crate) fn discard<H: Host>(host: &H, ready: &Ready, retry: &Retry) -> Result<()> {
     let address = Address::Uuid(ready.made.uuid.as_str());
     let found = ask(Step::Query, &ready.made.mapper, || host.query(address));
     let is_ours = |device: Device| device.name == ready.made.name.as_str();
-    if absent(found)?.is_none_or(is_ours) {
-        absent(ask(Step::Unlink, &ready.cow, || host.unlink(&ready.cow)))?;
-    }
-    teardown::clean(host, &ready.handles, retry).map(drop)
+    let deleted = match absent(found)?.is_none_or(is_ours) {
+        true => absent(ask(Step::Unlink, &ready.cow, || host.unlink(&ready.cow))).map(drop),
+        false => Ok(()),
+    };
+    teardown::clean(host, &ready.handles, retry)?;
+    deleted
 }

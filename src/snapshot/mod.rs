@@ -13,6 +13,8 @@ mod handle;
 mod layer;
 mod options;
 mod origin;
+#[cfg(test)]
+mod origin_tests;
 mod recover;
 mod rollback;
 mod stack;

@@ -7,9 +7,8 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 
-use super::create::{self, create};
-use super::origin::CROWD;
-use super::{Snapshot, SnapshotOptions, open_origin};
+use super::create::create;
+use super::{Snapshot, SnapshotOptions};
 use crate::backing::{CowOptions, CowSize, Warning, unmake};
 use crate::base::{DeviceName, DeviceUuid, Durability, Handles, LoopHandle, Store};
 use crate::error::policy::AT_ONCE;
@@ -36,23 +35,6 @@ fn create_with(script: &Script, options: &SnapshotOptions) -> Result<Snapshot> {
         Path::new("/cow"),
         &name,
     )
-}
-
-#[test]
-fn an_image_that_a_crowd_stands_on_gets_another_loop_device() {
-    let script = Script::new(never);
-    let options = SnapshotOptions::new();
-    let open = || open_origin(&script, Path::new("/image"), &options.cow).expect("nothing fails");
-    let first = open();
-    let make = |nth: usize| {
-        let name = DeviceName::new(format!("vm-{nth}")).expect("a name");
-        let cow = PathBuf::from(format!("/cow-{nth}"));
-        create::create_on(&script, &options, &first, &cow, &name).expect("nothing fails")
-    };
-    (1..CROWD).for_each(|nth| drop(make(nth)));
-    assert_eq!(open().device.number, first.device.number);
-    drop(make(CROWD));
-    assert_ne!(open().device.number, first.device.number);
 }
 
 fn made(script: &Script) -> Handles {
@@ -180,15 +162,6 @@ fn a_made_cow_file_is_short_until_the_table_is_loaded_unless_its_space_is_set_as
     assert!(made(Some(CowSize::Bytes(1 << 20)), false));
     assert!(!made(Some(CowSize::Bytes(1 << 30)), false));
     assert!(!made(None, true));
-}
-
-#[test]
-fn an_image_whose_file_system_cannot_sync_is_an_origin_all_the_same() {
-    for errno in [Errno::EINVAL, Errno::EIO] {
-        let script = Script::new(move |step, _| (step == Step::SyncFile).then_some(errno));
-        let opened = super::open_origin(&script, Path::new("/image"), &CowOptions::default());
-        assert_eq!(opened.is_ok(), errno == Errno::EINVAL, "{errno}");
-    }
 }
 
 /// How often a file that stays locked is asked for.
