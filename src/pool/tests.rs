@@ -128,6 +128,26 @@ fn residue_named(error: &Error) -> BTreeSet<PathBuf> {
     left.map(|leftover| leftover.object.clone()).collect()
 }
 
+/// A sweep finds the COW file by the device only; and a file that cannot be deleted keeps no device.
+#[test]
+fn what_was_ready_is_discarded_file_first_and_the_device_whatever_comes_of_that() {
+    for errno in [None, Some(Errno::EROFS)] {
+        let stage = Stage::new();
+        let mut left = stage.residue();
+        let ready = stage.made(1, None);
+        // The first is the file's; the alias's comes later.
+        let fails = move |step, nth| errno.filter(|_| step == Step::Unlink && nth <= 2);
+        stage.script.restart(fails);
+        let discarded = ready::discard(&stage.script, &ready, &Retry::default());
+        assert_eq!(discarded.is_err(), errno.is_some());
+        let calls = stage.script.calls.take();
+        let first = |step| calls.iter().position(|call| *call == step);
+        assert!(first(Step::Unlink) < first(Step::Remove), "{calls:?}");
+        left.extend(errno.map(|_| ready.cow.clone()));
+        assert_eq!(stage.residue(), left);
+    }
+}
+
 #[test]
 fn whichever_call_of_making_one_ready_fails_nothing_of_it_is_left() {
     let calls = Stage::calls(|stage| drop(stage.made_quietly(1)));
